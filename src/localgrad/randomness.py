@@ -1,0 +1,94 @@
+"""Randomness as a function of where it is used, never of what a process happened to do before.
+
+A draw is keyed by ``(seed, purpose, step, block, replica, ...)``. Resuming in mid-epoch, skipping a block or placing
+blocks on different ranks therefore changes no draw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+Part = int | str
+
+
+def key(*parts: Part) -> int:
+    """A 63-bit seed that depends on every part and on their order; equal on every platform and in every process."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*parts: Part) -> torch.Generator:
+    """A CPU generator seeded with ``key(*parts)``."""
+    return torch.Generator().manual_seed(key(*parts))
+
+
+@contextlib.contextmanager
+def seeded(*parts: Part, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch (CPU, and ``device`` if it is a CUDA device) with ``key(*parts)``; put the old state back on exit."""
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(key(*parts))
+        yield
+
+
+@contextlib.contextmanager
+def seeded_everywhere(*parts: Part) -> Iterator[None]:
+    """As `seeded`, for code that may also draw from ``random`` or ``numpy.random`` (image transforms)."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    value = key(*parts)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    try:
+        with seeded(*parts):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What keys the draws of the engine besides block and step."""
+
+    seed: int
+    replica: int
+
+
+_active: ContextVar[Keys | None] = ContextVar("localgrad_keys", default=None)
+
+
+@contextlib.contextmanager
+def keyed_randomness(seed: int, replica: int = 0) -> Iterator[None]:
+    """Inside it, `local_losses` keys dropout and stochastic depth by ``(seed, block, step, micro-batch, replica)``.
+
+    Outside it, blocks draw from torch's global generators like any module does.
+
+    Example:
+        >>> import torch, localgrad
+        >>> with localgrad.keyed_randomness(seed=0):
+        ...     pass  # the training loop
+    """
+    token = _active.set(Keys(seed, replica))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+@contextlib.contextmanager
+def draws_of(purpose: str, step: int, part: int, index: int, device: torch.device) -> Iterator[None]:
+    """The draws of one block or auxiliary network at one step; a no-op unless `keyed_randomness` is active."""
+    keys = _active.get()
+    if keys is None:
+        yield
+    else:
+        with seeded(keys.seed, purpose, step, part, index, keys.replica, device=device):
+            yield
