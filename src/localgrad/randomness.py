@@ -33,9 +33,14 @@ def generator(*parts: Part) -> torch.Generator:
 @contextlib.contextmanager
 def seeded(*parts: Part, device: torch.device | None = None) -> Iterator[None]:
     """Seed torch (CPU, and ``device`` if it is a CUDA device) with ``key(*parts)``; put the old state back on exit."""
-    devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(key(*parts))
+    on_cuda = device is not None and device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_cuda else []):
+        # Not torch.manual_seed: that would also reseed devices whose state is not put back.
+        torch.default_generator.manual_seed(key(*parts))
+        if on_cuda:
+            torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index].manual_seed(
+                key(*parts)
+            )
         yield
 
 
@@ -84,7 +89,7 @@ def keyed_randomness(seed: int, replica: int = 0) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def draws_of(purpose: str, step: int, part: int, index: int, device: torch.device) -> Iterator[None]:
+def draws_of(purpose: str, step: int, part: int, index: Part, device: torch.device) -> Iterator[None]:
     """The draws of one block or auxiliary network at one step; a no-op unless `keyed_randomness` is active."""
     keys = _active.get()
     if keys is None:

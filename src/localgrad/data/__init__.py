@@ -1,0 +1,13 @@
+"""Image classification data: `load` gives the loaders of a set by its name, `available` says which sets lie where.
+
+Order and augmentation are functions of (seed, epoch, batch or image), so an epoch can be entered at any batch::
+
+    data = localgrad.data.load("cifar10", batch_size=1024, device="cuda")
+    for inputs, targets in data.train.epoch(3, start=7):
+        ...
+"""
+
+from localgrad.data.catalogue import Data, Found, available, default_root, load
+from localgrad.data.loaders import Loader
+
+__all__ = ["Data", "Found", "Loader", "available", "default_root", "load"]

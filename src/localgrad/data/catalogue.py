@@ -1,0 +1,225 @@
+"""From the name of a data set to its loaders."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from localgrad import randomness
+from localgrad.data import folders
+from localgrad.data.augment import Normalise, resize
+from localgrad.data.loaders import Files, Loader, Order, Resident
+from localgrad.data.sources import SOURCES, Layout, Source
+from localgrad.errors import ConfigError, DataError, nearest
+
+_LARGEST = 16 * 2**30  # bytes that the resized copy of a resident set may take
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set ready to train on.
+
+    ``image_shape`` is (C, H, W) of a batch; ``mean`` and ``std`` (C floats, units of [0, 1]) are what inputs were
+    normalised by; ``validation`` is None where none was asked for.
+    """
+
+    name: str
+    title: str
+    num_classes: int
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Loader
+    validation: Loader | None
+    test: Loader
+
+
+class Found(NamedTuple):
+    """One line of `available`; ``where`` is the folder of a set that was found, else what is missing."""
+
+    name: str
+    title: str
+    found: bool
+    where: str
+
+
+def default_root() -> Path:
+    """The environment variable ``LOCALGRAD_DATA``, or else ``../shared/data`` from the current folder."""
+    return Path(os.environ.get("LOCALGRAD_DATA") or "../shared/data")
+
+
+def available(root: str | Path | None = None) -> list[Found]:
+    """Which sets lie below ``root`` (`default_root` if None), by the presence of their files; opens none of them.
+
+    Example:
+        >>> import localgrad.data
+        >>> [name for name, title, found, where in localgrad.data.available() if name == "digits" and found]
+        ['digits']
+    """
+    base = Path(root).expanduser() if root is not None else default_root()
+    lines = []
+    for name, source in SOURCES.items():
+        found = source.search(base)
+        if isinstance(found, tuple):
+            lines.append(Found(name, found[0].title or source.title, True, str(found[1].resolve())))
+        else:
+            lines.append(Found(name, source.title, False, "not in " + "; ".join(found)))
+    return lines
+
+
+def load(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    batch_size: int,
+    eval_batch_size: int | None = None,
+    image_size: int | None = None,
+    validation: float = 0.1,
+    limit: int | None = None,
+    seed: int = 0,
+    augment: bool = True,
+    workers: int = 0,
+    drop_last: bool = False,
+    device: torch.device | str = "cpu",
+    replica: int = 0,
+    num_replicas: int = 1,
+) -> Data:
+    """The loaders of data set ``name``.
+
+    Args:
+        name: one of `available`, or ``folder:/path`` for images sorted as ``train/<class>/*`` and ``val/<class>/*``.
+        root: where the user's copies lie; `default_root` if None.
+        batch_size: images in a training batch, over all replicas; a multiple of ``num_replicas``.
+        eval_batch_size: images in a validation or test batch; ``batch_size`` if None.
+        image_size: height and width (pixels) to resize to; None keeps the set's own (224 for folders).
+        validation: fraction in [0, 1) of the training images to hold out, by a keyed permutation that is the same for
+            every seed. They are evaluated without augmentation.
+        limit: use only the first ``limit`` training images, validation included; of a folder, which lists class after
+            class, the first of a fixed keyed permutation.
+        seed: keys the order and the augmentation of training batches.
+        augment: whether training images are augmented; without it folders are read as for evaluation.
+        workers: processes that decode image files; resident sets need none.
+        drop_last: leave out the last, partial training batch.
+        device: where batches are given; resident sets are held there.
+        replica: which of ``num_replicas`` contiguous shares of every training batch to give. Evaluation is not shared
+            out: each replica gets all of it.
+
+    Raises:
+        DataError: the set is unknown, missing or damaged.
+        ConfigError: an argument makes no sense, or a split would be empty.
+
+    Example:
+        >>> import localgrad.data
+        >>> data = localgrad.data.load("digits", batch_size=64)
+        >>> inputs, targets = next(data.train.epoch(0))
+        >>> inputs.shape, data.num_classes
+        (torch.Size([64, 1, 8, 8]), 10)
+    """
+    kind, path = name, root
+    if name.startswith("folder:"):
+        kind, path = "imagefolder", name.removeprefix("folder:")
+    if kind not in SOURCES:
+        raise DataError(f"{nearest(name, SOURCES, 'data set')} For your own images write 'folder:/path'.")
+    eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+    whole = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "num_replicas": num_replicas}
+    for key, value in (whole | ({} if limit is None else {"limit": limit})).items():
+        _check_whole(key, value, 1)
+    _check_whole("workers", workers, 0)
+    _check_whole("replica", replica, 0, num_replicas - 1)
+    if batch_size % num_replicas:
+        raise ConfigError(f"batch_size={batch_size} must be a multiple of num_replicas={num_replicas}")
+    if not 0 <= validation < 1:
+        raise ConfigError(f"validation={validation} must be a fraction in [0, 1); for one tenth write 0.1")
+    if image_size is not None:
+        _check_whole("image_size", image_size, 4, 1024)
+
+    source = SOURCES[kind]
+    base = Path(path).expanduser() if path is not None else default_root()
+    layout, place = source.locate(name, base)
+    size, device = image_size or source.shape[1], torch.device(device)
+    train: Resident | Files
+    test: Resident | Files
+    if layout.unpack is None:
+        train, test = _resident(source, layout, place, size, limit, device)
+        train, classes = (train if augment else replace(train, crop=None)), source.classes
+    else:
+        train, test, classes = _files(source, layout.unpack(place), size, limit, workers, device)
+        train = train if augment else replace(train, augment=train.fit)
+    held, kept = _hold_out(train.order.indices, validation)
+    return Data(
+        name=name,
+        title=layout.title or (source.title if name == kind else f"images in {place}"),
+        num_classes=len(classes),
+        classes=classes,
+        image_shape=(source.shape[0], size, size),
+        mean=source.mean,
+        std=source.std,
+        train=replace(train, order=Order(kept, batch_size, seed, drop_last, replica, num_replicas)),
+        validation=replace(train, order=Order(held, eval_batch_size)) if len(held) else None,
+        test=replace(test, order=Order(test.order.indices, eval_batch_size)),
+    )
+
+
+def _resident(
+    source: Source, layout: Layout, place: Path, size: int, limit: int | None, device: torch.device
+) -> tuple[Resident, Resident]:
+    """Train and test split of a resident set, in the order of its files."""
+    native, peak, crop = source.shape[1], source.peak, source.crop
+    if size != native:  # the shifts keep their share of the image
+        peak, crop = 255, crop and replace(crop, pad=max(1, round(crop.pad * size / native)))
+
+    def split(name: str, limit: int | None) -> Resident:
+        arrays = (np.array(array[:limit]) for array in source.read(layout, place, name))
+        images, targets = map(torch.from_numpy, arrays)
+        if size != native:
+            if len(images) * source.shape[0] * size**2 > _LARGEST:
+                raise ConfigError(
+                    f"image_size={size} would make {len(images)} images take more than {_LARGEST // 2**30} GiB; "
+                    f"use a smaller one (they have {native} pixels) or a limit"
+                )
+            images = resize(images, size, source.peak)
+        images, targets = images.to(device), targets.to(device, torch.int64)
+        order = Order(torch.arange(len(images)), len(images))
+        return Resident(order, images, targets, Normalise(source.mean, source.std, peak), crop)
+
+    return split("train", limit), split("test", None)
+
+
+def _files(
+    source: Source, folder: Path, size: int, limit: int | None, workers: int, device: torch.device
+) -> tuple[Files, Files, tuple[str, ...]]:
+    """Train and test split of a set of image files, and the names of its classes."""
+    augment, fit = folders.transforms(size)
+
+    def split(found: folders.Folder, limit: int | None) -> Files:
+        order = torch.randperm(len(found.samples), generator=randomness.generator("limit"))[:limit].sort().values
+        normalise = Normalise(source.mean, source.std)
+        return Files(Order(order, len(order)), found.samples, found.read, augment, fit, normalise, workers, device)
+
+    train, test = folders.scan(folder)
+    return split(train, limit), split(test, None), source.classes or train.classes
+
+
+def _hold_out(indices: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """``indices`` cut into a held-out ``fraction`` and the rest, both in their old order."""
+    count = round(len(indices) * fraction)
+    if (fraction > 0 and count == 0) or count == len(indices):
+        raise ConfigError(
+            f"validation={fraction} of {len(indices)} training images leaves an empty split; "
+            "use validation=0, another fraction or a larger limit"
+        )
+    order = torch.randperm(len(indices), generator=randomness.generator("validation"))
+    return indices[order[:count].sort().values], indices[order[count:].sort().values]
+
+
+def _check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        allowed = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{name}={value!r} must be a whole number {allowed}")

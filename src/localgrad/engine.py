@@ -1,0 +1,315 @@
+"""One training step of any network by any method: forward, loss, the caller's backward, detach."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from localgrad.errors import PartitionError, TrainingError
+from localgrad.method import Batch, Term
+from localgrad.partition import INPUTS, OUTPUT, Block
+from localgrad.randomness import draws_of
+from localgrad.spans import Span
+
+if TYPE_CHECKING:
+    from localgrad.network import LocalNetwork
+
+OnOutput = Callable[[Span, Term | None, Any], None]
+
+
+@dataclass
+class _Run:
+    """What the backward pass of a block needs: its outputs and the leaves that later blocks and heads read instead."""
+
+    outputs: list[Tensor] = field(default_factory=list)
+    leaves: list[Tensor] = field(default_factory=list)
+
+    def cut(self, value: Tensor) -> Tensor:
+        """The one place where features are detached."""
+        leaf = value.detach()
+        if value.requires_grad:
+            self.outputs.append(value)
+            self.leaves.append(leaf)
+        return leaf
+
+    def take_gradients(self) -> list[Tensor | None]:
+        """The gradients of the leaves, which are left without."""
+        gradients = [leaf.grad for leaf in self.leaves]
+        for leaf in self.leaves:
+            leaf.grad = None
+        return gradients
+
+
+class _Pass:
+    """One forward of every block over one micro-batch, with the runs that some span still has to go back through."""
+
+    def __init__(self, network: LocalNetwork, spans: Sequence[Span], batch: Batch, part: int, share: float) -> None:
+        self.network, self.batch, self.part, self.share = network, batch, part, share
+        self.spans = sorted(spans, key=lambda span: (span.stop, -span.start))
+        self.values: dict[str, Any] = {INPUTS: batch.inputs}
+        self.maker: dict[str, int] = {INPUTS: -1}
+        self.leaves: dict[str, list[Tensor]] = {INPUTS: []}
+        self.runs: dict[int, _Run] = {}
+        # Spans that start together share one way back, taken when the widest of them ends; until then the gradients of
+        # the narrower ones wait at their boundary.
+        self.ends = {s.start: max(t.stop for t in spans if t.start == s.start) for s in spans}
+        self.waiting: dict[int, dict[int, list[Tensor | None]]] = {start: {} for start in self.ends}
+        self.passes_left = [sum(s <= k < e for s, e in self.ends.items()) for k in range(len(network.blocks))]
+
+    def forward(self, index: int, autocast: torch.dtype | None) -> None:
+        """Run a block; its outputs replace the values nobody reads any more."""
+        block = self.network.blocks[index]
+        for name in block.inputs:
+            crosses = any(s.start <= self.maker[name] and s.stop > index for s in self.spans)
+            for leaf in self.leaves[name]:
+                leaf.requires_grad_(crosses)
+        arguments = [self.values[name] for name in block.inputs]
+        outputs = self._call(index, block, arguments, autocast)
+        run = self.runs[index] = _Run()
+        for name, value in zip(block.outputs, outputs, strict=True):
+            known = len(run.leaves)
+            self.values[name] = tree_map_only(Tensor, run.cut, value)
+            self.maker[name], self.leaves[name] = index, run.leaves[known:]
+        for name in [n for n in self.values if self.network.last_reader(n) <= index and n not in block.outputs]:
+            del self.values[name], self.leaves[name]
+
+    def _call(self, index: int, block: Block, arguments: list[Any], autocast: torch.dtype | None) -> Any:
+        waits = any(span.covers(index) and span.stop > index + 1 for span in self.spans)
+        device = self.network.device
+        with draws_of("block", self.batch.step, self.part, index, device), precision(device, autocast):
+            try:
+                if self.network.method.checkpoint and waits and torch.is_grad_enabled():
+                    return checkpoint(
+                        block,
+                        *arguments,
+                        use_reentrant=False,
+                        context_fn=lambda: (contextlib.nullcontext(), statistics_kept(block)),
+                    )
+                return block(*arguments)
+            except RuntimeError as error:
+                if "leaf Variable" in str(error) and "in-place" in str(error):
+                    raise PartitionError(
+                        f"block {index} overwrites its input in place, but a span that starts before it still needs "
+                        "those features; begin the block after that layer, or build the layer with inplace=False"
+                    ) from error
+                raise
+
+    def loss(self, span: Span, autocast: torch.dtype | None, on_output: OnOutput | None) -> Tensor:
+        """The weighted loss of a span, on leaves: its backward pass stops at the boundary."""
+        network, device = self.network, self.network.device
+        features = self.values[network.blocks[span.stop - 1].outputs[0]]
+        for leaf in self.runs[span.stop - 1].leaves if torch.is_grad_enabled() else ():
+            leaf.requires_grad_()
+        with draws_of("auxiliary", self.batch.step, self.part, str(span), device), precision(device, autocast):
+            if span.stop == len(network.blocks):
+                total = network.method.task.loss(features, self.batch)
+                observed: list[tuple[Term | None, Any]] = [(None, features)]
+            else:
+                auxiliary = network.auxiliary_of(span)
+                outputs = auxiliary(features)
+                losses = [
+                    w * term.loss(output, self.batch) if w != 1.0 else term.loss(output, self.batch)
+                    for (term, w), output in zip(auxiliary.terms, outputs, strict=True)
+                ]
+                total = losses[0] if len(losses) == 1 else sum(losses[1:], losses[0])
+                observed = [(term, output) for (term, _), output in zip(auxiliary.terms, outputs, strict=True)]
+        if on_output is not None:
+            for term, output in observed:
+                on_output(span, term, tree_map_only(Tensor, Tensor.detach, output))
+        weight = span.weight * self.share
+        return total if weight == 1.0 else total * weight
+
+    def back(self, span: Span) -> list[int]:
+        """Push the gradient that the caller's ``loss.backward()`` left on the boundary back through the span.
+
+        Returns the blocks that no later span of this pass trains.
+        """
+        last = span.stop - 1
+        gradients = self.runs[last].take_gradients()
+        if all(gradient is None for gradient in gradients):
+            raise TrainingError(
+                f"the loss of span {span} was not back-propagated: call loss.backward() in the body of the loop over "
+                "local_losses, or run it under torch.no_grad() to evaluate only"
+            )
+        self._add_waiting(span.start, last, gradients)
+        if span.stop < self.ends[span.start]:
+            return []
+        finished = []
+        for index in range(last, span.start - 1, -1):
+            run = self.runs[index]
+            gradients = self._add_waiting(span.start, index, run.take_gradients())
+            pairs = [(o, g) for o, g in zip(run.outputs, gradients, strict=True) if g is not None]
+            self.waiting[span.start].pop(index, None)
+            self.passes_left[index] -= 1
+            again = self.passes_left[index] > 0
+            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs], retain_graph=again)
+            if not again:
+                run.outputs.clear()
+                finished.append(index)
+        for run in self.runs.values():  # taps and features from before the span: the gradient ends here
+            run.take_gradients()
+        return finished
+
+    def _add_waiting(self, start: int, index: int, new: list[Tensor | None]) -> list[Tensor | None]:
+        old = self.waiting[start].get(index)
+        if old is not None:
+            new = [b if a is None else a if b is None else a + b for a, b in zip(old, new, strict=True)]
+        self.waiting[start][index] = new
+        return new
+
+
+def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to ``dtype``; nothing if it is None."""
+    return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def statistics_kept(block: nn.Module) -> Iterator[None]:
+    """While a block is recomputed its BatchNorm layers normalise by the batch but do not update their statistics again."""
+    layers = [m for m in block.modules() if getattr(m, "track_running_stats", False) and m.training]
+    for layer in layers:
+        layer.track_running_stats = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True  # type: ignore[assignment]
+
+
+def _parts(inputs: Any, targets: Any, parts: int) -> list[tuple[Any, Any, float]]:
+    """Micro-batches, each with its share of the batch; fewer than ``parts`` if there are fewer samples."""
+    size = len(tree_leaves(inputs)[0])
+    edges = [size * k // parts for k in range(parts + 1)]
+
+    def rows(value: Any, start: int, stop: int) -> Any:
+        return tree_map_only(Tensor, lambda t: t[start:stop], value)
+
+    return [
+        (rows(inputs, a, b), rows(targets, a, b), (b - a) / size) for a, b in zip(edges, edges[1:], strict=False) if b > a
+    ]
+
+
+def local_losses(
+    network: LocalNetwork,
+    inputs: Any,
+    targets: Any,
+    step: int = 0,
+    *,
+    autocast: torch.dtype | None = None,
+    on_output: OnOutput | None = None,
+    on_block_done: Callable[[int], None] | None = None,
+) -> Iterator[tuple[Span, Tensor]]:
+    """Run one step and yield each local loss as soon as its features exist; call ``loss.backward()`` on each.
+
+    ``loss = span.weight * sum_i weight_i * term_i.loss(head_i(features), batch)``, and the task's loss of the model's own
+    output where the span ends the network. Every block runs forward once. When the generator goes on, it carries the
+    gradient on through the rest of the span and frees those activations before the next block runs, so all gradients are
+    complete when the loop ends.
+
+    Args:
+        network: from `localize`.
+        inputs: a batch, (B, C, H, W) for images, or a tuple of tensors for models with several inputs.
+        targets: what the task expects, (B,) class indices or (B, num_classes) probabilities for classification.
+        step: optimizer steps done so far; schedules and, under `keyed_randomness`, random draws depend on it.
+        autocast: run blocks, heads and losses under autocast to this dtype; backward passes stay outside.
+        on_output: called with (span, term, detached output) of each head, term None for the model's own.
+        on_block_done: called with the index of a block once its gradients, and those of heads on its output, are
+            complete.
+
+    Yields:
+        (span, loss): a scalar; logged values should be detached.
+
+    Raises:
+        TrainingError: if a loss was not back-propagated although gradients are enabled.
+        PartitionError: if a block overwrites features in place that a wider span still needs.
+
+    Example:
+        >>> import torch, localgrad
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> method = localgrad.methods.dgl(localgrad.tasks.classification(3))
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> network = localgrad.localize(model, method, num_blocks=2, example=x)
+        >>> for span, loss in localgrad.local_losses(network, x, y, step=0):
+        ...     loss.backward()
+
+    Source: the window with one forward is our own; gradients equal those of a forward per window (HPFF, arXiv:2407.05638).
+    """
+    spans = network.spans(step)
+    parts = _parts(inputs, targets, network.method.micro_batches)
+    for part, (x, y, share) in enumerate(parts):
+        done = on_block_done if part == len(parts) - 1 else None
+        yield from _one_pass(network, spans, Batch(x, y, step), part, share, autocast, on_output, done)
+
+
+def _one_pass(
+    network: LocalNetwork,
+    spans: Sequence[Span],
+    batch: Batch,
+    part: int,
+    share: float,
+    autocast: torch.dtype | None,
+    on_output: OnOutput | None,
+    on_block_done: Callable[[int], None] | None,
+) -> Iterator[tuple[Span, Tensor]]:
+    state = _Pass(network, spans, batch, part, share)
+    for index in range(len(network.blocks)):
+        state.forward(index, autocast)
+        finished: list[int] = []
+        for span in (s for s in state.spans if s.stop == index + 1):
+            yield span, state.loss(span, autocast, on_output)
+            if torch.is_grad_enabled():
+                finished += state.back(span)
+        for block in finished if on_block_done is not None else ():
+            on_block_done(block)
+        state.runs = {k: run for k, run in state.runs.items() if state.passes_left[k] > 0}
+
+
+def backward(
+    network: LocalNetwork, inputs: Any, targets: Any, step: int = 0, *, autocast: torch.dtype | None = None
+) -> dict[Span, Tensor]:
+    """One call for the whole loop over `local_losses`: every gradient is accumulated in ``.grad``.
+
+    Returns:
+        The detached loss of each span, summed over micro-batches.
+
+    Example:
+        >>> import torch, localgrad
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> task = localgrad.tasks.classification(3)
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> network = localgrad.localize(model, localgrad.methods.dgl(task), num_blocks=2, example=x)
+        >>> losses = localgrad.backward(network, x, y)
+    """
+    losses: dict[Span, Tensor] = {}
+    for span, loss in local_losses(network, inputs, targets, step, autocast=autocast):
+        loss.backward()
+        losses[span] = losses[span] + loss.detach() if span in losses else loss.detach()
+    return losses
+
+
+@torch.no_grad()
+def local_outputs(
+    network: LocalNetwork, inputs: Any, *, autocast: torch.dtype | None = None
+) -> Iterator[tuple[Span, Term | None, Any]]:
+    """Run the blocks once and yield the output of every head: (span, term, output), term None for the model's own.
+
+    Mode is the caller's business: call ``network.eval()`` first to evaluate.
+    """
+    state = _Pass(network, (), Batch(inputs, None, 0), 0, 1.0)
+    for index, block in enumerate(network.blocks):
+        state.forward(index, autocast)
+        features = state.values[block.outputs[0]]
+        with precision(network.device, autocast):
+            for span, auxiliary in network.auxiliaries_at(index + 1):
+                for (term, _), output in zip(auxiliary.terms, auxiliary(features), strict=True):
+                    yield span, term, output
+        state.runs.clear()
+    own = next(span for span in network.spans(0) if span.stop == len(network.blocks))
+    yield own, None, state.values[OUTPUT]

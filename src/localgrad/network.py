@@ -1,0 +1,265 @@
+"""A model cut into blocks, with the auxiliary networks a method puts on the boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from localgrad.errors import MethodError, PartitionError
+from localgrad.exchange import Twin
+from localgrad.method import Auxiliary, Method, Site
+from localgrad.partition import INPUTS, OUTPUT, Block, Chain, Cut, Partition, by_bytes, by_count
+from localgrad.partition.balance import Stem, module_bytes
+from localgrad.spans import Span, check
+
+Balance = Literal["count", "bytes"]
+
+
+class LocalNetwork(nn.Module):
+    """What `localize` returns. Throw it away after training and keep ``model``.
+
+    Attributes:
+        model: as it was given; its ``state_dict``, ``forward`` and ``eval()`` output are unchanged.
+        blocks: K modules that share the model's parameters.
+        cuts: the K - 1 cut points; block ``k`` begins at ``cuts[k - 1]``.
+        method: what trains it.
+    """
+
+    def __init__(
+        self, model: nn.Module, method: Method, blocks: Sequence[Block], cuts: Sequence[Cut], auxiliary: nn.ModuleDict
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.auxiliary = auxiliary
+        self.method = method
+        self.cuts = tuple(cuts)
+        self.blocks = tuple(blocks)  # a tuple, so that their parameters are registered once, by the model
+        self._last_reader = {mode: _last_readers(self.blocks, mode) for mode in (True, False)}
+
+    def forward(self, *inputs: Any) -> Any:
+        """The model's own forward."""
+        return self.model(*inputs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    def spans(self, step: int) -> tuple[Span, ...]:
+        """The spans of one step."""
+        return self.method.spans(len(self.blocks), step)
+
+    def auxiliary_of(self, span: Span) -> Auxiliary:
+        """The auxiliary network whose loss trains ``span``."""
+        module = self.auxiliary[_key(span)]
+        assert isinstance(module, Auxiliary)
+        return module
+
+    def auxiliaries_at(self, boundary: int) -> list[tuple[Span, Auxiliary]]:
+        """Every auxiliary network on one boundary, with its span (weight 1)."""
+        spans = [Span(*map(int, name.split("-"))) for name in self.auxiliary]
+        return [(span, self.auxiliary_of(span)) for span in spans if span.stop == boundary]
+
+    def block_parameters(self, block: int) -> list[nn.Parameter]:
+        """What is trained with one block: its parameters and those of the auxiliary networks on its output."""
+        modules: list[nn.Module] = [self.blocks[block], *(aux for _, aux in self.auxiliaries_at(block + 1))]
+        unique = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+        return list(unique.values())
+
+    @property
+    def twins(self) -> list[Twin]:
+        """What `localgrad.exchange` moves: the ``twins`` of every bridge that has some."""
+        return [twin for module in self.auxiliary.modules() for twin in getattr(module, "twins", ())]
+
+    def last_reader(self, name: str) -> int:
+        """The last block that reads a value; -1 if none does."""
+        return self._last_reader[self.model.training].get(name, -1)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """``torch.compile`` each block and auxiliary network, in place; ``options`` as for ``nn.Module.compile``."""
+        for block in self.blocks:
+            block.train_graph.compile(**options)
+            if block.eval_graph is not block.train_graph:
+                block.eval_graph.compile(**options)
+        for auxiliary in self.auxiliary.values():
+            auxiliary.compile(**options)
+
+    def __str__(self) -> str:
+        names = ["the input", *(cut.name for cut in self.cuts)]
+        return f"{type(self.model).__name__} in {len(self.blocks)} blocks, beginning at {', '.join(names)}"
+
+
+def _key(span: Span) -> str:
+    return f"{span.start}-{span.stop}"
+
+
+def _last_readers(blocks: Sequence[Block], training: bool) -> dict[str, int]:
+    return {name: index for index, block in enumerate(blocks) for name in block.names(training)[0]}
+
+
+def localize(
+    model: nn.Module,
+    method: Method,
+    *,
+    example: Any,
+    num_blocks: int | None = None,
+    cuts: Sequence[str] | None = None,
+    modules: Sequence[nn.Module] | None = None,
+    balance: Balance = "count",
+    stem: Stem = "unit",
+    taps: Sequence[str] = (),
+) -> LocalNetwork:
+    """Cut ``model`` into blocks and put the auxiliary networks of ``method`` on the boundaries.
+
+    The model is neither copied nor edited. Say where to cut in one of three ways.
+
+    Args:
+        model: any module torch.fx can trace as far down as the cuts; traced once in each mode.
+        method: from `localgrad.methods`.
+        example: a small batch shaped as in training, on the model's device: (B, C, H, W), or a tuple for several inputs.
+        num_blocks: K; the cut points are chosen by ``balance``.
+        cuts: paths of the modules that blocks 1 .. K-1 begin with, ``("layer2", "layer3")``.
+        modules: K modules that run one after the other and together are the model, for what cannot be traced.
+        balance: ``count`` for equally many units per block, ``bytes`` for the smallest largest activation bytes.
+        stem: what runs before the first cut point: a ``unit``, its ``own`` block, or ``merged`` with the first unit.
+        taps: paths of modules whose outputs later heads read; they cross boundaries detached.
+
+    Raises:
+        PartitionError: the model cannot be cut so; the message says where it can.
+        MethodError: the method trains nothing on some block.
+
+    Example:
+        >>> import torch, localgrad
+        >>> model = localgrad.models.resnet32(num_classes=10)
+        >>> method = localgrad.methods.dgl(localgrad.tasks.classification(10))
+        >>> network = localgrad.localize(model, method, num_blocks=4, example=torch.randn(2, 3, 32, 32))
+        >>> [cut.name for cut in network.cuts]
+        ['layer1.3', 'layer2.2', 'layer3.1']
+    """
+    given = [name for name, value in (("num_blocks", num_blocks), ("cuts", cuts), ("modules", modules)) if value is not None]
+    if len(given) != 1:
+        raise PartitionError(
+            f"{' and '.join(given) or 'nothing'} given; say where to cut by exactly one of num_blocks=, cuts= or modules="
+        )
+    if not isinstance(method, Method):
+        raise MethodError(f"method is {method!r}; pass a value such as localgrad.methods.dgl(task)")
+    partition: Partition | Chain
+    if modules is not None:
+        partition = Chain(model, modules, example)
+        blocks = partition.units
+        features = _features(blocks, model, example)
+        chosen = partition.measured([tuple(f.shape) for f in features])
+    else:
+        partition = Partition(model, example, taps)
+        if cuts is not None:
+            patterns = method.spans.patterns(len(cuts) + 1)
+            chosen = partition.named(cuts, spans_wider_than_one=any(s.stop - s.start > 1 for p in patterns for s in p))
+        elif balance == "bytes":
+            chosen = by_bytes(partition, num_blocks or 0, _AuxiliaryBytes(method, partition, num_blocks or 0))
+        else:
+            chosen = by_count(partition, num_blocks or 0, stem)
+        blocks = partition.blocks(chosen)
+        features = _features(blocks, model, example)
+    count = len(blocks)
+    patterns = method.spans.patterns(count)
+    for pattern in patterns:
+        check(pattern, count)
+    inner = sorted({(s.stop, s.start) for pattern in patterns for s in pattern if s.stop < count})
+    inputs = tree_leaves(example)[0]
+    auxiliary = nn.ModuleDict()
+    for stop, start in inner:
+        site = Site(Span(start, stop), count, features[stop - 1], inputs, chosen[stop - 1], partition)
+        auxiliary[_key(site.span)] = Auxiliary(method, site).train(model.training)
+    return LocalNetwork(model, method, blocks, chosen, auxiliary)
+
+
+class _AuxiliaryBytes:
+    """Bytes autograd saves for the auxiliary network a method would put on a cut point."""
+
+    def __init__(self, method: Method, partition: Partition, num_blocks: int) -> None:
+        self.method, self.partition, self.num_blocks = method, partition, num_blocks
+        self.features = dict(
+            zip(partition.cuts, _features(partition.units, partition.model, partition.example), strict=True)
+        )
+
+    def __call__(self, cut: Cut) -> int:
+        if all(span.stop == self.num_blocks for span in self.method.spans(self.num_blocks, 0)):
+            return 0
+        inputs = tree_leaves(self.partition.example)[0]
+        # The middle of the network stands for every boundary: a ramp may be 0 at one of its ends.
+        site = Site(Span(0, 1), 3, self.features[cut], inputs, cut, self.partition)
+        with torch.random.fork_rng():
+            auxiliary = Auxiliary(self.method, site)
+        return module_bytes(auxiliary, self.features[cut])
+
+
+@torch.no_grad()
+def _features(blocks: Sequence[Block], model: nn.Module, example: Any) -> list[Tensor]:
+    """The features at each boundary, in eval mode; checks that the blocks together are the model.
+
+    Raises:
+        PartitionError: a module list computes something else, or does not run.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        values: dict[str, Any] = {INPUTS: example}
+        features = []
+        for index, block in enumerate(blocks):
+            try:
+                outputs = block(*[values[name] for name in block.inputs])
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise PartitionError(f"block {index} does not run on the example: {error}") from error
+            values |= zip(block.outputs, outputs, strict=True)
+            features.append(outputs[0])
+        arguments = example if isinstance(example, (tuple, list)) else (example,)
+        expected = tree_leaves(model(*arguments))
+        found = tree_leaves(values[OUTPUT])
+        if len(expected) != len(found) or not all(_equal(a, b) for a, b in zip(expected, found, strict=True)):
+            raise PartitionError(
+                f"the blocks do not compute what {type(model).__name__}.forward does on the example: list every module "
+                "that runs, in order, functions such as flatten wrapped as modules"
+            )
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return [f for f in features[:-1] if _is_features(f)]
+
+
+def _is_features(value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        raise PartitionError(f"a block returns {type(value).__name__}; all but the last must return one tensor")
+    return True
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """One block in numbers; parameters are counted, not bytes."""
+
+    index: int
+    begins_at: str
+    parameters: int
+    head_parameters: int
+    twin_parameters: int
+
+
+def block_infos(network: LocalNetwork) -> Iterator[BlockInfo]:
+    """Parameters of each block, of the heads on its output, and of what never gets a gradient (twins)."""
+    for index, block in enumerate(network.blocks):
+        auxiliary = [p for _, aux in network.auxiliaries_at(index + 1) for p in aux.parameters()]
+        yield BlockInfo(
+            index,
+            network.cuts[index - 1].name if index else "input",
+            sum(p.numel() for p in block.parameters()),
+            sum(p.numel() for p in auxiliary if p.requires_grad),
+            sum(p.numel() for p in auxiliary if not p.requires_grad),
+        )

@@ -1,0 +1,189 @@
+"""Blocks: consecutive parts of a model that share its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from localgrad.errors import PartitionError
+from localgrad.partition.trace import ROOT, Trace, trace
+
+INPUTS = "inputs"
+OUTPUT = "output"
+
+
+class Block(nn.Module):
+    """One part of a model: values by name in, values by name out.
+
+    The graph is kept for both modes, because a ``forward`` may read ``self.training``; the mode is the model's, whoever
+    set it.
+
+    Args:
+        model: whose mode and parameters are used; not registered as a child.
+        graphs: training mode -> the module to run, its input names and its output names.
+    """
+
+    def __init__(
+        self, model: nn.Module, graphs: dict[bool, tuple[nn.Module, tuple[str, ...], tuple[str, ...]]]
+    ) -> None:
+        super().__init__()
+        self._model = (model,)
+        self._names = {mode: (inputs, outputs) for mode, (_, inputs, outputs) in graphs.items()}
+        self.train_graph, self.eval_graph = graphs[True][0], graphs[False][0]
+        self._links = _tensor_links(self.train_graph) + _tensor_links(self.eval_graph)
+
+    def names(self, training: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the values it reads and of those it makes, in one mode."""
+        return self._names[training]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the values it reads, in the order of the arguments of ``forward``."""
+        return self.names(self._model[0].training)[0]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the values it makes, in the order ``forward`` returns them; the first are the features."""
+        return self.names(self._model[0].training)[1]
+
+    def forward(self, *values: Any) -> tuple[Any, ...]:
+        """Run it; returns one value for each name in ``outputs``."""
+        model = self._model[0]
+        for graph, path in self._links:
+            _relink(graph, path, model)
+        return (self.train_graph if model.training else self.eval_graph)(*values)
+
+
+class Features(nn.Module):
+    """A unit as a plain module, features in, features out: what twins and remaining-network heads copy."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.body = block.train_graph
+        self.extra = len(block.inputs) - 1
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.extra:
+            raise PartitionError("this unit reads values besides the features and cannot run on its own")
+        return self.body(features)[0]
+
+
+def _tensor_links(graph: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Tensors the graph holds outside submodules: ``model.to(...)`` replaces buffers, so they are looked up anew."""
+    if not isinstance(graph, fx.GraphModule):
+        return []
+    return [(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
+
+
+def _relink(graph: nn.Module, path: str, model: nn.Module) -> None:
+    *parents, name = path.removeprefix(ROOT + ".").split(".")
+    holder, source = graph.get_submodule(".".join([ROOT, *parents])), model.get_submodule(".".join(parents))
+    value = getattr(source, name)
+    if getattr(holder, name) is not value:
+        setattr(holder, name, value)
+
+
+def ancestors(paths: Iterable[str]) -> set[str]:
+    """Every module that contains one of ``paths``."""
+    return {".".join(path.split(".")[:n]) for path in paths for n in range(1, path.count(".") + 1)}
+
+
+def split(model: nn.Module, num_inputs: int | None, points: Sequence[str], taps: Sequence[str] = ()) -> list[Block]:
+    """Blocks that begin with the modules ``points`` (and one before them), in the order they run.
+
+    Raises:
+        PartitionError: if a parameter is used on both sides of a boundary.
+    """
+    parts = {mode: _split_one(model, num_inputs, points, taps, mode) for mode in (True, False)}
+    blocks = [Block(model, {mode: parts[mode][k] for mode in parts}) for k in range(len(points) + 1)]
+    check_shared_parameters(model, blocks, points)
+    return blocks
+
+
+def check_shared_parameters(model: nn.Module, blocks: Sequence[nn.Module], points: Sequence[str]) -> None:
+    """Raise `PartitionError` if two blocks use the same parameter."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    owner: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for parameter in block.parameters():
+            first = owner.setdefault(id(parameter), index)
+            if first != index:
+                where = points[index - 1] if index - 1 < len(points) else str(index)
+                raise PartitionError(
+                    f"parameter {names.get(id(parameter), '?')!r} is used by block {first} and by block {index} (from "
+                    f"{where!r}): two losses would train it. Untie it (copy.deepcopy), or cut so that both uses are in "
+                    "one block."
+                )
+
+
+def _split_one(
+    model: nn.Module, num_inputs: int | None, points: Sequence[str], taps: Sequence[str], training: bool
+) -> list[tuple[fx.GraphModule, tuple[str, ...], tuple[str, ...]]]:
+    watched = [*points, *taps]
+    traced = trace(model, num_inputs, training=training, through={"", *ancestors(watched)})
+    missing = [p for p in points if p not in traced.entered]
+    if missing:
+        raise PartitionError(f"module {missing[0]!r} is not reached in {'training' if training else 'eval'} mode")
+    edges = [0, *(traced.entered[p] for p in points), len(traced.nodes)]
+    nodes = traced.nodes
+    home = {node: k for k in range(len(edges) - 1) for node in nodes[edges[k] : edges[k + 1]]}
+    result = []
+    for k in range(len(edges) - 1):
+        body = [n for n in nodes if home[n] == k and n.op in ("call_module", "call_function", "call_method")]
+        result.append(_block_graph(traced, body, k, home, last=k == len(edges) - 2))
+    return result
+
+
+def _block_graph(
+    traced: Trace, body: list[fx.Node], index: int, home: dict[fx.Node, int], last: bool
+) -> tuple[fx.GraphModule, tuple[str, ...], tuple[str, ...]]:
+    inside = set(body)
+    output = next(n for n in traced.nodes if n.op == "output")
+    reads = [arg for node in body for arg in node.all_input_nodes] + (output.all_input_nodes if last else [])
+    inputs = list(dict.fromkeys(n for n in reads if n not in inside and n.op != "get_attr"))
+    outputs = [n for n in body if any(home[user] > index and user not in inside for user in n.users)]
+    outputs = [n for n in outputs if not (last and n in output.all_input_nodes)]
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {n: graph.placeholder(n.name) for n in inputs}
+
+    def copy_of(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copy_of)  # an attribute of the model, fetched where it is used
+        return copies[node]
+
+    for node in body:
+        copies[node] = graph.node_copy(node, copy_of)
+    # The features come first: of the values a block makes for later ones, the one made last.
+    outputs.sort(key=lambda n: body.index(n), reverse=True)
+    result: Any = tuple(copies[n] for n in outputs)
+    names = tuple(n.name for n in outputs)
+    if last:
+        result, names = (fx.map_arg(output.args[0], copy_of),), (OUTPUT,)
+    graph.output(result)
+    graph.lint()
+    module = fx.GraphModule(traced.root, graph, class_name="BlockGraph")
+    return module, tuple(INPUTS if n.op == "placeholder" else n.name for n in inputs), names
+
+
+def chain(model: nn.Module, modules: Sequence[nn.Module]) -> list[Block]:
+    """Blocks from a list of modules that run one after the other, each on what the one before returned."""
+    blocks = []
+    for index, module in enumerate(modules):
+        inputs = (INPUTS if index == 0 else f"features_{index}",)
+        outputs = (OUTPUT if index == len(modules) - 1 else f"features_{index + 1}",)
+        wrapped = _Single(module)
+        blocks.append(Block(model, {True: (wrapped, inputs, outputs), False: (wrapped, inputs, outputs)}))
+    check_shared_parameters(model, blocks, [f"modules[{k}]" for k in range(1, len(modules))])
+    return blocks
+
+
+class _Single(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, value: Any) -> tuple[Any]:
+        return (self.module(value),)

@@ -1,0 +1,125 @@
+"""Spans are the gradient flow: which run of blocks each local loss may train, at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from localgrad.errors import MethodError
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """The run of blocks ``start .. stop - 1`` that one local loss trains.
+
+    Boundary ``b`` lies before block ``b``; the loss reads the features at boundary ``stop`` and its gradient ends at
+    boundary ``start``. ``stop == num_blocks`` is the model's own head.
+    """
+
+    start: int
+    stop: int
+    weight: float = 1.0
+
+    def covers(self, block: int) -> bool:
+        """Whether the loss of this span trains ``block``."""
+        return self.start <= block < self.stop
+
+    def __str__(self) -> str:
+        return f"({self.start}, {self.stop})"
+
+
+class Schedule(Protocol):
+    """What a method does at each step, as spans. Must be a pure function of its arguments."""
+
+    def __call__(self, num_blocks: int, step: int) -> tuple[Span, ...]:
+        """The spans of one step."""
+
+    def patterns(self, num_blocks: int) -> tuple[tuple[Span, ...], ...]:
+        """Every set of spans that some step uses, so that heads can be built before training."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A schedule that uses the same spans at every step; subclasses say which."""
+
+    def spans(self, num_blocks: int) -> tuple[Span, ...]:
+        raise NotImplementedError
+
+    def __call__(self, num_blocks: int, step: int) -> tuple[Span, ...]:
+        return self.spans(num_blocks)
+
+    def patterns(self, num_blocks: int) -> tuple[tuple[Span, ...], ...]:
+        return (self.spans(num_blocks),)
+
+
+@dataclass(frozen=True)
+class EndToEnd(Constant):
+    """``(0, K)``: ordinary back-propagation."""
+
+    def spans(self, num_blocks: int) -> tuple[Span, ...]:
+        return (Span(0, num_blocks),)
+
+
+@dataclass(frozen=True)
+class Local(Constant):
+    """``(k, k + 1)`` for every block: no gradient crosses a boundary."""
+
+    def spans(self, num_blocks: int) -> tuple[Span, ...]:
+        return tuple(Span(k, k + 1) for k in range(num_blocks))
+
+
+@dataclass(frozen=True)
+class Overlapping(Constant):
+    """``(k, k + 1)`` with weight ``local`` beside ``(k, k + width)`` with weight ``cascade``; a weight of 0 drops them.
+
+    With fewer than ``width`` blocks there is one window over all of them.
+    """
+
+    width: int = 2
+    local: float = 1.0
+    cascade: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.width < 2:
+            raise MethodError(f"width={self.width}: a window needs at least 2 blocks; use spans.Local() for one")
+        if self.local < 0 or self.cascade <= 0:
+            raise MethodError(f"local={self.local}, cascade={self.cascade}: need local >= 0 and cascade > 0")
+
+    def spans(self, num_blocks: int) -> tuple[Span, ...]:
+        width = min(self.width, num_blocks)
+        windows = {(k, k + width): self.cascade for k in range(num_blocks - width + 1)}
+        for k in range(num_blocks):
+            if self.local > 0:
+                windows[k, k + 1] = windows.get((k, k + 1), 0.0) + self.local
+        return tuple(Span(start, stop, weight) for (start, stop), weight in sorted(windows.items()))
+
+
+@dataclass(frozen=True)
+class FromInput(Constant):
+    """``(0, k)`` for every boundary, the inner ones with weight ``inner``: losses add up, no gradient is cut."""
+
+    inner: float = 1.0
+
+    def spans(self, num_blocks: int) -> tuple[Span, ...]:
+        return (*(Span(0, k, self.inner) for k in range(1, num_blocks)), Span(0, num_blocks))
+
+
+def check(spans: Sequence[Span], num_blocks: int) -> None:
+    """Raise `MethodError` unless ``spans`` are distinct, lie inside the network and train every block."""
+    for span in spans:
+        if not 0 <= span.start < span.stop <= num_blocks:
+            raise MethodError(f"span {span} lies outside a network of {num_blocks} blocks; need 0 <= start < stop <= K")
+        if not span.weight > 0:
+            raise MethodError(f"span {span} has weight {span.weight}; weights are positive, leave the span out instead")
+    if len({(span.start, span.stop) for span in spans}) < len(spans):
+        raise MethodError(f"spans {', '.join(map(str, spans))} repeat a (start, stop); add their weights instead")
+    idle = [k for k in range(num_blocks) if not any(span.covers(k) for span in spans)]
+    if idle:
+        raise MethodError(f"no span trains block {idle[0]} (of {num_blocks}); every block needs a loss")
+
+
+def groups(spans: Sequence[Span], num_blocks: int) -> list[range]:
+    """The finest runs of blocks that no span crosses: what may be clipped, stepped or placed on its own."""
+    edges = [b for b in range(num_blocks + 1) if not any(span.start < b < span.stop for span in spans)]
+    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
