@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,18 +23,39 @@ if TYPE_CHECKING:
 OnOutput = Callable[[Span, Term | None, Any], None]
 
 
-@dataclass
+class _Inject(torch.autograd.Function):
+    """A scalar whose backward pass sends the gradients in ``box`` into ``outputs``.
+
+    Handing them to ``torch.autograd.backward`` would keep them, and the outputs, alive for as long as it runs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, box: list[Tensor | None], *outputs: Tensor) -> Tensor:
+        ctx.box = box
+        return torch.zeros((), device=outputs[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (None, *ctx.box)
+        ctx.box.clear()
+        return gradients
+
+
 class _Run:
-    """What the backward pass of a block needs: its outputs and the leaves that later blocks and heads read instead."""
+    """What the backward pass of a block needs: the way into its graph, and the leaves read instead of its outputs."""
 
-    outputs: list[Tensor] = field(default_factory=list)
-    leaves: list[Tensor] = field(default_factory=list)
+    def __init__(self, outputs: Any) -> None:
+        self.leaves: list[Tensor] = []
+        self._box: list[Tensor | None] = []
+        graphs: list[Tensor] = []
+        self.values = tree_map_only(Tensor, lambda value: self._cut(value, graphs), outputs)
+        self._root = _Inject.apply(self._box, *graphs) if graphs else None
 
-    def cut(self, value: Tensor) -> Tensor:
+    def _cut(self, value: Tensor, graphs: list[Tensor]) -> Tensor:
         """The one place where features are detached."""
         leaf = value.detach()
         if value.requires_grad:
-            self.outputs.append(value)
+            graphs.append(value)
             self.leaves.append(leaf)
         return leaf
 
@@ -45,6 +65,17 @@ class _Run:
         for leaf in self.leaves:
             leaf.grad = None
         return gradients
+
+    def backward(self, gradients: list[Tensor | None], again: bool) -> None:
+        """Send the gradients of the leaves through the block; keep its graph only if it is needed ``again``."""
+        self._box[:] = gradients
+        gradients.clear()
+        root = self._root
+        assert root is not None
+        if not again:
+            self.leaves.clear()
+            self._root = None
+        torch.autograd.backward(root, retain_graph=again)
 
 
 class _Pass:
@@ -72,11 +103,11 @@ class _Pass:
                 leaf.requires_grad_(crosses)
         arguments = [self.values[name] for name in block.inputs]
         outputs = self._call(index, block, arguments, autocast)
-        run = self.runs[index] = _Run()
-        for name, value in zip(block.outputs, outputs, strict=True):
-            known = len(run.leaves)
-            self.values[name] = tree_map_only(Tensor, run.cut, value)
-            self.maker[name], self.leaves[name] = index, run.leaves[known:]
+        run = self.runs[index] = _Run(outputs)
+        for name, value in zip(block.outputs, run.values, strict=True):
+            self.values[name], self.maker[name] = value, index
+            self.leaves[name] = [leaf for leaf in tree_leaves(value) if any(leaf is known for known in run.leaves)]
+        del run.values
         for name in [n for n in self.values if self.network.last_reader(n) <= index and n not in block.outputs]:
             del self.values[name], self.leaves[name]
 
@@ -90,7 +121,7 @@ class _Pass:
                         block,
                         *arguments,
                         use_reentrant=False,
-                        context_fn=lambda: (contextlib.nullcontext(), statistics_kept(block)),
+                        context_fn=lambda: (contextlib.nullcontext(), buffers_kept(block)),
                     )
                 return block(*arguments)
             except RuntimeError as error:
@@ -143,16 +174,13 @@ class _Pass:
             return []
         finished = []
         for index in range(last, span.start - 1, -1):
-            run = self.runs[index]
-            gradients = self._add_waiting(span.start, index, run.take_gradients())
-            pairs = [(o, g) for o, g in zip(run.outputs, gradients, strict=True) if g is not None]
-            self.waiting[span.start].pop(index, None)
+            gradients = self._add_waiting(span.start, index, self.runs[index].take_gradients())
+            del self.waiting[span.start][index]
             self.passes_left[index] -= 1
             again = self.passes_left[index] > 0
-            torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs], retain_graph=again)
             if not again:
-                run.outputs.clear()
                 finished.append(index)
+            self.runs[index].backward(gradients, again)
         for run in self.runs.values():  # taps and features from before the span: the gradient ends here
             run.take_gradients()
         return finished
@@ -171,16 +199,16 @@ def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abs
 
 
 @contextlib.contextmanager
-def statistics_kept(block: nn.Module) -> Iterator[None]:
-    """While a block is recomputed its BatchNorm layers normalise by the batch but do not update their statistics again."""
-    layers = [m for m in block.modules() if getattr(m, "track_running_stats", False) and m.training]
-    for layer in layers:
-        layer.track_running_stats = False  # type: ignore[assignment]
+def buffers_kept(block: nn.Module) -> Iterator[None]:
+    """While a block is recomputed it moves copies of its buffers, so that BatchNorm statistics move once a step."""
+    owned = [(m, name, b) for m in block.modules() for name, b in m._buffers.items() if b is not None]
+    for module, name, buffer in owned:
+        module._buffers[name] = buffer.clone()
     try:
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True  # type: ignore[assignment]
+        for module, name, buffer in owned:
+            module._buffers[name] = buffer
 
 
 def _parts(inputs: Any, targets: Any, parts: int) -> list[tuple[Any, Any, float]]:

@@ -1,0 +1,62 @@
+"""Supervised local learning for PyTorch: each block of a network trained by its own loss."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from localgrad import data, methods, models, spans, tasks
+    from localgrad.engine import backward, local_losses, local_outputs
+    from localgrad.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        LocalgradError,
+        MethodError,
+        PartitionError,
+        TrainingError,
+    )
+    from localgrad.exchange import exchange
+    from localgrad.method import Batch, Method, Ramp, Site, Term
+    from localgrad.network import LocalNetwork, localize
+    from localgrad.randomness import keyed_randomness
+
+# Imported on first use: the command line answers `--help` without waiting for torch.
+_HOME = {
+    **dict.fromkeys(("backward", "local_losses", "local_outputs"), "localgrad.engine"),
+    **dict.fromkeys(
+        (
+            "CheckpointError",
+            "ConfigError",
+            "DataError",
+            "LocalgradError",
+            "MethodError",
+            "PartitionError",
+            "TrainingError",
+        ),
+        "localgrad.errors",
+    ),
+    "exchange": "localgrad.exchange",
+    **dict.fromkeys(("Batch", "Method", "Ramp", "Site", "Term"), "localgrad.method"),
+    **dict.fromkeys(("LocalNetwork", "localize"), "localgrad.network"),
+    "keyed_randomness": "localgrad.randomness",
+}
+_MODULES = ("data", "methods", "models", "spans", "tasks")
+
+__all__ = [*_HOME, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        # Bind every name of that module at once, so that `exchange` means the function and not the submodule.
+        module = importlib.import_module(_HOME[name])
+        for other, home in _HOME.items():
+            if home == _HOME[name]:
+                globals()[other] = getattr(module, other)
+        return globals()[name]
+    if name in _MODULES:
+        return importlib.import_module(f"localgrad.{name}")
+    raise AttributeError(f"module 'localgrad' has no attribute {name!r}")

@@ -1,0 +1,52 @@
+"""From features back to the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from localgrad.layout import ToMaps
+from localgrad.method import Site
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Bilinear upsampling to the image size, 3x3 convolution to ``width``, BatchNorm, ReLU, 3x3 convolution to the image.
+
+    The output are logits of the pixels in [0, 1], (B, image channels, H, W); `localgrad.losses.reconstruction` reads them.
+
+    Args:
+        width: inner channels.
+        scale: share of the image's sides at which it decodes; less than 1 costs less.
+
+    Source: Wang et al., InfoPro, ICLR 2021, arXiv:2101.10832, released CIFAR decoder.
+    Differs: no sigmoid, which the loss contains (same value, stable gradient); ``scale`` is ours.
+    """
+
+    width: int = 12
+    scale: float = 1.0
+
+    def __call__(self, site: Site) -> nn.Module:
+        channels, height, width = site.inputs.shape[1:4]
+        size = (max(1, round(height * self.scale)), max(1, round(width * self.scale)))
+        return nn.Sequential(
+            ToMaps(site.layout),
+            _Resize(size),
+            nn.Conv2d(site.channels, self.width, 3, padding=1),
+            nn.BatchNorm2d(self.width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(self.width, channels, 3, padding=1),
+        )
+
+
+class _Resize(nn.Module):
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if maps.shape[2:] == self.size:
+            return maps
+        return F.interpolate(maps, size=self.size, mode="bilinear", align_corners=True)

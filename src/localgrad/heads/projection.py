@@ -1,0 +1,27 @@
+"""The projection that similarity matching compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from localgrad.layout import ToMaps
+from localgrad.method import Site
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A 3x3 convolution without bias that keeps the channels; a linear layer for features without positions.
+
+    Source: Nokland & Eidnes, ICML 2019, arXiv:1901.06656, released code.
+    """
+
+    def __call__(self, site: Site) -> nn.Module:
+        if site.layout.grid == (1, 1):
+            return nn.Sequential(
+                ToMaps(site.layout), nn.Flatten(), nn.Linear(site.channels, site.channels, bias=False)
+            )
+        return nn.Sequential(
+            ToMaps(site.layout), nn.Conv2d(site.channels, site.channels, 3, padding=1, bias=False)
+        )

@@ -1,0 +1,44 @@
+"""Similarity matching."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from localgrad.method import Batch
+
+
+def similarity_matrix(values: Tensor) -> Tensor:
+    """Cosine similarities of centred rows, clamped to [-1, 1]; (B, D) or maps (B, C, H, W) -> (B, B).
+
+    Maps are first reduced to each channel's standard deviation over positions.
+    """
+    if values.dim() == 4:
+        flat = values.flatten(2)
+        # With a single position there is no spread to compare; the value itself is what is left.
+        values = flat.std(2) if flat.shape[2] > 1 else flat[:, :, 0]
+    rows = values - values.mean(1, keepdim=True)
+    rows = rows / (1e-8 + rows.square().sum(1, keepdim=True)).sqrt()
+    return (rows @ rows.T).clamp(-1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Mean squared difference between the similarity matrices of a projection and of the one-hot labels.
+
+    ``mean((S(projection) - S(onehot(targets)))**2)`` over the B x B entries.
+
+    Args:
+        num_classes: width of the one-hot labels; mixed targets are used as they are.
+
+    Source: Nokland & Eidnes, ICML 2019, arXiv:1901.06656, eq. 1 and released code.
+    """
+
+    num_classes: int
+
+    def __call__(self, output: Tensor, batch: Batch) -> Tensor:
+        targets = batch.targets
+        onehot = targets if targets.dim() == 2 else F.one_hot(targets, self.num_classes)
+        return F.mse_loss(similarity_matrix(output.float()), similarity_matrix(onehot.float()))

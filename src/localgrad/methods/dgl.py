@@ -1,0 +1,27 @@
+"""Decoupled greedy learning."""
+
+from __future__ import annotations
+
+from localgrad import heads
+from localgrad.method import HeadBuilder, Method, Task, Term
+from localgrad.spans import Local
+
+
+def dgl(task: Task, *, head: HeadBuilder | None = None) -> Method:
+    """Every block minimises the task's loss of its own auxiliary head; gradients stay inside the block.
+
+    ``L_k = task.loss(head_k(h_k))`` for ``k < K``, the model's own loss for the last block.
+
+    Args:
+        task: from `localgrad.tasks`.
+        head: a head builder; default `localgrad.heads.MLP`.
+
+    Example:
+        >>> import localgrad
+        >>> localgrad.methods.dgl(localgrad.tasks.classification(10)).name
+        'dgl'
+
+    Source: Belilovsky et al., ICML 2020, arXiv:1901.08164.
+    Differs: the synchronous form, all blocks in one step.
+    """
+    return Method("dgl", task, terms=(Term(head or heads.MLP(task.num_outputs), task.loss),), spans=Local())

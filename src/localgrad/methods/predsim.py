@@ -1,0 +1,43 @@
+"""Prediction and similarity matching."""
+
+from __future__ import annotations
+
+from localgrad import heads, losses
+from localgrad.errors import MethodError
+from localgrad.method import Method, Task, Term
+from localgrad.spans import Local
+
+
+def predsim(task: Task, *, beta: float = 0.99, size: int = 1024) -> Method:
+    """Every block matches the similarity of its features to that of the labels, and predicts the label a little.
+
+    ``L_k = (1 - beta) * task.loss(linear_k(pool(h_k))) + beta * similarity(projection_k(h_k))`` for ``k < K``, the model's
+    own loss for the last block. Similarity matching wants several images of a class in each batch.
+
+    Args:
+        task: from `localgrad.tasks`; its ``num_outputs`` are the classes.
+        beta: weight of similarity matching, in [0, 1].
+        size: values left by the pooling before the linear read-out.
+
+    Raises:
+        MethodError: for a beta outside [0, 1].
+
+    Example:
+        >>> import localgrad
+        >>> localgrad.methods.predsim(localgrad.tasks.classification(10)).name
+        'predsim'
+
+    Source: Nokland & Eidnes, ICML 2019, arXiv:1901.06656.
+    Differs: blocks may hold several layers, and all step together.
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise MethodError(f"beta={beta}; predsim needs a beta between 0 and 1")
+    return Method(
+        "predsim",
+        task,
+        terms=(
+            Term(heads.PooledLinear(task.num_outputs, size), task.loss, 1.0 - beta),
+            Term(heads.Projection(), losses.Similarity(task.num_outputs), beta, scored=False),
+        ),
+        spans=Local(),
+    )

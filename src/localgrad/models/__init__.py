@@ -1,0 +1,95 @@
+"""Networks: the papers' CIFAR ResNets, and anything of timm and torchvision by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from localgrad.errors import ConfigError, nearest
+from localgrad.models.resnet_cifar import CifarResNet, resnet8, resnet20, resnet32, resnet56, resnet110
+
+__all__ = ["CifarResNet", "available", "create", "resnet110", "resnet20", "resnet32", "resnet56", "resnet8"]
+
+OWN: dict[str, Callable[..., nn.Module]] = {f.__name__: f for f in (resnet8, resnet20, resnet32, resnet56, resnet110)}
+LIBRARIES = ("timm", "torchvision")
+
+
+def _library_names(library: str) -> list[str]:
+    if library == "timm":
+        try:
+            import timm
+        except ImportError as error:
+            raise ConfigError("models from timm need it installed: pip install localgrad[timm]") from error
+        return timm.list_models()
+    try:
+        import torchvision
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"torchvision cannot be imported ({error}): a CPU build of torch beside a CUDA build of torchvision does that; "
+            "install a matching pair, see `localgrad doctor`"
+        ) from error
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def available(library: str | None = None) -> list[str]:
+    """Names `create` accepts: our own, or those of ``timm`` or ``torchvision``, with the prefix."""
+    if library is None:
+        return list(OWN)
+    if library not in LIBRARIES:
+        raise ConfigError(nearest(library, LIBRARIES, "model library"))
+    return [f"{library}:{name}" for name in _library_names(library)]
+
+
+def create(name: str, *, num_classes: int = 10, in_channels: int = 3, image_size: int | None = None, **options: Any) -> nn.Module:
+    """Build a network with random weights.
+
+    Args:
+        name: ``resnet32``, ``timm:vit_tiny_patch16_224``, ``torchvision:resnet50``.
+        num_classes: outputs.
+        in_channels: of the images; torchvision's models take 3 only.
+        image_size: passed on to timm models that are built for one size.
+        options: passed to the constructor.
+
+    Raises:
+        ConfigError: an unknown name, a library that is not installed, or options the constructor refuses.
+
+    Example:
+        >>> import localgrad
+        >>> sum(p.numel() for p in localgrad.models.create("resnet32").parameters())
+        466906
+    """
+    library, _, short = name.rpartition(":")
+    if library and library not in LIBRARIES:
+        raise ConfigError(nearest(library, LIBRARIES, "model library"))
+    if not library and short not in OWN:
+        raise ConfigError(
+            nearest(short, OWN, "model") + ". Models of timm and torchvision are written timm:NAME and torchvision:NAME"
+        )
+    if library and short not in _library_names(library):
+        raise ConfigError(nearest(short, _library_names(library), f"{library} model")[:600])
+    try:
+        if library == "timm":
+            import timm
+
+            if image_size is not None:
+                try:
+                    return timm.create_model(
+                        short, num_classes=num_classes, in_chans=in_channels, img_size=image_size, **options
+                    )
+                except TypeError:  # convolutional models take any size and no such argument
+                    pass
+            return timm.create_model(short, num_classes=num_classes, in_chans=in_channels, **options)
+        if library == "torchvision":
+            if in_channels != 3:
+                raise ConfigError(f"{name} reads 3-channel images, the data has {in_channels}; use timm:{short} instead")
+            import torchvision
+
+            if short in ("googlenet", "inception_v3"):  # in training they return a named tuple of three classifiers
+                options.setdefault("aux_logits", False)
+                options.setdefault("init_weights", True)
+            return torchvision.models.get_model(short, weights=None, num_classes=num_classes, **options)
+        return OWN[short](num_classes=num_classes, in_channels=in_channels, **options)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model {name!r} cannot be built with {options or 'these settings'}: {error}") from error
