@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -51,11 +52,11 @@ __all__ = [*_HOME, *_MODULES]
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        # Bind every name of that module at once, so that `exchange` means the function and not the submodule.
-        module = importlib.import_module(_HOME[name])
+        importlib.import_module(_HOME[name])
+        # Importing a submodule binds its name here; bind ours after it, so that `exchange` means the function.
         for other, home in _HOME.items():
-            if home == _HOME[name]:
-                globals()[other] = getattr(module, other)
+            if (value := getattr(sys.modules.get(home), other, None)) is not None:
+                globals()[other] = value
         return globals()[name]
     if name in _MODULES:
         return importlib.import_module(f"localgrad.{name}")

@@ -71,11 +71,11 @@ class _Run:
         self._box[:] = gradients
         gradients.clear()
         root = self._root
-        assert root is not None
         if not again:
             self.leaves.clear()
             self._root = None
-        torch.autograd.backward(root, retain_graph=again)
+        if root is not None:  # nothing to train at or before a frozen first block
+            torch.autograd.backward(root, retain_graph=again)
 
 
 class _Pass:
@@ -164,7 +164,7 @@ class _Pass:
         """
         last = span.stop - 1
         gradients = self.runs[last].take_gradients()
-        if all(gradient is None for gradient in gradients):
+        if gradients and all(gradient is None for gradient in gradients):
             raise TrainingError(
                 f"the loss of span {span} was not back-propagated: call loss.backward() in the body of the loop over "
                 "local_losses, or run it under torch.no_grad() to evaluate only"

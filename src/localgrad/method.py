@@ -181,11 +181,11 @@ class Auxiliary(nn.Module):
             )
         self.bridge = method.bridge(site) if method.bridge is not None else None
         if self.bridge is not None:
-            self.bridge.to(site.features.device)
+            self.bridge.to(site.features)
             with torch.no_grad():
                 site = replace(site, features=self.bridge(site.features))
         self.heads = nn.ModuleList(term.head(site) for term, _ in self.terms)
-        self.to(site.features.device)
+        self.to(site.features)  # its device and precision
 
     def forward(self, features: Tensor) -> list[Any]:
         """The output of each head, in the order of ``terms``."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from localgrad.errors import TrainingError
+from localgrad.losses.precision import widened
 from localgrad.method import Batch
 
 
@@ -34,7 +35,7 @@ class Contrastive:
         labels = batch.targets
         if labels.dim() != 1:
             raise TrainingError("the contrastive loss needs one class per image; switch mixup and cutmix off")
-        z = F.normalize(output.float(), dim=1)
+        z = F.normalize(widened(output), dim=1)
         logits = z @ z.T / self.temperature
         others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
         log_probability = logits - torch.logsumexp(logits.masked_fill(~others, float("-inf")), 1, keepdim=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from localgrad.losses.precision import widened
 from localgrad.method import Batch, Task
 
 
@@ -31,4 +32,5 @@ class Reconstruction:
             pixels = self.task.pixels(batch.inputs)
             if pixels.shape[2:] != output.shape[2:]:
                 pixels = F.interpolate(pixels, size=output.shape[2:], mode="area")
-        return F.binary_cross_entropy_with_logits(output.float(), pixels.float())
+        logits = widened(output)
+        return F.binary_cross_entropy_with_logits(logits, pixels.to(logits.dtype))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from localgrad.losses.precision import widened
 from localgrad.method import Batch
 
 
@@ -41,4 +42,5 @@ class Similarity:
     def __call__(self, output: Tensor, batch: Batch) -> Tensor:
         targets = batch.targets
         onehot = targets if targets.dim() == 2 else F.one_hot(targets, self.num_classes)
-        return F.mse_loss(similarity_matrix(output.float()), similarity_matrix(onehot.float()))
+        values = widened(output)
+        return F.mse_loss(similarity_matrix(values), similarity_matrix(onehot.to(values.dtype)))

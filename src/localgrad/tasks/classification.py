@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from localgrad.errors import ConfigError, TrainingError
+from localgrad.losses.precision import widened
 from localgrad.method import Batch
 
 
@@ -33,7 +34,7 @@ class Classification:
                 f"the model returns {tuple(output.shape)}, but classification({self.num_classes}) needs "
                 f"(B, {self.num_classes}); build the model with num_classes={self.num_classes}"
             )
-        return F.cross_entropy(output.float(), batch.targets, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(widened(output), batch.targets, label_smoothing=self.label_smoothing)
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Whether each sample's largest logit is its class, (B,) float32; the likelier class of mixed targets."""

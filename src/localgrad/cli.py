@@ -1,0 +1,456 @@
+"""The command line. Commands are thin; torch is imported when one runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from localgrad.errors import ConfigError, LocalgradError
+
+app = typer.Typer(
+    name="localgrad",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Supervised local learning for PyTorch: cut a network into blocks, train each by its own loss, and free its "
+    "activations before the next one runs.",
+    epilog="Begin with: localgrad train digits",
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.NAME=VALUE]...", help="Settings to change, for instance optim.lr=0.05.", show_default=False),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Argument(help="A recipe (see: localgrad list recipes) or the path of a YAML file.", show_default=False),
+]
+MethodOption = Annotated[
+    str | None,
+    typer.Option("--method", "-m", help="Base and plug-ins, inner to outer: dgl, infopro, e2e+checkpointing.", show_default=False),
+]
+BlocksOption = Annotated[int | None, typer.Option("--num-blocks", "-k", help="Blocks to cut the model into.", show_default=False)]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="resnet32, timm:NAME or torchvision:NAME.", show_default=False)
+]
+DataOption = Annotated[str | None, typer.Option("--data", help="A data set (see: localgrad list data).", show_default=False)]
+DataRoot = Annotated[
+    str | None,
+    typer.Option("--data-root", help="Folder of the data sets; default $LOCALGRAD_DATA, else ../shared/data.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def _settings(recipe: str | None, overrides: list[str] | None, **flags: Any) -> Any:
+    """The configuration a command line describes: recipe, then SECTION.NAME=VALUE, then flags."""
+    from localgrad import config
+
+    overrides = list(overrides or [])
+    if recipe is not None and "=" in recipe:
+        overrides.insert(0, recipe)
+        recipe = None
+    settings: dict[str, Any] = {} if recipe is None else config.read_recipe(recipe)
+    settings = config.override(settings, overrides)
+    changes: dict[str, Any] = {}
+    for key, value in flags.items():
+        if value is not None:
+            section, _, name = key.partition("__")
+            if name:
+                changes.setdefault(section, {})[name] = value
+            else:
+                changes[section] = value
+    if "num_blocks" in changes.get("blocks", {}):
+        changes["blocks"]["cuts"] = None
+    if isinstance(changes.get("method"), str):
+        changes["method"] = config.parse_method(changes["method"])
+    settings = config.merge(settings, changes)
+    settings.setdefault("method", ["dgl"])
+    return config.validate(settings, recipe or "command line")
+
+
+@app.command()
+def train(
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    method: MethodOption = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="Another method to train with the same settings, for comparison; may be repeated.", show_default=False),
+    ] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Train no method beside it, whatever the recipe says.")] = False,
+    num_blocks: BlocksOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    data_root: DataRoot = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", show_default=False)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in a step.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order, augmentation and dropout.", show_default=False)] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default=False)] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where to write; default runs/RECIPE-METHOD-TIME.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this directory, with its own settings.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --run-dir.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a network block by block (or end to end), and show what it did.
+
+    [bold]localgrad train digits[/bold]
+
+    [bold]localgrad train cifar10_resnet32 --method infopro --num-blocks 8 --epochs 2 optim.lr=0.05[/bold]
+
+    Everything is written to one directory: settings, checkpoints, metrics (CSV, TensorBoard), curves, weights.
+    """
+    from localgrad import config as configuration
+
+    console = Console(stderr=as_json)
+    if resume is not None:
+        if recipe is not None or run_dir is not None or overwrite:
+            raise ConfigError("--resume continues a run with its own settings; leave recipe, --run-dir and --overwrite out")
+        settings, folder = _resumed(resume), resume
+    else:
+        if recipe is None and not (model and data):
+            raise ConfigError(
+                "nothing to train: name a recipe (localgrad train digits), a YAML file, or both --model and --data"
+            )
+        settings = _settings(
+            recipe,
+            overrides,
+            method=method,
+            beside=[] if alone else [configuration.parse_method(b) for b in beside] if beside else None,
+            blocks__num_blocks=num_blocks,
+            model__name=model,
+            data__name=data,
+            data__root=data_root,
+            train__epochs=epochs,
+            train__batch_size=batch_size,
+            train__seed=seed,
+            train__device=device,
+            train__threads=threads,
+        )
+        name = Path(recipe or str(data)).stem.replace("recipe:", "").replace(":", "-")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        folder = run_dir or Path("runs") / f"{name}-{configuration.method_name(settings.method).replace('+', '-')}-{stamp}"
+    from localgrad.train.folder import write_text
+    from localgrad.train.run import compare
+
+    scaled = _scaled_down(recipe, settings)
+    if scaled:
+        console.print(f"Not as published: {scaled}.", highlight=False)
+    if settings.train.threads == 1:
+        console.print("One CPU thread (small networks run slower on more; --threads changes it).", style="dim", highlight=False)
+    multiple = bool(settings.beside)
+    if multiple and resume is None:
+        if folder.exists() and (folder / "config.yaml").exists() and not overwrite:
+            raise ConfigError(
+                f"{folder} already holds a run; continue it with --resume {folder}, replace it with --overwrite, or choose "
+                "another --run-dir"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot use {folder} as run directory: {error.strerror}; choose another --run-dir") from error
+        write_text(folder / "config.yaml", configuration.dump(settings))
+    results = compare(
+        settings, folder, console, resume=resume is not None, overwrite=overwrite,
+        resume_with=f"localgrad train --resume {folder}",
+    )  # fmt: skip
+    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    _show_results(console, results)
+    picture = folder / "comparison.png" if multiple else folder / "curves.png"
+    console.print(f"Picture: {picture}\nEverything else: {folder}", highlight=False, soft_wrap=True)
+
+
+def _resumed(folder: Path) -> Any:
+    from localgrad.train.folder import read_config
+
+    return read_config(folder)
+
+
+def _scaled_down(recipe: str | None, settings: Any) -> str:
+    """What a run changes of a recipe that reproduces a published row."""
+    from localgrad import config
+
+    if recipe is None or "=" in recipe or not settings.about.published:
+        return ""
+    original = config.validate(config.read_recipe(recipe), recipe)
+    changes = []
+    for section in ("model", "data", "blocks", "optim", "train"):
+        old, new = (dataclasses.asdict(getattr(c, section)) for c in (original, settings))
+        changes += [
+            f"{section}.{key} is {new[key]} instead of {old[key]}"
+            for key in old
+            if old[key] != new[key] and key not in ("root", "workers", "device", "threads", "checkpoint_every")
+        ]
+    if original.method != settings.method:
+        changes.append(f"method is {config.method_name(settings.method)} instead of {config.method_name(original.method)}")
+    return ", ".join(changes)
+
+
+def _show_results(console: Console, results: list[dict[str, Any]]) -> None:
+    first = results[0]
+    console.print(f"\n{first['model']} on {first['data']}, {first['epochs']} epochs, seed {first['seed']}", highlight=False)
+    reference = next((r for r in results if r["method"] == "e2e"), None)
+    table = Table(title="Test accuracy and cost of a training step" + (" (x: of e2e)" if reference else ""))
+    for heading in ("method", "blocks", "last epoch", "best epoch*", "activations", "step", "FLOPs", "auxiliary parameters"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+
+    def ratio(result: dict[str, Any], key: str) -> str:
+        return f" {result['cost'][key] / reference['cost'][key]:.2f}x" if reference is not None else ""
+
+    for result in results:
+        costs = result["cost"]
+        best = result.get("best")
+        table.add_row(
+            result["method"],
+            str(result["blocks"]),
+            f"{result['last']['test']['model']:.2%}",
+            f"{best['test']['model']:.2%} ({best['epoch']})" if best else "-",
+            f"{costs['activation_bytes'] / 2**20:.2f} MiB" + ratio(result, "activation_bytes"),
+            f"{costs['step_seconds'] * 1e3:.1f} ms" + ratio(result, "step_seconds"),
+            f"{costs['flops'] / 1e9:.2f} G" + ratio(result, "flops"),
+            f"{costs['auxiliary_parameters']:,} ({costs['auxiliary_parameters'] / costs['parameters']:.2f}x)",
+        )
+    console.print(table)
+    console.print("* selected on the validation split, never on test" if first.get("best") else "", style="dim")
+    for result in results:
+        heads = {name: score for name, score in result["last"]["test"].items() if name != "model"}
+        if heads:
+            console.print(
+                f"{result['method']}: test accuracy of every head: "
+                + ", ".join(f"{name} {score:.1%}" for name, score in heads.items())
+                + f", model {result['last']['test']['model']:.1%}",
+                highlight=False,
+            )
+
+
+@app.command("eval")
+def evaluate_command(
+    run_dir: Annotated[Path, typer.Argument(help="A directory that `localgrad train` wrote.")],
+    split: Annotated[Literal["test", "validation"], typer.Option(help="Which images to score.")] = "test",
+    best: Annotated[bool, typer.Option("--best", help="The weights of the best validation epoch, not the last ones.")] = False,
+    data_root: DataRoot = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a trained network: its own head and every auxiliary head."""
+    from localgrad.train.experiment import build
+    from localgrad.train.folder import RunFolder
+    from localgrad.train.meters import evaluate
+
+    settings = _resumed(run_dir)
+    if settings.beside:
+        from localgrad.config import method_name
+
+        names = ", ".join(method_name(spec).replace("+", "-") for spec in [settings.method, *settings.beside])
+        raise ConfigError(f"{run_dir} holds several runs; evaluate one of its directories: {names}")
+    if data_root is not None:
+        settings.data.root = data_root
+    if device is not None:
+        settings.train.device = device
+    experiment = build(settings)
+    folder = RunFolder(run_dir, resume=True)
+    remark = folder._restore(experiment)
+    if remark:
+        Console(stderr=True).print(remark, highlight=False)
+    if best:
+        experiment.evaluated.load_state_dict(folder.best_weights())
+    batches = experiment.data.validation if split == "validation" else experiment.data.test
+    if batches is None:
+        raise ConfigError(f"{run_dir} was trained without a validation split (data.validation=0); use --split test")
+    result = {"run": str(run_dir), "split": split, "epoch": experiment.epoch} | evaluate(
+        experiment.evaluated, batches, experiment.autocast
+    )
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    table = Table(title=f"{experiment.data.title}, {split} split, {batches.num_images} images")
+    table.add_column("head")
+    table.add_column("accuracy", justify="right")
+    for name, score in result["score"].items():
+        table.add_row(name, f"{score:.2%}")
+    Console().print(table)
+
+
+@app.command("list")
+def list_command(
+    what: Annotated[Literal["models", "methods", "data", "recipes"], typer.Argument(help="What to list.")],
+    library: Annotated[
+        str | None, typer.Option(help="With models: all of timm or torchvision.", show_default=False)
+    ] = None,
+    data_root: DataRoot = None,
+    as_json: Json = False,
+) -> None:
+    """List what there is: models, methods, data, recipes."""
+    rows = {"models": _models, "methods": _methods, "recipes": _recipes}[what](library) if what != "data" else _data(data_root)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(*(rows[0] if rows else ()))
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console().print(table)
+    if what == "models" and library is None:
+        Console().print("And every model of timm and torchvision: localgrad list models --library timm", highlight=False)
+
+
+def _models(library: str | None) -> list[dict[str, Any]]:
+    from localgrad import models
+
+    if library is not None:
+        return [{"name": name} for name in models.available(library)]
+    return [{"name": name, "what": (models.OWN[name].__doc__ or "").strip()} for name in models.available()]
+
+
+def _methods(_: str | None) -> list[dict[str, Any]]:
+    from localgrad import config, methods
+
+    return [
+        {
+            "name": name,
+            "kind": "base" if base else "plug-in",
+            "what": (getattr(methods, name).__doc__ or "").strip().splitlines()[0],
+        }
+        for name, base in sorted(config.known_methods().items(), key=lambda item: (not item[1], item[0]))
+    ]
+
+
+def _recipes(_: str | None) -> list[dict[str, Any]]:
+    from localgrad import config
+
+    rows = []
+    for name in config.recipes():
+        recipe = config.validate(config.read_recipe(name), name)
+        rows.append(
+            {
+                "name": name,
+                "model": recipe.model.name,
+                "data": recipe.data.name,
+                "method": config.method_name(recipe.method),
+                "blocks": recipe.blocks.num_blocks or len(recipe.blocks.cuts or []) + 1,
+                "epochs": recipe.train.epochs,
+                "published": recipe.about.published or "-",
+                "source": " ".join(filter(None, (recipe.about.paper, recipe.about.table))) or recipe.about.notes,
+            }
+        )
+    return rows
+
+
+def _data(root: str | None) -> list[dict[str, Any]]:
+    from localgrad import data
+
+    return [
+        {"name": found.name, "title": found.title, "found": "yes" if found.found else "no", "where": str(found.where)}
+        for found in data.available(root)
+    ]
+
+
+@app.command()
+def summary(
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    method: MethodOption = None,
+    num_blocks: BlocksOption = None,
+    model: ModelOption = None,
+    image_size: Annotated[int, typer.Option(help="Sides of the square images.")] = 32,
+    channels: Annotated[int, typer.Option(help="Channels of the images.")] = 3,
+    num_classes: Annotated[int, typer.Option(help="Classes.")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Images in the measured step.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Show each block: where it begins, parameters, FLOPs and activations, and totals as ratios to end-to-end.
+
+    [bold]localgrad summary --model torchvision:resnet50 --method dgl --num-blocks 4 --image-size 64[/bold]
+    """
+    if recipe is None and model is None:
+        raise ConfigError("nothing to summarise: name a recipe or a --model, for instance --model resnet32 --num-blocks 8")
+    settings = _settings(recipe, overrides, method=method, blocks__num_blocks=num_blocks, model__name=model)
+    from localgrad.bench.summary import summarize
+
+    if min(image_size, channels, batch_size) < 1:
+        raise ConfigError(f"--image-size {image_size}, --channels {channels}, --batch-size {batch_size}: all are at least 1")
+    result = summarize(settings, (channels, image_size, image_size), num_classes, batch_size)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    table = Table(title=f"{result['model']}, {result['method']}, batch {batch_size} at {image_size} px")
+    for heading in ("block", "begins at", "features", "parameters", "heads", "twins", "MFLOPs", "heads", "MiB saved", "heads"):
+        table.add_column(heading, justify="left" if heading in ("begins at", "features") else "right")
+    for row in result["blocks"]:
+        table.add_row(
+            str(row["block"]), row["begins_at"], "x".join(map(str, row["features"])), f"{row['parameters']:,}",
+            f"{row['head_parameters']:,}", f"{row['twin_parameters']:,}", f"{row['flops'] / 1e6:,.1f}",
+            f"{row['head_flops'] / 1e6:,.1f}", f"{row['saved_bytes'] / 2**20:.2f}", f"{row['head_saved_bytes'] / 2**20:.2f}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    total, e2e = result["total"], result["e2e"]
+    console.print(
+        f"One training step, {result['method']} against end-to-end: activations "
+        f"{total['activation_bytes'] / 2**20:.2f} of {e2e['activation_bytes'] / 2**20:.2f} MiB "
+        f"({total['activation_bytes'] / e2e['activation_bytes']:.2f}x), with checkpointing at the same boundaries "
+        f"{result['checkpointing']['activation_bytes'] / e2e['activation_bytes']:.2f}x; FLOPs "
+        f"{total['flops'] / e2e['flops']:.2f}x (checkpointing {result['checkpointing']['flops'] / e2e['flops']:.2f}x); "
+        f"training parameters {(total['parameters'] + total['auxiliary_parameters']) / e2e['parameters']:.2f}x.",
+        highlight=False,
+    )
+
+
+@app.command()
+def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
+    """Show versions, devices and the data found, and say what is wrong with them."""
+    from localgrad.bench.doctor import findings
+
+    rows = findings(data_root)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        table = Table("what", "found", "remark")
+        for row in rows:
+            table.add_row(row["what"], row["found"], row["remark"])
+        Console().print(table)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(textwrap.fill(f"error: {message}", 100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def _one_paragraph() -> Iterator[None]:
+    try:
+        yield
+    except LocalgradError as error:
+        _fail(str(error), 130 if type(error).__name__ == "Interrupted" else 2)
+    except KeyboardInterrupt:
+        _fail("stopped; what was not checkpointed is lost", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: errors of localgrad end as one paragraph and exit code 2, an interruption as 130."""
+    with _one_paragraph():
+        app(arguments)
+
+
+__all__ = ["app", "main"]

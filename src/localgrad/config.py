@@ -1,0 +1,368 @@
+"""What a run is: dataclasses, recipes that extend one another, dotted overrides, one validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from localgrad.errors import ConfigError, MethodError, nearest
+
+if TYPE_CHECKING:
+    from localgrad.method import Method, Task
+
+# What a YAML file may hold for one method: a name, or {name: {option: value}}; from the base to the outermost plug-in.
+MethodSpec = list[str | dict[str, dict[str, Any] | None]]
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """``name`` as `localgrad.models.create` takes it, ``options`` for the constructor."""
+
+    name: str = "resnet32"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """As `localgrad.data.load` takes it. ``validation`` is the share of training images used to select the best epoch."""
+
+    name: str = "cifar10"
+    root: str | None = None
+    image_size: int | None = None
+    validation: float = 0.1
+    limit: int | None = None
+    augment: bool = True
+    workers: int = 0
+
+
+@dataclass(kw_only=True)
+class BlocksConfig:
+    """As `localgrad.localize` takes it; exactly one of ``num_blocks`` and ``cuts``."""
+
+    num_blocks: int | None = None
+    cuts: list[str] | None = None
+    balance: Literal["count", "bytes"] = "count"
+    stem: Literal["unit", "own", "merged"] = "unit"
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """The optimizer, its schedule, clipping, and when it steps.
+
+    ``schedule``: ``cosine`` falls to 0 step by step after ``warmup_epochs`` of linear warm-up; ``paper`` is the per-epoch
+    cosine of the papers with their warm-up from 0.01; ``constant`` stays.
+    ``clip_grad`` limits the gradient norm of each group of blocks that share a span: one block in local learning, all
+    of them in end-to-end training. ``per_block`` steps a block as soon as its last span has run and frees its gradients.
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    schedule: Literal["cosine", "paper", "constant"] = "cosine"
+    warmup_epochs: int = 0
+    clip_grad: float | None = None
+    per_block: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0 and math.isfinite(self.lr), f"optim.lr={self.lr}; it must be a positive number")
+        _require(0 <= self.momentum < 1, f"optim.momentum={self.momentum}; it must be at least 0 and below 1")
+        _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}; it must be at least 0")
+        _require(self.warmup_epochs >= 0, f"optim.warmup_epochs={self.warmup_epochs}; it must be at least 0")
+        _require(self.clip_grad is None or self.clip_grad > 0, f"optim.clip_grad={self.clip_grad}; a positive norm or null")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The loop. ``checkpoint_every`` counts steps; a checkpoint is also written after each epoch."""
+
+    epochs: int = 10
+    batch_size: int = 128
+    eval_batch_size: int = 500
+    accumulate: int = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema_decay: float | None = None
+    compile: bool = False
+    channels_last: bool = False
+    seed: int = 0
+    deterministic: bool = False
+    device: str = "auto"
+    threads: int | None = None
+    checkpoint_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "eval_batch_size", "accumulate"):
+            _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}; it must be at least 1")
+        for name in ("threads", "checkpoint_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"train.{name}={value}; it must be at least 1, or null")
+        for name in ("mixup", "cutmix"):
+            _require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}; it must be at least 0 (0 is off)")
+        _require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"train.ema_decay={self.ema_decay}; it must lie between 0 and 1, or null",
+        )
+
+
+@dataclass(kw_only=True)
+class About:
+    """Where a recipe comes from; ``localgrad list recipes`` shows it."""
+
+    paper: str = ""
+    table: str = ""
+    published: str = ""
+    notes: str = ""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One run. ``beside`` lists methods trained with the same settings for comparison."""
+
+    method: MethodSpec
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    beside: list[MethodSpec] = field(default_factory=list)
+    about: About = field(default_factory=About)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def recipes() -> dict[str, Path]:
+    """Name -> file of every recipe that ships with localgrad."""
+    folder = Path(str(resources.files("localgrad") / "recipes"))
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*.yaml"))
+        if not path.name.startswith("_")
+    }
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe, by name or as the path of a YAML file, with everything it extends merged in.
+
+    Raises:
+        ConfigError: no such recipe or file, not YAML, not a mapping, or recipes that extend each other in a circle.
+    """
+    return _read(_locate(name.removeprefix("recipe:"), None), ())
+
+
+def _locate(name: str, beside: Path | None) -> Path:
+    folder = Path(str(resources.files("localgrad") / "recipes"))
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name) if beside is None or Path(name).is_absolute() else beside.parent / name
+        if not path.is_file():
+            raise ConfigError(f"no file {str(path)!r}; give the path of a YAML file or one of `localgrad list recipes`")
+        return path
+    known = recipes()
+    if name in known:
+        return known[name]
+    private = folder / f"{name}.yaml"
+    if beside is not None and re.fullmatch(r"[\w/.-]+", name) and ".." not in name and private.is_file():
+        return private
+    raise ConfigError(nearest(name, known, "recipe") + ". A file of your own ends in .yaml")
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    import yaml
+
+    if path in chain:
+        raise ConfigError(f"recipes extend each other in a circle: {' -> '.join(p.name for p in (*chain, path))}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{path}: expected a mapping such as 'train: {{epochs: 10}}', found {type(content).__name__}")
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    return merge(_read(_locate(str(parent), path), (*chain, path)), content)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` laid over it; mappings are merged, everything else is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def override(settings: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Lay ``a.b=value`` over the settings; values are read as YAML.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    import yaml
+
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise ConfigError(f"{assignment!r} is no setting; write section.name=value, for instance optim.lr=0.05")
+        try:
+            change: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{assignment!r}: {text!r} is not a YAML value") from error
+        for part in reversed(key.split(".")):
+            change = {part: change}
+        settings = merge(settings, change)
+    return settings
+
+
+def validate(settings: dict[str, Any], source: str) -> Config:
+    """Turn settings into a `Config`.
+
+    Args:
+        settings: nested mapping.
+        source: what to call it in messages.
+
+    Raises:
+        ConfigError: a key that does not exist, a wrong type, a value out of range.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    for kind in (ModelConfig, DataConfig, BlocksConfig, OptimConfig, TrainConfig, About, Config):
+        setattr(kind, "__pydantic_config__", ConfigDict(extra="forbid"))
+    try:
+        return TypeAdapter(Config).validate_python(settings)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_complaints(error))) from error
+
+
+def _complaints(error: Any) -> Iterator[str]:
+    for problem in error.errors()[:5]:
+        place = [str(part) for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
+        path = ".".join(place)
+        if problem["type"] == "unexpected_keyword_argument":
+            known = _keys(place[:-1])
+            yield f"{path}: " + nearest(place[-1], known, "setting") if known else f"{path}: unknown setting"
+        elif "ctx" in problem and isinstance(problem["ctx"].get("error"), ConfigError):
+            yield str(problem["ctx"]["error"])
+        elif problem["type"] == "missing":
+            yield f"{path}: missing; for instance {path}: [dgl]" if path == "method" else f"{path}: missing"
+        else:
+            yield f"{path}: {problem['msg']} (got {problem['input']!r})"
+
+
+def _keys(place: Sequence[str]) -> list[str]:
+    kind: Any = Config
+    for part in place:
+        found = {f.name: f.default_factory for f in dataclasses.fields(kind)}.get(part)
+        if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+            return []
+        kind = found
+    return [f.name for f in dataclasses.fields(kind)]
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as YAML that `validate` reads back."""
+    import yaml
+
+    settings = dataclasses.asdict(config)
+    settings["optim"]["betas"] = list(settings["optim"]["betas"])
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def parse_method(text: str) -> MethodSpec:
+    """``infopro+checkpointing`` -> ``["infopro", "checkpointing"]``."""
+    parts = [part.strip() for part in text.split("+")]
+    if not all(parts):
+        raise ConfigError(f"method {text!r} has an empty part; write base+plugin, for instance dgl+windows")
+    return list(parts)
+
+
+def method_name(spec: MethodSpec) -> str:
+    """``dgl+windows``: the names without their options."""
+    return "+".join(part if isinstance(part, str) else next(iter(part), "?") for part in spec)
+
+
+def known_methods() -> dict[str, bool]:
+    """Name -> whether it is a base (takes a task) or a plug-in (takes a method)."""
+    from localgrad import methods
+
+    return {
+        name: next(iter(inspect.signature(getattr(methods, name)).parameters)) == "task" for name in methods.__all__
+    }
+
+
+def build_method(spec: MethodSpec, task: Task) -> Method:
+    """The method a specification names, base first.
+
+    Raises:
+        ConfigError: an unknown name, a plug-in where a base must stand or the reverse, an unknown or wrong option.
+        MethodError: parts that cannot be combined.
+    """
+    from pydantic import ConfigDict, ValidationError, validate_call
+
+    from localgrad import methods
+
+    known = known_methods()
+    value: Any = task
+    if not spec:
+        raise ConfigError("method: []; name a base, for instance method: [dgl]")
+    for position, part in enumerate(spec):
+        entries = {part: None} if isinstance(part, str) else part
+        if len(entries) != 1:
+            raise ConfigError(f"method: {part!r} must hold one name, as in {{pgl: {{every: 10}}}}")
+        ((name, options),) = entries.items()
+        if name not in known:
+            raise ConfigError(nearest(name, known, "method"))
+        if known[name] != (position == 0):
+            bases = ", ".join(n for n, base in known.items() if base)
+            raise ConfigError(
+                f"method {method_name(spec)!r}: {name!r} is a "
+                + (f"base and must come first; plug-ins follow it" if known[name] else f"plug-in; begin with one of {bases}")
+            )
+        function = getattr(methods, name)
+        allowed = list(inspect.signature(function).parameters)[1:]
+        for option in options or {}:
+            if option not in allowed:
+                raise ConfigError(
+                    f"method.{name}: {nearest(option, allowed, 'option')}" if allowed else f"method.{name} has no options"
+                )
+        try:
+            value = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(_checked(function))(
+                value, **(options or {})
+            )
+        except ValidationError as error:
+            raise ConfigError(f"method.{name}: " + "; ".join(_complaints(error))) from error
+    if not hasattr(value, "spans"):
+        raise MethodError(f"{method_name(spec)} is not a method")
+    return value
+
+
+def _checked(function: Any) -> Any:
+    """``function`` with its first argument, a task or a method, left to itself: pydantic checks the options only."""
+    import typing
+
+    signature = inspect.signature(function)
+    hints = typing.get_type_hints(function)
+    first, *rest = signature.parameters.values()
+    parameters = [first.replace(annotation=Any), *(p.replace(annotation=hints.get(p.name, Any)) for p in rest)]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__signature__ = signature.replace(parameters=parameters, return_annotation=Any)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    call.__name__ = function.__name__
+    return call

@@ -1,0 +1,155 @@
+"""Named asserts about a network: what its losses train, and that the model is still the model that was given."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.engine import local_losses, local_outputs
+from localgrad.network import LocalNetwork
+from localgrad.spans import Constant, Span
+
+__all__ = ["assert_isolated", "assert_transparent"]
+
+
+@dataclass(frozen=True)
+class _Only(Constant):
+    """One span and no other."""
+
+    span: Span
+
+    def spans(self, num_blocks: int) -> tuple[Span, ...]:
+        return (self.span,)
+
+
+def assert_isolated(network: LocalNetwork, inputs: Any, targets: Any, step: int = 0) -> None:
+    """Assert that each local loss trains the blocks of its span and its auxiliary network, all of them and nothing else.
+
+    Two steps are run for each span of ``step``: one in which its loss is the only one, which must leave a gradient on every
+    parameter of the span and on no other; and one in which the other losses are multiplied by 0, which must leave a
+    gradient of exactly 0 everywhere else. Gradients, buffers and the state of torch's generators are put back.
+
+    Args:
+        network: from `localgrad.localize`, in training mode.
+        inputs: a batch, as for `localgrad.local_losses`; ``targets`` likewise.
+        step: whose spans are checked.
+
+    Raises:
+        AssertionError: names the parameters.
+
+    Example:
+        >>> import torch, localgrad
+        >>> from localgrad.testing import assert_isolated
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> method = localgrad.methods.dgl(localgrad.tasks.classification(3))
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> assert_isolated(localgrad.localize(model, method, num_blocks=2, example=x), x, y)
+    """
+    spans = network.spans(step)
+    with _untouched(network):
+        for span in spans:
+            expected = _trained_by(network, span)
+            found = set(_gradients(_with_only(network, span), inputs, targets, step, span))
+            _compare(f"the loss of span {span} alone", network, found, expected)
+            gradients = _gradients(network, inputs, targets, step, span)
+            nonzero = {name for name, gradient in gradients.items() if gradient.ne(0).any()}
+            _compare(f"the loss of span {span} beside the others", network, nonzero, expected, all_of_them=False)
+
+
+def assert_transparent(model: nn.Module, network: LocalNetwork, inputs: Any) -> None:
+    """Assert that ``model`` is still itself: what `localgrad.localize` was given, at any time before or after training.
+
+    ``network`` holds that very model; every parameter of a block is one of the model's and lies in one block; no auxiliary
+    tensor is in the model's ``state_dict``; ``forward`` is that of its class; and in eval mode the model, the network and
+    the blocks one after the other return the same, bit for bit. Modes and buffers are put back.
+
+    Args:
+        model: the model that was given to `localgrad.localize`.
+        network: what it returned.
+        inputs: a batch, or a tuple for models with several inputs.
+
+    Raises:
+        AssertionError: says what differs.
+
+    Example:
+        >>> import torch, localgrad
+        >>> from localgrad.testing import assert_transparent
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> x = torch.randn(16, 4)
+        >>> method = localgrad.methods.dgl(localgrad.tasks.classification(3))
+        >>> assert_transparent(model, localgrad.localize(model, method, num_blocks=2, example=x), x)
+    """
+    assert network.model is model, "the network holds another model than the one given"
+    assert "forward" not in vars(model), "the model's forward was replaced"
+    own = {id(p): name for name, p in model.named_parameters()}
+    homes: dict[int, int] = {}
+    for index, block in enumerate(network.blocks):
+        for name, parameter in block.named_parameters():
+            assert id(parameter) in own, f"parameter {name!r} of block {index} is not the model's"
+            first = homes.setdefault(id(parameter), index)
+            assert first == index, f"parameter {own[id(parameter)]!r} is in blocks {first} and {index}"
+    auxiliary = {id(t) for t in (*network.auxiliary.parameters(), *network.auxiliary.buffers())}
+    added = [name for name, value in model.state_dict(keep_vars=True).items() if id(value) in auxiliary]
+    assert not added, f"the model's state_dict contains auxiliary tensors: {', '.join(added)}"
+    arguments = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    with _untouched(network), torch.no_grad():
+        network.eval()
+        expected = model(*arguments)
+        by_blocks = next(output for _, term, output in local_outputs(network, inputs) if term is None)
+        torch.testing.assert_close(network(*arguments), expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(by_blocks, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def _trained_by(network: LocalNetwork, span: Span) -> set[str]:
+    modules: list[nn.Module] = [block for k, block in enumerate(network.blocks) if span.covers(k)]
+    if span.stop < len(network.blocks):
+        modules.append(network.auxiliary_of(span))
+    trained = {id(p) for module in modules for p in module.parameters() if p.requires_grad}
+    return {name for name, p in network.named_parameters() if id(p) in trained}
+
+
+def _with_only(network: LocalNetwork, span: Span) -> LocalNetwork:
+    """The same modules, under a schedule of one span."""
+    other = copy.copy(network)
+    other.method = replace(network.method, spans=_Only(span))
+    return other
+
+
+def _gradients(network: LocalNetwork, inputs: Any, targets: Any, step: int, counted: Span) -> dict[str, Tensor]:
+    network.zero_grad(set_to_none=True)
+    for span, loss in local_losses(network, inputs, targets, step):
+        (loss if span == counted else loss * 0.0).backward()
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+def _compare(what: str, network: LocalNetwork, found: set[str], expected: set[str], all_of_them: bool = True) -> None:
+    order = [name for name, _ in network.named_parameters()]
+    wrong = [name for name in order if name in found - expected]
+    missing = [name for name in order if name in expected - found and all_of_them]
+    assert not wrong, f"{what} gave a gradient to {', '.join(wrong)}, which it must not train"
+    assert not missing, f"{what} gave no gradient to {', '.join(missing)}"
+
+
+@contextlib.contextmanager
+def _untouched(network: nn.Module) -> Iterator[None]:
+    """Put back gradients, buffers, modes and random state on exit."""
+    gradients = [(p, p.grad) for p in network.parameters()]
+    buffers = [(b, b.clone()) for b in network.buffers()]
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,230 @@
+"""Everything a run consists of, built from its configuration, saved and restored as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from localgrad import data, methods, models, tasks
+from localgrad.config import Config, MethodSpec, build_method
+from localgrad.errors import CheckpointError, ConfigError, DataError
+from localgrad.network import LocalNetwork, localize
+from localgrad.randomness import seeded
+from localgrad.train import checkpoint
+from localgrad.train.meters import Meter
+from localgrad.train.optim import Stepper
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def device_of(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: an unknown device, or one this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"train.device={name!r} is no device; use auto, cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"train.device={name!r}; localgrad trains on cpu and cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"train.device={name!r}, but this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
+
+
+@dataclass
+class Experiment:
+    """A run in memory.
+
+    Attributes:
+        epoch, batch, step: where it stands: batches of this epoch done, optimizer steps done.
+        history: one row for each finished epoch.
+        best: epoch and validation score of the best one so far; None without a validation split.
+    """
+
+    config: Config
+    data: data.Data
+    network: LocalNetwork
+    stepper: Stepper
+    average: nn.Module | None
+    meter: Meter
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Dtype of forward passes."""
+        return DTYPES[self.config.train.precision]
+
+    @property
+    def evaluated(self) -> LocalNetwork:
+        """What is evaluated and exported: the averaged network if weights are averaged."""
+        return self.network if self.average is None else self.average.module  # type: ignore[return-value]
+
+    def state(self) -> dict[str, Any]:
+        """The whole run as a tree that `localgrad.train.checkpoint.save` takes."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "network": self.network.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "stepper": self.stepper.state_dict(),
+            "meter": self.meter.state_dict(),
+            "position": {"epoch": self.epoch, "batch": self.batch, "step": self.step},
+            "history": self.history,
+            "best": self.best,
+            "random": checkpoint.random_states(),
+        }
+
+    def restore(self, state: dict[str, Any], path: Path) -> None:
+        """Continue from ``state``.
+
+        Raises:
+            CheckpointError: it belongs to a run with another model, method, data set or schedule.
+        """
+        try:
+            saved, own = state["config"], dataclasses.asdict(self.config)
+            free = ("beside", "about")
+            differ = [key for key in own if key not in free and not _same(saved.get(key), own[key])]
+            if differ:
+                raise CheckpointError(
+                    f"{path} was written by a run with other settings ({', '.join(differ)}); resume with the run's own "
+                    "config.yaml, or start anew in another --run-dir"
+                )
+            self.network.load_state_dict(state["network"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.stepper.load_state_dict(state["stepper"])
+            self.meter.load_state_dict(state["meter"])
+            self.epoch, self.batch, self.step = (state["position"][k] for k in ("epoch", "batch", "step"))
+            self.history, self.best = state["history"], state["best"]
+            checkpoint.set_random_states(state["random"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} does not fit this run ({' '.join(str(error).split())[:300]}); it was written by another model, "
+                "method or version"
+            ) from error
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal but for tuples that came back as lists, and for settings that change no result."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        neutral = {"checkpoint_every", "root", "workers"}
+        return all(_same(a.get(k), b.get(k)) for k in {*a, *b} - neutral)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
+
+
+def set_up_torch(config: Config) -> torch.device:
+    """Threads, deterministic mode and the device of a run."""
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    return device_of(config.train.device)
+
+
+def load_data(config: Config, device: torch.device) -> data.Data:
+    """The data of a run."""
+    return data.load(
+        config.data.name,
+        root=config.data.root,
+        batch_size=config.train.batch_size,
+        eval_batch_size=config.train.eval_batch_size,
+        image_size=config.data.image_size,
+        validation=config.data.validation,
+        limit=config.data.limit,
+        seed=config.train.seed,
+        augment=config.data.augment,
+        workers=config.data.workers,
+        device=device,
+    )
+
+
+def build_task(config: Config, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> tasks.Classification:
+    """The task of a run."""
+    return tasks.classification(num_classes, label_smoothing=config.train.label_smoothing, mean=mean, std=std)
+
+
+def build_network(
+    config: Config, task: tasks.Classification, image_shape: tuple[int, int, int], device: torch.device
+) -> LocalNetwork:
+    """Model, method and cuts of a run, with the weights that its seed gives."""
+    channels, height, _ = image_shape
+    if (config.blocks.num_blocks is None) == (config.blocks.cuts is None):
+        raise ConfigError(
+            f"blocks.num_blocks={config.blocks.num_blocks} and blocks.cuts={config.blocks.cuts}: give exactly one of them; "
+            "--num-blocks 4 sets the first"
+        )
+    method = build_method(config.method, task)
+    if config.train.accumulate > 1:
+        method = methods.accumulation(method, parts=config.train.accumulate)
+    with seeded(config.train.seed, "weights"):
+        model = models.create(
+            config.model.name,
+            num_classes=task.num_classes,
+            in_channels=channels,
+            image_size=height,
+            **config.model.options,
+        )
+        memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+        example = torch.randn(2, *image_shape, device=device)
+        network = localize(
+            model,
+            method,
+            example=example,
+            num_blocks=config.blocks.num_blocks,
+            cuts=config.blocks.cuts,
+            balance=config.blocks.balance,
+            stem=config.blocks.stem,
+        )
+    if config.train.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.train()
+
+
+def build(config: Config) -> Experiment:
+    """Build a run from its configuration.
+
+    Raises:
+        ConfigError, DataError, PartitionError, MethodError: what is wrong, in one paragraph.
+    """
+    device = set_up_torch(config)
+    loaded = load_data(config, device)
+    if (config.train.mixup or config.train.cutmix) and loaded.num_classes < 2:
+        raise DataError("mixup and cutmix need at least 2 classes")
+    network = build_network(
+        config, build_task(config, loaded.num_classes, loaded.mean, loaded.std), loaded.image_shape, device
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+    stepper = Stepper(network, config.optim, scaler)
+    average = None
+    if config.train.ema_decay is not None:
+        average = AveragedModel(
+            network, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema_decay), use_buffers=True
+        )
+    if config.train.compile:
+        network.compile_blocks()
+    return Experiment(config, loaded, network, stepper, average, Meter(network))
+
+
+def with_method(config: Config, method: MethodSpec) -> Config:
+    """The same run by another method."""
+    return dataclasses.replace(config, method=method, beside=[])

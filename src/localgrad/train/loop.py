@@ -1,0 +1,107 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localgrad.engine import local_losses
+from localgrad.exchange import exchange
+from localgrad.randomness import keyed_randomness, seeded
+from localgrad.train.experiment import Experiment
+from localgrad.train.meters import Meter, evaluate
+from localgrad.train.optim import learning_rate
+
+
+def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch: Callable[[Experiment], None]) -> None:
+    """Train ``run`` from where it stands to its last epoch.
+
+    Args:
+        after_step: called with everything consistent after each step; may save, show progress, or raise to stop.
+        after_epoch: called after each epoch, its row already in ``run.history``.
+
+    Raises:
+        TrainingError: a loss is not finite.
+    """
+    config, network, meter = run.config, run.network, run.meter
+    steps = len(run.data.train)
+    with keyed_randomness(config.train.seed):
+        while run.epoch < config.train.epochs:
+            network.train()
+            started = time.perf_counter()
+            for inputs, targets in run.data.train.epoch(run.epoch, start=run.batch):
+                inputs, targets = inputs.to(network.device), targets.to(network.device)
+                if config.train.channels_last:
+                    inputs = inputs.contiguous(memory_format=torch.channels_last)
+                rate = learning_rate(config.optim, run.epoch, run.batch / steps, config.train.epochs)
+                run.stepper.set_learning_rate(rate)
+                step(run, *mixed(run, inputs, targets))
+                run.batch += 1
+                run.step += 1
+                meter.batches += 1
+                meter.samples += len(inputs)
+                if network.device.type == "cpu":
+                    meter.check_finite(run.step)
+                after_step(run)
+            meter.check_finite(run.step)
+            run.history.append(row(run, rate, time.perf_counter() - started))
+            run.epoch, run.batch = run.epoch + 1, 0
+            meter = run.meter = Meter(network)
+            after_epoch(run)
+
+
+def step(run: Experiment, inputs: Tensor, targets: Tensor) -> None:
+    """One optimizer step."""
+    losses = local_losses(
+        run.network,
+        inputs,
+        targets,
+        run.step,
+        autocast=run.autocast,
+        on_output=lambda span, term, output: run.meter.add_output(span, term, output, targets),
+        on_block_done=run.stepper.block_done,
+    )
+    for span, loss in losses:
+        run.stepper.scaler.scale(loss).backward()
+        run.meter.add_loss(span, loss)
+    run.stepper.finish(run.step)
+    exchange(run.network)
+    if run.average is not None:
+        run.average.update_parameters(run.network)  # type: ignore[operator]
+
+
+def mixed(run: Experiment, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mixup and cutmix, as configured; one of them at random if both are."""
+    settings = run.config.train
+    if not (settings.mixup or settings.cutmix):
+        return inputs, targets
+    from torchvision.transforms import v2
+
+    kinds: list[Any] = []
+    if settings.mixup:
+        kinds.append(v2.MixUp(alpha=settings.mixup, num_classes=run.data.num_classes))
+    if settings.cutmix:
+        kinds.append(v2.CutMix(alpha=settings.cutmix, num_classes=run.data.num_classes))
+    with seeded(settings.seed, "mix", run.step, device=inputs.device):
+        return v2.RandomChoice(kinds)(inputs, targets)
+
+
+def row(run: Experiment, rate: float, seconds: float) -> dict[str, Any]:
+    """What an epoch leaves in the history; updates ``run.best`` by the validation split."""
+    result: dict[str, Any] = {
+        "epoch": run.epoch + 1,
+        "step": run.step,
+        "lr": rate,
+        "seconds": seconds,
+        "train": run.meter.read(),
+    }
+    if run.data.validation is not None:
+        result["validation"] = evaluate(run.evaluated, run.data.validation, run.autocast)
+        score = result["validation"]["score"]["model"]
+        if run.best is None or score > run.best["score"]:
+            run.best = {"epoch": run.epoch + 1, "score": score}
+    return result

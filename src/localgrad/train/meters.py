@@ -1,0 +1,103 @@
+"""Losses and scores of every head, summed on the device and read when they are shown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localgrad.engine import local_outputs
+from localgrad.errors import TrainingError
+from localgrad.method import Batch, Task, Term
+from localgrad.network import LocalNetwork
+from localgrad.spans import Span
+
+
+class Meter:
+    """Mean loss and score of each head. Heads are named by the boundary they read, ``block 1`` being after block 1."""
+
+    def __init__(self, network: LocalNetwork) -> None:
+        self.task: Task = network.method.task
+        self.num_blocks = len(network.blocks)
+        self.device = network.device
+        self.losses: dict[str, Tensor] = {}
+        self.scores: dict[str, Tensor] = {}
+        self.batches = 0
+        self.samples = 0
+
+    def name(self, span: Span) -> str:
+        """``block 3`` for the loss after block 3 (counted from 1), ``blocks 3-4`` for one over two, ``model`` at the end."""
+        if span.stop == self.num_blocks:
+            return "model"
+        return f"block {span.stop}" if span.stop - span.start == 1 else f"blocks {span.start + 1}-{span.stop}"
+
+    def add_loss(self, span: Span, loss: Tensor) -> None:
+        """Add the loss of one span of one batch."""
+        name = self.name(span)
+        self.losses[name] = self.losses.get(name, torch.zeros((), device=self.device)) + loss.detach().float()
+
+    def add_output(self, span: Span, term: Term | None, output: Any, targets: Any) -> None:
+        """Add the scores of one head on one batch."""
+        if term is not None and not term.scored:
+            return
+        name = self.name(span)
+        total = self.task.score(output, targets).sum()
+        self.scores[name] = self.scores.get(name, torch.zeros((), device=self.device)) + total
+
+    def check_finite(self, step: int) -> None:
+        """Raise `TrainingError` if a loss was NaN or infinite."""
+        for name, loss in self.losses.items():
+            if not torch.isfinite(loss):
+                raise TrainingError(
+                    f"the loss of {name} is {loss.item()} at step {step}; training stopped and the last checkpoint is "
+                    "untouched. Lower optim.lr, set optim.clip_grad=1.0 or use train.precision=fp32"
+                )
+
+    def read(self) -> dict[str, dict[str, float]]:
+        """``{"loss": {head: mean}, "score": {head: mean}}``; waits for the device."""
+        return {
+            "loss": {name: loss.item() / max(1, self.batches) for name, loss in self.losses.items()},
+            "score": {name: score.item() / max(1, self.samples) for name, score in self.scores.items()},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums so far, for a checkpoint in mid-epoch."""
+        return {
+            "losses": dict(self.losses), "scores": dict(self.scores), "batches": self.batches, "samples": self.samples
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put `state_dict` back."""
+        self.losses = {name: value.to(self.device) for name, value in state["losses"].items()}
+        self.scores = {name: value.to(self.device) for name, value in state["scores"].items()}
+        self.batches, self.samples = state["batches"], state["samples"]
+
+
+@torch.no_grad()
+def evaluate(network: LocalNetwork, batches: Any, autocast: torch.dtype | None = None) -> dict[str, dict[str, float]]:
+    """Score every head and the model's own on a split, in eval mode.
+
+    Args:
+        network: left in the mode it was in.
+        batches: a loader of `localgrad.data`, or any iterable of (inputs, targets).
+        autocast: dtype, None for full precision.
+
+    Returns:
+        ``{"loss": {"model": ...}, "score": {head: ...}}``; the loss is the model's own.
+    """
+    was_training = network.training
+    network.eval()
+    meter = Meter(network)
+    try:
+        for inputs, targets in batches.epoch(0) if hasattr(batches, "epoch") else batches:
+            inputs, targets = inputs.to(meter.device), targets.to(meter.device)
+            for span, term, output in local_outputs(network, inputs, autocast=autocast):
+                meter.add_output(span, term, output, targets)
+                if term is None:
+                    meter.add_loss(span, meter.task.loss(output, Batch(inputs, targets, 0)) * len(targets))
+            meter.samples += len(targets)
+    finally:
+        network.train(was_training)
+    meter.batches = meter.samples  # the losses above are sums over samples
+    return meter.read()

@@ -1,0 +1,118 @@
+"""Optimizers, their schedule, clipping, and when a block steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from localgrad.config import OptimConfig
+from localgrad.errors import ConfigError
+from localgrad.network import LocalNetwork
+from localgrad.spans import groups
+
+
+def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int) -> float:
+    """The learning rate of one step.
+
+    Args:
+        config: ``lr``, ``schedule``, ``warmup_epochs``.
+        epoch: 0-based.
+        progress: share of this epoch done, [0, 1).
+        epochs: of the whole run.
+
+    ``paper`` is, with e = epoch + 1 of E, ``lr/2 (1 + cos(pi e / E))``, and for e <= 10 that times (e - 1)/10 plus
+    0.01 (11 - e)/10: constant within an epoch and 0 in the last one.
+
+    Source: the training scripts of InfoPro, MAN, MAN++ and MLAAN.
+    """
+    if config.schedule == "paper":
+        e = epoch + 1
+        cosine = 0.5 * config.lr * (1 + math.cos(math.pi * e / epochs))
+        return cosine * (e - 1) / 10 + 0.01 * (11 - e) / 10 if e <= 10 else cosine
+    done = epoch + progress
+    if done < config.warmup_epochs:
+        return config.lr * (done + 1e-2) / config.warmup_epochs
+    if config.schedule == "constant":
+        return config.lr
+    share = (done - config.warmup_epochs) / max(1e-9, epochs - config.warmup_epochs)
+    return 0.5 * config.lr * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def build(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD or AdamW over ``parameters``."""
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    nesterov = config.nesterov and config.momentum > 0
+    return torch.optim.SGD(
+        parameters, config.lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay
+    )
+
+
+class Stepper:
+    """Clips and steps, for the whole network at once or, with ``config.per_block``, block by block.
+
+    Pass ``block_done`` as ``on_block_done`` to `localgrad.local_losses` and call ``finish`` after the loop.
+
+    Args:
+        network: whose parameters are trained; those without ``requires_grad`` (twins) are left alone.
+        config: see `localgrad.config.OptimConfig`.
+        scaler: scales fp16 losses; disabled for other precisions.
+    """
+
+    def __init__(self, network: LocalNetwork, config: OptimConfig, scaler: torch.amp.GradScaler) -> None:
+        self.network, self.config, self.scaler = network, config, scaler
+        if config.per_block:
+            self.parameters = [network.block_parameters(k) for k in range(len(network.blocks))]
+        else:
+            self.parameters = [[p for p in network.parameters() if p.requires_grad]]
+        self.optimizers = [build(config, parameters) for parameters in self.parameters if parameters]
+        patterns = network.method.spans.patterns(len(network.blocks))
+        if config.per_block and config.clip_grad and any(s.stop - s.start > 1 for p in patterns for s in p):
+            raise ConfigError(
+                f"optim.per_block with optim.clip_grad={config.clip_grad}: {network.method.name} has spans over several "
+                "blocks, whose common gradient norm is known only after the first of them has stepped; drop one of the two"
+            )
+
+    @property
+    def block_done(self) -> Callable[[int], None] | None:
+        """What to pass as ``on_block_done``."""
+        return self._step_block if self.config.per_block else None
+
+    def set_learning_rate(self, value: float) -> None:
+        """Set it for every parameter."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = value
+
+    def _step_block(self, block: int) -> None:
+        self._step(self.optimizers[block], [self.parameters[block]])
+
+    def _step(self, optimizer: torch.optim.Optimizer, clipped_together: list[list[nn.Parameter]]) -> None:
+        if self.config.clip_grad is not None:
+            self.scaler.unscale_(optimizer)
+            for parameters in clipped_together:
+                torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_grad)
+        self.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+
+    def finish(self, step: int) -> None:
+        """Step what has not stepped yet, and adapt the loss scale."""
+        if not self.config.per_block:
+            runs = groups(self.network.spans(step), len(self.network.blocks))
+            together = [[p for k in run for p in self.network.block_parameters(k)] for run in runs]
+            self._step(self.optimizers[0], together if self.config.clip_grad is not None else [])
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of every optimizer and of the scaler."""
+        return {"optimizers": [o.state_dict() for o in self.optimizers], "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put `state_dict` back."""
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,66 @@
+"""What a run shows while it goes on: a live line in a terminal, a plain line for each epoch elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from localgrad.train.experiment import Experiment
+
+REFRESH_SECONDS = 0.5
+
+
+class Progress:
+    """Shows loss and score of every head.
+
+    Args:
+        console: where to; a live table if it is a terminal.
+        title: of the run.
+    """
+
+    def __init__(self, console: Console, title: str) -> None:
+        self.console, self.title = console, title
+        self.shown = 0.0
+        self.live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def step(self, run: Experiment) -> None:
+        """After a step; reads the meters only when the screen is due."""
+        if self.live is None or time.monotonic() - self.shown < REFRESH_SECONDS:
+            return
+        self.shown = time.monotonic()
+        now = run.meter.read()
+        table = Table(
+            title=f"{self.title}: epoch {run.epoch + 1}/{run.config.train.epochs}, "
+            f"batch {run.batch}/{len(run.data.train)}"
+        )
+        for heading in ("head", "training loss", "training accuracy"):
+            table.add_column(heading, justify="right" if heading != "head" else "left")
+        for name, loss in now["loss"].items():
+            score = now["score"].get(name)
+            table.add_row(name, f"{loss:.3f}", "-" if score is None else f"{score:.1%}")
+        self.live.update(table, refresh=True)
+
+    def epoch(self, run: Experiment) -> None:
+        """After an epoch: one line with the score of every head."""
+        row = run.history[-1]
+        split = "validation" if "validation" in row else "train"
+        scores = row[split]["score"]
+        inner = " ".join(f"{100 * score:.1f}" for name, score in scores.items() if name != "model")
+        self.console.print(
+            f"{self.title}  epoch {row['epoch']}/{run.config.train.epochs}  loss {row['train']['loss']['model']:.3f}  "
+            f"{split} accuracy {scores['model']:.1%}" + (f"  (heads of blocks, %: {inner})" if inner else ""),
+            highlight=False,
+        )

@@ -1,0 +1,157 @@
+"""One run from start to result, and several side by side."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from localgrad.bench.cost import cost, step_seconds
+from localgrad.bench.plots import comparison_picture, curves_picture
+from localgrad.config import Config, method_name
+from localgrad.errors import LocalgradError
+from localgrad.train.experiment import Experiment, build, with_method
+from localgrad.train.folder import RunFolder
+from localgrad.train.loop import train
+from localgrad.train.meters import evaluate
+from localgrad.train.progress import Progress
+
+
+class Interrupted(LocalgradError):
+    """The run was stopped from outside and saved."""
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turns Ctrl-C and SIGTERM into a question to ask between steps; a second Ctrl-C stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(*_: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def run(config: Config, folder: RunFolder, console: Console, title: str, resume_with: str) -> tuple[Experiment, dict[str, Any]]:
+    """Train one method and write its directory.
+
+    Args:
+        config: of this method.
+        folder: see `RunFolder`.
+        console: for progress.
+        title: what to call it.
+        resume_with: the command that continues the run, for the message after an interruption.
+
+    Returns:
+        the experiment and its result: test scores of every head at the last epoch, and of the model at the best epoch of the
+        validation split, kept apart.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
+    """
+    experiment = build(config)
+    remark = folder.start(experiment)
+    if remark:
+        console.print(remark, style="dim", highlight=False)
+    every = config.train.checkpoint_every
+    with Progress(console, title) as progress, _stop_requests() as stop_requested:
+
+        def after_step(state: Experiment) -> None:
+            progress.step(state)
+            if stop_requested():
+                folder.save(state)
+                raise Interrupted(f"stopped at step {state.step} and saved; continue with: {resume_with}")
+            if every is not None and state.step % every == 0:
+                folder.save(state)
+
+        def after_epoch(state: Experiment) -> None:
+            folder.finish_epoch(state)
+            progress.epoch(state)
+
+        train(experiment, after_step, after_epoch)
+    result = _result(experiment, folder)
+    curves_picture(experiment.history, title, folder.path / "curves.png")
+    folder.finish(experiment, result)
+    return experiment, result
+
+
+def _result(run: Experiment, folder: RunFolder) -> dict[str, Any]:
+    network = run.evaluated
+    last = evaluate(network, run.data.test, run.autocast)
+    result: dict[str, Any] = {
+        "method": run.network.method.name,
+        "model": run.config.model.name,
+        "data": run.data.title,
+        "blocks": len(run.network.blocks),
+        "cuts": [cut.name for cut in run.network.cuts],
+        "epochs": run.epoch,
+        "steps": run.step,
+        "seed": run.config.train.seed,
+        "last": {"epoch": run.epoch, "test": last["score"]},
+    }
+    if run.best is not None:
+        weights = {k: v.clone() for k, v in network.state_dict().items()}
+        network.load_state_dict(folder.best_weights())
+        result["best"] = {
+            "epoch": run.best["epoch"],
+            "validation": run.best["score"],
+            "test": evaluate(network, run.data.test, run.autocast)["score"],
+        }
+        network.load_state_dict(weights)
+    return result
+
+
+def compare(
+    config: Config, path: Path, console: Console, *, resume: bool, overwrite: bool, resume_with: str
+) -> list[dict[str, Any]]:
+    """Train ``config.method`` and every method in ``config.beside`` with the same settings, data order and weights.
+
+    Writes one directory for each below ``path``, ``comparison.png`` and the costs of a training step, measured in one
+    process with the contestants in turn.
+
+    Returns:
+        the result of each with its ``cost``, the first being the configured method.
+    """
+    specs = [config.method, *config.beside]
+    names = [method_name(spec) for spec in specs]
+    if len(specs) == 1:
+        experiment, result = run(config, RunFolder(path, resume=resume, overwrite=overwrite), console, names[0], resume_with)
+        experiments, results = [experiment], [result]
+    else:
+        experiments, results = [], []
+        for name, spec in zip(names, specs, strict=True):
+            place = path / name.replace("+", "-")
+            continues = resume and (place / "config.yaml").is_file()
+            folder = RunFolder(place, resume=continues, overwrite=overwrite or resume)
+            experiment, result = run(with_method(config, spec), folder, console, name, resume_with)
+            experiments.append(experiment)
+            results.append(result)
+    inputs, targets = next(iter(experiments[0].data.train.epoch(0)))
+    device, autocast = experiments[0].network.device, experiments[0].autocast
+    inputs, targets = inputs.to(device), targets.to(device)
+    networks = [experiment.network for experiment in experiments]
+    seconds = step_seconds(networks, inputs, targets, autocast)
+    for result, network, taken in zip(results, networks, seconds, strict=True):
+        result["cost"] = asdict(cost(network, inputs, targets, autocast)) | {
+            "step_seconds": taken,
+            "batch_size": len(inputs),
+        }
+    if len(results) > 1:
+        comparison_picture(results, path / "comparison.png")
+    return results
