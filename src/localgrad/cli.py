@@ -31,7 +31,9 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.NAME=VALUE]...", help="Settings to change, for instance optim.lr=0.05.", show_default=False),
+    typer.Argument(
+        metavar="[SECTION.NAME=VALUE]...", help="Settings to change, for instance optim.lr=0.05.", show_default=False
+    ),
 ]
 Recipe = Annotated[
     str | None,
@@ -39,16 +41,24 @@ Recipe = Annotated[
 ]
 MethodOption = Annotated[
     str | None,
-    typer.Option("--method", "-m", help="Base and plug-ins, inner to outer: dgl, infopro, e2e+checkpointing.", show_default=False),
+    typer.Option(
+        "--method", "-m", help="Base and plug-ins, inner to outer: dgl, infopro, e2e+checkpointing.", show_default=False
+    ),
 ]
-BlocksOption = Annotated[int | None, typer.Option("--num-blocks", "-k", help="Blocks to cut the model into.", show_default=False)]
+BlocksOption = Annotated[
+    int | None, typer.Option("--num-blocks", "-k", help="Blocks to cut the model into.", show_default=False)
+]
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="resnet32, timm:NAME or torchvision:NAME.", show_default=False)
 ]
-DataOption = Annotated[str | None, typer.Option("--data", help="A data set (see: localgrad list data).", show_default=False)]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="A data set (see: localgrad list data).", show_default=False)
+]
 DataRoot = Annotated[
     str | None,
-    typer.Option("--data-root", help="Folder of the data sets; default $LOCALGRAD_DATA, else ../shared/data.", show_default=False),
+    typer.Option(
+        "--data-root", help="Folder of the data sets; default $LOCALGRAD_DATA, else ../shared/data.", show_default=False
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -87,16 +97,22 @@ def train(
     method: MethodOption = None,
     beside: Annotated[
         list[str] | None,
-        typer.Option(help="Another method to train with the same settings, for comparison; may be repeated.", show_default=False),
+        typer.Option(
+            help="Another method to train with the same settings, for comparison; may be repeated.", show_default=False
+        ),
     ] = None,
-    alone: Annotated[bool, typer.Option("--alone", help="Train no method beside it, whatever the recipe says.")] = False,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Train no method beside it, whatever the recipe says.")
+    ] = False,
     num_blocks: BlocksOption = None,
     model: ModelOption = None,
     data: DataOption = None,
     data_root: DataRoot = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", show_default=False)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images in a step.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, order, augmentation and dropout.", show_default=False)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of weights, order, augmentation and dropout.", show_default=False)
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.", show_default=False)] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default=False)] = None,
     run_dir: Annotated[
@@ -121,7 +137,9 @@ def train(
     console = Console(stderr=as_json)
     if resume is not None:
         if recipe is not None or run_dir is not None or overwrite:
-            raise ConfigError("--resume continues a run with its own settings; leave recipe, --run-dir and --overwrite out")
+            raise ConfigError(
+                "--resume continues a run with its own settings; leave recipe, --run-dir and --overwrite out"
+            )
         settings, folder = _resumed(resume), resume
     else:
         if recipe is None and not (model and data):
@@ -145,7 +163,9 @@ def train(
         )
         name = Path(recipe or str(data)).stem.replace("recipe:", "").replace(":", "-")
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        folder = run_dir or Path("runs") / f"{name}-{configuration.method_name(settings.method).replace('+', '-')}-{stamp}"
+        folder = (
+            run_dir or Path("runs") / f"{name}-{configuration.method_name(settings.method).replace('+', '-')}-{stamp}"
+        )
     from localgrad.train.folder import write_text
     from localgrad.train.run import compare
 
@@ -153,7 +173,9 @@ def train(
     if scaled:
         console.print(f"Not as published: {scaled}.", highlight=False)
     if settings.train.threads == 1:
-        console.print("One CPU thread (small networks run slower on more; --threads changes it).", style="dim", highlight=False)
+        console.print(
+            "One CPU thread (small networks run slower on more; --threads changes it).", style="dim", highlight=False
+        )
     multiple = bool(settings.beside)
     if multiple and resume is None:
         if folder.exists() and (folder / "config.yaml").exists() and not overwrite:
@@ -164,7 +186,9 @@ def train(
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"cannot use {folder} as run directory: {error.strerror}; choose another --run-dir") from error
+            raise ConfigError(
+                f"cannot use {folder} as run directory: {error.strerror}; choose another --run-dir"
+            ) from error
         write_text(folder / "config.yaml", configuration.dump(settings))
     results = compare(
         settings, folder, console, resume=resume is not None, overwrite=overwrite,
@@ -201,16 +225,29 @@ def _scaled_down(recipe: str | None, settings: Any) -> str:
             if old[key] != new[key] and key not in ("root", "workers", "device", "threads", "checkpoint_every")
         ]
     if original.method != settings.method:
-        changes.append(f"method is {config.method_name(settings.method)} instead of {config.method_name(original.method)}")
+        changes.append(
+            f"method is {config.method_name(settings.method)} instead of {config.method_name(original.method)}"
+        )
     return ", ".join(changes)
 
 
 def _show_results(console: Console, results: list[dict[str, Any]]) -> None:
     first = results[0]
-    console.print(f"\n{first['model']} on {first['data']}, {first['epochs']} epochs, seed {first['seed']}", highlight=False)
+    console.print(
+        f"\n{first['model']} on {first['data']}, {first['epochs']} epochs, seed {first['seed']}", highlight=False
+    )
     reference = next((r for r in results if r["method"] == "e2e"), None)
     table = Table(title="Test accuracy and cost of a training step" + (" (x: of e2e)" if reference else ""))
-    for heading in ("method", "blocks", "last epoch", "best epoch*", "activations", "step", "FLOPs", "auxiliary parameters"):
+    for heading in (
+        "method",
+        "blocks",
+        "last epoch",
+        "best epoch*",
+        "activations",
+        "step",
+        "FLOPs",
+        "auxiliary parameters",
+    ):
         table.add_column(heading, justify="left" if heading == "method" else "right")
 
     def ratio(result: dict[str, Any], key: str) -> str:
@@ -246,7 +283,9 @@ def _show_results(console: Console, results: list[dict[str, Any]]) -> None:
 def evaluate_command(
     run_dir: Annotated[Path, typer.Argument(help="A directory that `localgrad train` wrote.")],
     split: Annotated[Literal["test", "validation"], typer.Option(help="Which images to score.")] = "test",
-    best: Annotated[bool, typer.Option("--best", help="The weights of the best validation epoch, not the last ones.")] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="The weights of the best validation epoch, not the last ones.")
+    ] = False,
     data_root: DataRoot = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.", show_default=False)] = None,
     as_json: Json = False,
@@ -276,9 +315,8 @@ def evaluate_command(
     batches = experiment.data.validation if split == "validation" else experiment.data.test
     if batches is None:
         raise ConfigError(f"{run_dir} was trained without a validation split (data.validation=0); use --split test")
-    result = {"run": str(run_dir), "split": split, "epoch": experiment.epoch} | evaluate(
-        experiment.evaluated, batches, experiment.autocast
-    )
+    scores = evaluate(experiment.evaluated, batches, experiment.autocast)
+    result: dict[str, Any] = {"run": str(run_dir), "split": split, "epoch": experiment.epoch, **scores}
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -300,7 +338,11 @@ def list_command(
     as_json: Json = False,
 ) -> None:
     """List what there is: models, methods, data, recipes."""
-    rows = {"models": _models, "methods": _methods, "recipes": _recipes}[what](library) if what != "data" else _data(data_root)
+    rows = (
+        {"models": _models, "methods": _methods, "recipes": _recipes}[what](library)
+        if what != "data"
+        else _data(data_root)
+    )
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -309,7 +351,9 @@ def list_command(
         table.add_row(*(str(value) for value in row.values()))
     Console().print(table)
     if what == "models" and library is None:
-        Console().print("And every model of timm and torchvision: localgrad list models --library timm", highlight=False)
+        Console().print(
+            "And every model of timm and torchvision: localgrad list models --library timm", highlight=False
+        )
 
 
 def _models(library: str | None) -> list[dict[str, Any]]:
@@ -381,18 +425,33 @@ def summary(
     [bold]localgrad summary --model torchvision:resnet50 --method dgl --num-blocks 4 --image-size 64[/bold]
     """
     if recipe is None and model is None:
-        raise ConfigError("nothing to summarise: name a recipe or a --model, for instance --model resnet32 --num-blocks 8")
+        raise ConfigError(
+            "nothing to summarise: name a recipe or a --model, for instance --model resnet32 --num-blocks 8"
+        )
     settings = _settings(recipe, overrides, method=method, blocks__num_blocks=num_blocks, model__name=model)
     from localgrad.bench.summary import summarize
 
     if min(image_size, channels, batch_size) < 1:
-        raise ConfigError(f"--image-size {image_size}, --channels {channels}, --batch-size {batch_size}: all are at least 1")
+        raise ConfigError(
+            f"--image-size {image_size}, --channels {channels}, --batch-size {batch_size}: all are at least 1"
+        )
     result = summarize(settings, (channels, image_size, image_size), num_classes, batch_size)
     if as_json:
         print(json.dumps(result, indent=2))
         return
     table = Table(title=f"{result['model']}, {result['method']}, batch {batch_size} at {image_size} px")
-    for heading in ("block", "begins at", "features", "parameters", "heads", "twins", "MFLOPs", "heads", "MiB saved", "heads"):
+    for heading in (
+        "block",
+        "begins at",
+        "features",
+        "parameters",
+        "heads",
+        "twins",
+        "MFLOPs",
+        "heads",
+        "MiB saved",
+        "heads",
+    ):
         table.add_column(heading, justify="left" if heading in ("begins at", "features") else "right")
     for row in result["blocks"]:
         table.add_row(

@@ -220,7 +220,9 @@ def _parts(inputs: Any, targets: Any, parts: int) -> list[tuple[Any, Any, float]
         return tree_map_only(Tensor, lambda t: t[start:stop], value)
 
     return [
-        (rows(inputs, a, b), rows(targets, a, b), (b - a) / size) for a, b in zip(edges, edges[1:], strict=False) if b > a
+        (rows(inputs, a, b), rows(targets, a, b), (b - a) / size)
+        for a, b in zip(edges, edges[1:], strict=False)
+        if b > a
     ]
 
 
@@ -294,8 +296,9 @@ def _one_pass(
             yield span, state.loss(span, autocast, on_output)
             if torch.is_grad_enabled():
                 finished += state.back(span)
-        for block in finished if on_block_done is not None else ():
-            on_block_done(block)
+        if on_block_done is not None:
+            for block in finished:
+                on_block_done(block)
         state.runs = {k: run for k, run in state.runs.items() if state.passes_left[k] > 0}
 
 

@@ -37,7 +37,9 @@ class Twin:
             raise MethodError(f"decay={self.decay}; a moving average needs a decay between 0 and 1")
         shapes = [[tuple(p.shape) for p in module.parameters()] for module in (self.source, self.copy)]
         if shapes[0] != shapes[1]:
-            raise MethodError(f"a twin has parameters of shapes {shapes[1]}, its source {shapes[0]}; they must be equal")
+            raise MethodError(
+                f"a twin has parameters of shapes {shapes[1]}, its source {shapes[0]}; they must be equal"
+            )
 
     def update(self) -> None:
         """Move the copy once."""

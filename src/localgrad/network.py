@@ -141,7 +141,9 @@ def localize(
         >>> [cut.name for cut in network.cuts]
         ['layer1.3', 'layer2.2', 'layer3.1']
     """
-    given = [name for name, value in (("num_blocks", num_blocks), ("cuts", cuts), ("modules", modules)) if value is not None]
+    given = [
+        name for name, value in (("num_blocks", num_blocks), ("cuts", cuts), ("modules", modules)) if value is not None
+    ]
     if len(given) != 1:
         raise PartitionError(
             f"{' and '.join(given) or 'nothing'} given; say where to cut by exactly one of num_blocks=, cuts= or modules="

@@ -33,14 +33,15 @@ def generator(*parts: Part) -> torch.Generator:
 @contextlib.contextmanager
 def seeded(*parts: Part, device: torch.device | None = None) -> Iterator[None]:
     """Seed torch (CPU, and ``device`` if it is a CUDA device) with ``key(*parts)``; put the old state back on exit."""
-    on_cuda = device is not None and device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_cuda else []):
+    generators, devices = [torch.default_generator], []
+    if device is not None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+        devices.append(index)
+    with torch.random.fork_rng(devices=devices):
         # Not torch.manual_seed: that would also reseed devices whose state is not put back.
-        torch.default_generator.manual_seed(key(*parts))
-        if on_cuda:
-            torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index].manual_seed(
-                key(*parts)
-            )
+        for one in generators:
+            one.manual_seed(key(*parts))
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,13 +64,13 @@ def _blocks(network: LocalNetwork, inputs: Tensor) -> list[dict[str, Any]]:
     rows = []
     for info, block in zip(block_infos(network), network.blocks, strict=True):
         arguments = [values[name] for name in block.inputs]
-        outputs, flops, saved = _measured(lambda b=block, a=arguments: b(*a), keep)
+        outputs, flops, saved = _measured(partial(block, *arguments), keep)
         detached = [o.detach() if isinstance(o, Tensor) else o for o in outputs]
         values |= zip(block.outputs, detached, strict=True)
         head_flops = head_saved = 0
         for _, auxiliary in network.auxiliaries_at(info.index + 1):
             leaf = detached[0].requires_grad_()
-            _, more, bytes_ = _measured(lambda m=auxiliary, x=leaf: m(x), [*keep, leaf])
+            _, more, bytes_ = _measured(partial(auxiliary, leaf), [*keep, leaf])
             head_flops, head_saved = head_flops + more, head_saved + bytes_
             leaf.requires_grad_(False)
         rows.append(

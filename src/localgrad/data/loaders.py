@@ -111,7 +111,7 @@ class Resident:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """See `Loader.epoch`."""
         crop = self.crop if self.order.seed is not None else None
-        draws = crop and crop.draw(len(self.images), self.order.seed or 0, "augment", epoch)
+        draws = None if crop is None else crop.draw(len(self.images), self.order.seed or 0, "augment", epoch)
         for index in self.order.batches(epoch, start):
             here = index.to(self.images.device)
             images = self.images[here]

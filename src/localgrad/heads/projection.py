@@ -19,9 +19,5 @@ class Projection:
 
     def __call__(self, site: Site) -> nn.Module:
         if site.layout.grid == (1, 1):
-            return nn.Sequential(
-                ToMaps(site.layout), nn.Flatten(), nn.Linear(site.channels, site.channels, bias=False)
-            )
-        return nn.Sequential(
-            ToMaps(site.layout), nn.Conv2d(site.channels, site.channels, 3, padding=1, bias=False)
-        )
+            return nn.Sequential(ToMaps(site.layout), nn.Flatten(), nn.Linear(site.channels, site.channels, bias=False))
+        return nn.Sequential(ToMaps(site.layout), nn.Conv2d(site.channels, site.channels, 3, padding=1, bias=False))

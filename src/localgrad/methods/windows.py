@@ -32,5 +32,7 @@ def windows(base: Method, *, width: int = 2, local: float = 1.0, cascade: float 
     Differs: one forward per block where their code runs two or three; equal weights by default.
     """
     if not isinstance(base.spans, Local):
-        raise MethodError(f"windows({base.name}): the base already decides its spans; windows need a local base like dgl")
+        raise MethodError(
+            f"windows({base.name}): the base already decides its spans; windows need a local base like dgl"
+        )
     return replace(base, name=f"windows({base.name})", spans=Overlapping(width, local, cascade))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -128,7 +129,7 @@ def _run_units(units: Sequence[Block], inputs: Any, exclude: Sequence[Tensor]) -
     kept, saved = [], []  # kept: storage ids are unique only while every storage is alive
     for unit in units:
         arguments = [values[name] for name in unit.inputs]
-        outputs, storages = saved_storages(lambda u=unit, a=arguments: u(*a), exclude)
+        outputs, storages = saved_storages(partial(unit, *arguments), exclude)
         kept.append(outputs)
         values |= zip(unit.outputs, outputs, strict=True)
         saved.append(storages)

@@ -1,0 +1,91 @@
+"""Draws depend on seed, block, step, micro-batch and replica, and on nothing that happened before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import METHODS, MODELS, batch, build
+
+import localgrad
+
+EVERY = pytest.mark.parametrize("name", METHODS)
+
+
+def run(network: localgrad.LocalNetwork, before: int, step: int = 0, seed: int = 0, replica: int = 0) -> dict[str, Tensor]:
+    """Gradients of one step in a process that drew something else before; checks that it may go on where it was."""
+    network.zero_grad(set_to_none=True)
+    torch.manual_seed(before)
+    state = torch.get_rng_state()
+    with localgrad.keyed_randomness(seed, replica):
+        localgrad.backward(network, *batch(), step)
+    assert torch.equal(torch.get_rng_state(), state)
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@EVERY
+@pytest.mark.parametrize("model", ["cnn", "transformer"])
+def test_gradients_depend_on_the_keys_alone(name: str, model: str) -> None:
+    network = build(model, METHODS[name], 3)
+    first = run(network, before=1)
+    assert same(first, run(network, before=2))
+    assert not same(first, run(network, before=1, step=1))
+    assert not same(first, run(network, before=1, seed=1))
+    assert not same(first, run(network, before=1, replica=1))
+
+
+def masks(network: localgrad.LocalNetwork, step: int = 0) -> list[Tensor]:
+    """Where each dropout layer let values through, in the order they ran; recomputation counts again."""
+    seen: list[Tensor] = []
+    hooks = [
+        m.register_forward_hook(lambda _, args, out: seen.append((out == 0) & (args[0] != 0)))
+        for m in network.model.modules()
+        if isinstance(m, nn.Dropout | nn.Dropout2d)
+    ]
+    with localgrad.keyed_randomness(5):
+        localgrad.backward(network, *batch(), step)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_methods_share_the_masks_of_each_block(model: str) -> None:
+    """Only the seed of a block matters, so gradient flow can be compared with everything else equal."""
+    expected = masks(build(model, METHODS["e2e"], 4))
+    assert expected and any(mask.any() for mask in expected)
+    for name in ("dgl", "windows(dgl)", "deep_supervision"):
+        found = masks(build(model, METHODS[name], 4))
+        assert len(found) == len(expected)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), name
+    assert not all(
+        torch.equal(a, b) for a, b in zip(masks(build(model, METHODS["e2e"], 4), step=1), expected, strict=True)
+    )
+
+
+def test_checkpointing_draws_the_same_masks_again() -> None:
+    first = masks(build("cnn", METHODS["e2e"], 5))
+    both = masks(build("cnn", METHODS["checkpointing(e2e)"], 5))
+    assert len(first) == 5 and len(both) == 9  # the last block is never run twice
+    assert all(torch.equal(a, b) for a, b in zip(both[:5], first, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(both[5:], reversed(first[:4]), strict=True))
+
+
+def test_micro_batches_draw_different_masks() -> None:
+    found = masks(build("cnn", localgrad.methods.accumulation(METHODS["e2e"], parts=2), 1))
+    assert len(found) == 10 and not torch.equal(found[0], found[5])
+
+
+def test_without_keys_draws_come_from_the_global_generator() -> None:
+    network = build("cnn", METHODS["dgl"], 3)
+    found = []
+    for seed in (0, 0, 1):
+        network.zero_grad(set_to_none=True)
+        torch.manual_seed(seed)
+        localgrad.backward(network, *batch())
+        found.append(network.model.units[0][0].weight.grad)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
