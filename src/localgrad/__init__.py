@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
         PartitionError,
         TrainingError,
     )
-    from localgrad.exchange import exchange
+    from localgrad.twins import exchange
     from localgrad.method import Batch, Method, Ramp, Site, Term
     from localgrad.network import LocalNetwork, localize
     from localgrad.randomness import keyed_randomness
@@ -40,7 +39,7 @@ _HOME = {
         ),
         "localgrad.errors",
     ),
-    "exchange": "localgrad.exchange",
+    "exchange": "localgrad.twins",
     **dict.fromkeys(("Batch", "Method", "Ramp", "Site", "Term"), "localgrad.method"),
     **dict.fromkeys(("LocalNetwork", "localize"), "localgrad.network"),
     "keyed_randomness": "localgrad.randomness",
@@ -52,12 +51,7 @@ __all__ = [*_HOME, *_MODULES]
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        importlib.import_module(_HOME[name])
-        # Importing a submodule binds its name here; bind ours after it, so that `exchange` means the function.
-        for other, home in _HOME.items():
-            if (value := getattr(sys.modules.get(home), other, None)) is not None:
-                globals()[other] = value
-        return globals()[name]
+        return getattr(importlib.import_module(_HOME[name]), name)
     if name in _MODULES:
         return importlib.import_module(f"localgrad.{name}")
     raise AttributeError(f"module 'localgrad' has no attribute {name!r}")

@@ -6,6 +6,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
+import shlex
+import shutil
 import sys
 import textwrap
 import time
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -63,16 +67,20 @@ DataRoot = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
+def _positional(recipe: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+    """Recipe and overrides; the first argument is an override too if it looks like one."""
+    overrides = list(overrides or [])
+    if recipe is not None and re.match(r"[\w.]+=", recipe):
+        return None, [recipe, *overrides]
+    return recipe, overrides
+
+
 def _settings(recipe: str | None, overrides: list[str] | None, **flags: Any) -> Any:
     """The configuration a command line describes: recipe, then SECTION.NAME=VALUE, then flags."""
     from localgrad import config
 
-    overrides = list(overrides or [])
-    if recipe is not None and "=" in recipe:
-        overrides.insert(0, recipe)
-        recipe = None
     settings: dict[str, Any] = {} if recipe is None else config.read_recipe(recipe)
-    settings = config.override(settings, overrides)
+    settings = config.override(settings, overrides or [])
     changes: dict[str, Any] = {}
     for key, value in flags.items():
         if value is not None:
@@ -135,12 +143,18 @@ def train(
     from localgrad import config as configuration
 
     console = Console(stderr=as_json)
+    recipe, overrides = _positional(recipe, overrides)
     if resume is not None:
-        if recipe is not None or run_dir is not None or overwrite:
-            raise ConfigError(
-                "--resume continues a run with its own settings; leave recipe, --run-dir and --overwrite out"
-            )
-        settings, folder = _resumed(resume), resume
+        flags = {
+            "model": model, "data": data, "method": method, "beside": beside, "alone": alone, "num-blocks": num_blocks,
+            "epochs": epochs, "batch-size": batch_size, "seed": seed, "device": device, "threads": threads,
+            "run-dir": run_dir, "overwrite": overwrite,
+        }  # fmt: skip
+        given = [f"--{name}" for name, value in flags.items() if value is not None and value is not False]
+        if recipe is not None or overrides or given:
+            refused = ", ".join(word for word in (recipe, *overrides, *given) if word)
+            raise ConfigError(f"--resume continues a run with its own settings; leave {refused} out")
+        settings, folder = _resumed(resume, data_root), resume
     else:
         if recipe is None and not (model and data):
             raise ConfigError(
@@ -166,7 +180,7 @@ def train(
         folder = (
             run_dir or Path("runs") / f"{name}-{configuration.method_name(settings.method).replace('+', '-')}-{stamp}"
         )
-    from localgrad.train.folder import write_text
+    from localgrad.train.folder import RunFolder, write
     from localgrad.train.run import compare
 
     scaled = _scaled_down(recipe, settings)
@@ -178,23 +192,13 @@ def train(
         )
     multiple = bool(settings.beside)
     if multiple and resume is None:
-        if folder.exists() and (folder / "config.yaml").exists() and not overwrite:
-            raise ConfigError(
-                f"{folder} already holds a run; continue it with --resume {folder}, replace it with --overwrite, or choose "
-                "another --run-dir"
-            )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot use {folder} as run directory: {error.strerror}; choose another --run-dir"
-            ) from error
-        write_text(folder / "config.yaml", configuration.dump(settings))
+        RunFolder(folder, overwrite=overwrite)
+        write(folder / "config.yaml", configuration.dump(settings))
     results = compare(
         settings, folder, console, resume=resume is not None, overwrite=overwrite,
-        resume_with=f"localgrad train --resume {folder}",
+        resume_with=f"localgrad train --resume {shlex.quote(str(folder))}",
     )  # fmt: skip
-    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write(folder / "results.json", json.dumps(results, indent=2) + "\n")
     if as_json:
         print(json.dumps(results, indent=2))
         return
@@ -203,10 +207,22 @@ def train(
     console.print(f"Picture: {picture}\nEverything else: {folder}", highlight=False, soft_wrap=True)
 
 
-def _resumed(folder: Path) -> Any:
+def _resumed(folder: Path, data_root: str | None) -> Any:
+    """The settings of the run in a directory; its data may have moved."""
     from localgrad.train.folder import read_config
 
-    return read_config(folder)
+    settings = read_config(folder)
+    if data_root is not None:
+        settings.data.root = data_root
+    return settings
+
+
+def _table(*headings: str, left: int = 1) -> Table:
+    """A table that fits 80 columns as long as its words do; ``left`` columns are text, the others numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index < left else "right", overflow="fold", no_wrap=index == 0)
+    return table
 
 
 def _scaled_down(recipe: str | None, settings: Any) -> str:
@@ -233,41 +249,34 @@ def _scaled_down(recipe: str | None, settings: Any) -> str:
 
 def _show_results(console: Console, results: list[dict[str, Any]]) -> None:
     first = results[0]
-    console.print(
-        f"\n{first['model']} on {first['data']}, {first['epochs']} epochs, seed {first['seed']}", highlight=False
-    )
     reference = next((r for r in results if r["method"] == "e2e"), None)
-    table = Table(title="Test accuracy and cost of a training step" + (" (x: of e2e)" if reference else ""))
-    for heading in (
-        "method",
-        "blocks",
-        "last epoch",
-        "best epoch*",
-        "activations",
-        "step",
-        "FLOPs",
-        "auxiliary parameters",
-    ):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+    title = f"{first['model']} in {first['blocks']} blocks on {first['data']}, {first['epochs']} epochs"
+    title += f", seed {first['seed']}"
+    console.print(
+        f"\n{title}\nTest accuracy, and cost of a training step of {first['cost']['batch_size']} images", style="bold"
+    )
+    table = _table("method", "last\nepoch", "best\nepoch*", "activa-\ntions", "time", "FLOPs", "auxiliary\nparameters")
 
-    def ratio(result: dict[str, Any], key: str) -> str:
-        return f" {result['cost'][key] / reference['cost'][key]:.2f}x" if reference is not None else ""
+    def against(result: dict[str, Any], key: str) -> str:
+        return f"\n{result['cost'][key] / reference['cost'][key]:.2f}x" if reference not in (None, result) else ""
 
     for result in results:
         costs = result["cost"]
         best = result.get("best")
         table.add_row(
             result["method"],
-            str(result["blocks"]),
             f"{result['last']['test']['model']:.2%}",
-            f"{best['test']['model']:.2%} ({best['epoch']})" if best else "-",
-            f"{costs['activation_bytes'] / 2**20:.2f} MiB" + ratio(result, "activation_bytes"),
-            f"{costs['step_seconds'] * 1e3:.1f} ms" + ratio(result, "step_seconds"),
-            f"{costs['flops'] / 1e9:.2f} G" + ratio(result, "flops"),
-            f"{costs['auxiliary_parameters']:,} ({costs['auxiliary_parameters'] / costs['parameters']:.2f}x)",
+            f"{best['test']['model']:.2%}\n({best['epoch']})" if best else "-",
+            f"{costs['activation_bytes'] / 2**20:.2f} MiB" + against(result, "activation_bytes"),
+            f"{costs['step_seconds'] * 1e3:.1f} ms" + against(result, "step_seconds"),
+            f"{costs['flops'] / 1e9:.2f} G" + against(result, "flops"),
+            f"{costs['auxiliary_parameters']:,}\n{costs['auxiliary_parameters'] / costs['parameters']:.2f}x",
         )
     console.print(table)
-    console.print("* selected on the validation split, never on test" if first.get("best") else "", style="dim")
+    remarks = ["x: of e2e; auxiliary parameters: of the model's"] if reference else []
+    remarks += ["*: selected on the validation split, never on test"] if first.get("best") else []
+    for remark in remarks:
+        console.print(remark, style="dim", highlight=False)
     for result in results:
         heads = {name: score for name, score in result["last"]["test"].items() if name != "model"}
         if heads:
@@ -295,37 +304,40 @@ def evaluate_command(
     from localgrad.train.folder import RunFolder
     from localgrad.train.meters import evaluate
 
-    settings = _resumed(run_dir)
+    settings = _resumed(run_dir, data_root)
     if settings.beside:
-        from localgrad.config import method_name
+        from localgrad.config import run_names
 
-        names = ", ".join(method_name(spec).replace("+", "-") for spec in [settings.method, *settings.beside])
-        raise ConfigError(f"{run_dir} holds several runs; evaluate one of its directories: {names}")
-    if data_root is not None:
-        settings.data.root = data_root
+        names = ", ".join(str(run_dir / name.replace("+", "-")) for name in run_names(settings))
+        raise ConfigError(f"{run_dir} holds several runs; evaluate one of them: {names}")
     if device is not None:
         settings.train.device = device
     experiment = build(settings)
     folder = RunFolder(run_dir, resume=True)
-    remark = folder._restore(experiment)
+    remark = folder.restore(experiment)
     if remark:
-        Console(stderr=True).print(remark, highlight=False)
+        Console(stderr=True).print(remark, highlight=False, soft_wrap=True)
+    epoch = experiment.epoch
     if best:
-        experiment.evaluated.load_state_dict(folder.best_weights())
+        if experiment.best is None:
+            raise ConfigError(f"{run_dir} has no best epoch: none is finished, or data.validation=0; leave --best out")
+        epoch = experiment.best["epoch"]
+        experiment.evaluated.load_state_dict(folder.best_weights(epoch))
     batches = experiment.data.validation if split == "validation" else experiment.data.test
     if batches is None:
         raise ConfigError(f"{run_dir} was trained without a validation split (data.validation=0); use --split test")
     scores = evaluate(experiment.evaluated, batches, experiment.autocast)
-    result: dict[str, Any] = {"run": str(run_dir), "split": split, "epoch": experiment.epoch, **scores}
+    result: dict[str, Any] = {"run": str(run_dir), "split": split, "epoch": epoch, **scores}
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    table = Table(title=f"{experiment.data.title}, {split} split, {batches.num_images} images")
-    table.add_column("head")
-    table.add_column("accuracy", justify="right")
+    title = f"{experiment.data.title}, {split} split, {batches.num_images} images, weights after epoch {epoch}"
+    table = _table("head", "accuracy")
     for name, score in result["score"].items():
         table.add_row(name, f"{score:.2%}")
-    Console().print(table)
+    console = Console()
+    console.print(title, style="bold")
+    console.print(table)
 
 
 @app.command("list")
@@ -338,6 +350,8 @@ def list_command(
     as_json: Json = False,
 ) -> None:
     """List what there is: models, methods, data, recipes."""
+    if library is not None and what != "models":
+        raise ConfigError(f"--library {library} goes with `localgrad list models`, not with `list {what}`")
     rows = (
         {"models": _models, "methods": _methods, "recipes": _recipes}[what](library)
         if what != "data"
@@ -346,7 +360,9 @@ def list_command(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table(*(rows[0] if rows else ()))
+    if what == "recipes":  # the rest is in the JSON
+        rows = [{k: r[k] for k in ("name", "blocks")} | {"result": r["published"] or r["source"]} for r in rows]
+    table = _table(*(rows[0] if rows else ()), left=9)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console().print(table)
@@ -391,7 +407,7 @@ def _recipes(_: str | None) -> list[dict[str, Any]]:
                 "method": config.method_name(recipe.method),
                 "blocks": recipe.blocks.num_blocks or len(recipe.blocks.cuts or []) + 1,
                 "epochs": recipe.train.epochs,
-                "published": recipe.about.published or "-",
+                "published": recipe.about.published,
                 "source": " ".join(filter(None, (recipe.about.paper, recipe.about.table))) or recipe.about.notes,
             }
         )
@@ -414,8 +430,14 @@ def summary(
     method: MethodOption = None,
     num_blocks: BlocksOption = None,
     model: ModelOption = None,
-    image_size: Annotated[int, typer.Option(help="Sides of the square images.")] = 32,
-    channels: Annotated[int, typer.Option(help="Channels of the images.")] = 3,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Sides of the square images; default as the recipe's data, else 32.", show_default=False),
+    ] = None,
+    channels: Annotated[
+        int | None,
+        typer.Option(help="Channels of the images; default as the recipe's data, else 3.", show_default=False),
+    ] = None,
     num_classes: Annotated[int, typer.Option(help="Classes.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Images in the measured step.")] = 16,
     as_json: Json = False,
@@ -424,13 +446,20 @@ def summary(
 
     [bold]localgrad summary --model torchvision:resnet50 --method dgl --num-blocks 4 --image-size 64[/bold]
     """
+    recipe, overrides = _positional(recipe, overrides)
     if recipe is None and model is None:
         raise ConfigError(
             "nothing to summarise: name a recipe or a --model, for instance --model resnet32 --num-blocks 8"
         )
     settings = _settings(recipe, overrides, method=method, blocks__num_blocks=num_blocks, model__name=model)
     from localgrad.bench.summary import summarize
+    from localgrad.data.sources import SOURCES
 
+    known = SOURCES.get(settings.data.name if recipe is not None else "")
+    if image_size is None:
+        image_size = settings.data.image_size or (known.shape[1] if known else 32)
+    if channels is None:
+        channels = known.shape[0] if known else 3
     if min(image_size, channels, batch_size) < 1:
         raise ConfigError(
             f"--image-size {image_size}, --channels {channels}, --batch-size {batch_size}: all are at least 1"
@@ -439,28 +468,19 @@ def summary(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    table = Table(title=f"{result['model']}, {result['method']}, batch {batch_size} at {image_size} px")
-    for heading in (
-        "block",
-        "begins at",
-        "features",
-        "parameters",
-        "heads",
-        "twins",
-        "MFLOPs",
-        "heads",
-        "MiB saved",
-        "heads",
-    ):
-        table.add_column(heading, justify="left" if heading in ("begins at", "features") else "right")
+    title = f"{result['model']}, {result['method']}, batch of {batch_size} images {channels}x{image_size}x{image_size}"
+    table = _table("block", "begins at", "features", "parameters", "MFLOPs", "MiB saved", left=3)
     for row in result["blocks"]:
-        table.add_row(
-            str(row["block"]), row["begins_at"], "x".join(map(str, row["features"])), f"{row['parameters']:,}",
-            f"{row['head_parameters']:,}", f"{row['twin_parameters']:,}", f"{row['flops'] / 1e6:,.1f}",
-            f"{row['head_flops'] / 1e6:,.1f}", f"{row['saved_bytes'] / 2**20:.2f}", f"{row['head_saved_bytes'] / 2**20:.2f}",
-        )  # fmt: skip
+        parameters = row["head_parameters"] + row["twin_parameters"]
+        own = [f"{row['parameters']:,}", f"{row['flops'] / 1e6:,.1f}", f"{row['saved_bytes'] / 2**20:.2f}"]
+        heads = [f"{parameters:,}", f"{row['head_flops'] / 1e6:,.1f}", f"{row['head_saved_bytes'] / 2**20:.2f}"]
+        if parameters:
+            own = [f"{a}\n+ {b}" for a, b in zip(own, heads, strict=True)]
+        table.add_row(str(row["block"]), row["begins_at"], "x".join(map(str, row["features"])), *own)
     console = Console()
+    console.print(title, style="bold")
     console.print(table)
+    console.print("+ what the auxiliary networks on the block's output add", style="dim")
     total, e2e = result["total"], result["e2e"]
     console.print(
         f"One training step, {result['method']} against end-to-end: activations "
@@ -482,14 +502,15 @@ def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        table = Table("what", "found", "remark")
+        table = _table("what", "found", "remark", left=3)
         for row in rows:
             table.add_row(row["what"], row["found"], row["remark"])
         Console().print(table)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(textwrap.fill(f"error: {message}", 100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+    width = min(100, shutil.get_terminal_size().columns)
+    print(textwrap.fill(f"error: {message}", width, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -499,11 +520,16 @@ def _one_paragraph() -> Iterator[None]:
         yield
     except LocalgradError as error:
         _fail(str(error), 130 if type(error).__name__ == "Interrupted" else 2)
-    except KeyboardInterrupt:
-        _fail("stopped; what was not checkpointed is lost", 130)
+    except SystemExit as error:
+        if error.code == 130:  # how typer ends on Ctrl-C
+            _fail("stopped; what was not checkpointed is lost", 130)
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        _fail(f"{what}; check the path, its permissions and the space left there", 2)
 
 
 def main(arguments: list[str] | None = None) -> None:

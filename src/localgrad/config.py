@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -31,7 +32,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """As `localgrad.data.load` takes it. ``validation`` is the share of training images used to select the best epoch."""
+    """As `localgrad.data.load` takes it. ``validation`` is the share of training images that select the best epoch."""
 
     name: str = "cifar10"
     root: str | None = None
@@ -56,10 +57,10 @@ class BlocksConfig:
 class OptimConfig:
     """The optimizer, its schedule, clipping, and when it steps.
 
-    ``schedule``: ``cosine`` falls to 0 step by step after ``warmup_epochs`` of linear warm-up; ``paper`` is the per-epoch
-    cosine of the papers with their warm-up from 0.01; ``constant`` stays.
+    ``schedule``: ``cosine`` falls to 0 step by step after ``warmup_epochs`` of linear warm-up; ``paper`` is the
+    per-epoch cosine of the papers with their warm-up from 0.01; ``constant`` stays.
     ``clip_grad`` limits the gradient norm of each group of blocks that share a span: one block in local learning, all
-    of them in end-to-end training. ``per_block`` steps a block as soon as its last span has run and frees its gradients.
+    of them in end-to-end training. ``per_block`` steps a block as soon as its last span ran and frees its gradients.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -76,9 +77,17 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _require(self.lr > 0 and math.isfinite(self.lr), f"optim.lr={self.lr}; it must be a positive number")
         _require(0 <= self.momentum < 1, f"optim.momentum={self.momentum}; it must be at least 0 and below 1")
-        _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}; it must be at least 0")
+        _require(
+            self.weight_decay >= 0 and math.isfinite(self.weight_decay),
+            f"optim.weight_decay={self.weight_decay}; it must be a number of at least 0",
+        )
+        _require(
+            all(0 <= b < 1 for b in self.betas), f"optim.betas={list(self.betas)}; both must be at least 0 and below 1"
+        )
         _require(self.warmup_epochs >= 0, f"optim.warmup_epochs={self.warmup_epochs}; it must be at least 0")
-        _require(self.clip_grad is None or self.clip_grad > 0, f"optim.clip_grad={self.clip_grad}; a positive norm or null")
+        _require(
+            self.clip_grad is None or self.clip_grad > 0, f"optim.clip_grad={self.clip_grad}; a positive norm or null"
+        )
 
 
 @dataclass(kw_only=True)
@@ -109,7 +118,12 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name}={value}; it must be at least 1, or null")
         for name in ("mixup", "cutmix"):
-            _require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}; it must be at least 0 (0 is off)")
+            value = getattr(self, name)
+            _require(value >= 0 and math.isfinite(value), f"train.{name}={value}; it must be at least 0 (0 is off)")
+        _require(
+            0 <= self.label_smoothing < 1,
+            f"train.label_smoothing={self.label_smoothing}; it must be at least 0 and below 1",
+        )
         _require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
             f"train.ema_decay={self.ema_decay}; it must lie between 0 and 1, or null",
@@ -186,7 +200,9 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if path in chain:
         raise ConfigError(f"recipes extend each other in a circle: {' -> '.join(p.name for p in (*chain, path))}")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; check its permissions") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -241,7 +257,7 @@ def validate(settings: dict[str, Any], source: str) -> Config:
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     for kind in (ModelConfig, DataConfig, BlocksConfig, OptimConfig, TrainConfig, About, Config):
-        setattr(kind, "__pydantic_config__", ConfigDict(extra="forbid"))
+        kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
     try:
         return TypeAdapter(Config).validate_python(settings)
     except ValidationError as error:
@@ -260,7 +276,7 @@ def _complaints(error: Any) -> Iterator[str]:
         elif problem["type"] == "missing":
             yield f"{path}: missing; for instance {path}: [dgl]" if path == "method" else f"{path}: missing"
         else:
-            yield f"{path}: {problem['msg']} (got {problem['input']!r})"
+            yield f"{path}: {problem['msg']} (got {textwrap.shorten(repr(problem['input']), 100)})"
 
 
 def _keys(place: Sequence[str]) -> list[str]:
@@ -293,6 +309,16 @@ def parse_method(text: str) -> MethodSpec:
 def method_name(spec: MethodSpec) -> str:
     """``dgl+windows``: the names without their options."""
     return "+".join(part if isinstance(part, str) else next(iter(part), "?") for part in spec)
+
+
+def run_names(config: Config) -> list[str]:
+    """What the configured method and those beside it are called, in that order; a name that repeats gets a number."""
+    names: list[str] = []
+    for spec in [config.method, *config.beside]:
+        name = method_name(spec)
+        repeats = sum(re.fullmatch(rf"{re.escape(name)}(-\d+)?", known) is not None for known in names)
+        names.append(f"{name}-{repeats + 1}" if repeats else name)
+    return names
 
 
 def known_methods() -> dict[str, bool]:
@@ -330,14 +356,20 @@ def build_method(spec: MethodSpec, task: Task) -> Method:
             bases = ", ".join(n for n, base in known.items() if base)
             raise ConfigError(
                 f"method {method_name(spec)!r}: {name!r} is a "
-                + (f"base and must come first; plug-ins follow it" if known[name] else f"plug-in; begin with one of {bases}")
+                + (
+                    "base and must come first; plug-ins follow it"
+                    if known[name]
+                    else f"plug-in; begin with one of {bases}"
+                )
             )
         function = getattr(methods, name)
         allowed = list(inspect.signature(function).parameters)[1:]
         for option in options or {}:
             if option not in allowed:
                 raise ConfigError(
-                    f"method.{name}: {nearest(option, allowed, 'option')}" if allowed else f"method.{name} has no options"
+                    f"method.{name}: {nearest(option, allowed, 'option')}"
+                    if allowed
+                    else f"method.{name} has no options"
                 )
         try:
             value = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(_checked(function))(

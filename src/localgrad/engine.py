@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,38 +42,70 @@ class _Inject(torch.autograd.Function):
         return gradients
 
 
+class _Capture(torch.autograd.Function):
+    """The same features; their gradient is added to ``gradients[index]`` as it is, and goes no further.
+
+    A leaf's ``.grad`` would do but for its strides: autograd may copy a gradient to lay it out like the leaf, after which
+    the blocks before it sum in another order than end-to-end training does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, leaf: Tensor, gradients: list[Tensor | None], index: int) -> Tensor:
+        ctx.gradients, ctx.index = gradients, index
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
+        known = ctx.gradients[ctx.index]
+        ctx.gradients[ctx.index] = gradient if known is None else known + gradient
+        return None, None, None, None
+
+
 class _Run:
-    """What the backward pass of a block needs: the way into its graph, and the leaves read instead of its outputs."""
+    """What the backward pass of a block needs: the way into its graph, and the gradients of its outputs.
+
+    ``values`` are the outputs, detached; ``slots`` say which of them carry a gradient, by identity.
+    """
 
     def __init__(self, outputs: Any) -> None:
-        self.leaves: list[Tensor] = []
         self._box: list[Tensor | None] = []
         graphs: list[Tensor] = []
+        self.slots: dict[int, int] = {}
         self.values = tree_map_only(Tensor, lambda value: self._cut(value, graphs), outputs)
+        self.gradients: list[Tensor | None] = [None] * len(graphs)
         self._root = _Inject.apply(self._box, *graphs) if graphs else None
 
     def _cut(self, value: Tensor, graphs: list[Tensor]) -> Tensor:
         """The one place where features are detached."""
-        leaf = value.detach()
+        detached = value.detach()
         if value.requires_grad:
+            self.slots[id(detached)] = len(graphs)
             graphs.append(value)
-            self.leaves.append(leaf)
-        return leaf
+        return detached
+
+    def captured(self, values: Any) -> Any:
+        """The detached outputs again, such that a backward pass from them leaves its gradients here."""
+
+        def capture(value: Tensor) -> Tensor:
+            slot = self.slots.get(id(value))
+            if slot is None:
+                return value
+            return _Capture.apply(torch.zeros((), requires_grad=True), value, self.gradients, slot)
+
+        return tree_map_only(Tensor, capture, values)
 
     def take_gradients(self) -> list[Tensor | None]:
-        """The gradients of the leaves, which are left without."""
-        gradients = [leaf.grad for leaf in self.leaves]
-        for leaf in self.leaves:
-            leaf.grad = None
+        """The gradients left here, which are forgotten."""
+        gradients = list(self.gradients)
+        self.gradients[:] = [None] * len(gradients)
         return gradients
 
     def backward(self, gradients: list[Tensor | None], again: bool) -> None:
-        """Send the gradients of the leaves through the block; keep its graph only if it is needed ``again``."""
+        """Send gradients of the outputs through the block; keep its graph only if it is needed ``again``."""
         self._box[:] = gradients
         gradients.clear()
         root = self._root
         if not again:
-            self.leaves.clear()
             self._root = None
         if root is not None:  # nothing to train at or before a frozen first block
             torch.autograd.backward(root, retain_graph=again)
@@ -86,7 +119,6 @@ class _Pass:
         self.spans = sorted(spans, key=lambda span: (span.stop, -span.start))
         self.values: dict[str, Any] = {INPUTS: batch.inputs}
         self.maker: dict[str, int] = {INPUTS: -1}
-        self.leaves: dict[str, list[Tensor]] = {INPUTS: []}
         self.runs: dict[int, _Run] = {}
         # Spans that start together share one way back, taken when the widest of them ends; until then the gradients of
         # the narrower ones wait at their boundary.
@@ -97,47 +129,48 @@ class _Pass:
     def forward(self, index: int, autocast: torch.dtype | None) -> None:
         """Run a block; its outputs replace the values nobody reads any more."""
         block = self.network.blocks[index]
-        for name in block.inputs:
-            crosses = any(s.start <= self.maker[name] and s.stop > index for s in self.spans)
-            for leaf in self.leaves[name]:
-                leaf.requires_grad_(crosses)
-        arguments = [self.values[name] for name in block.inputs]
+        arguments = [self._argument(name, index) for name in block.inputs]
+        crossing = [t for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad]
+        versions = [t._version for t in crossing]
         outputs = self._call(index, block, arguments, autocast)
+        if any(t._version != version for t, version in zip(crossing, versions, strict=True)):
+            raise PartitionError(
+                f"block {index} overwrites its input in place, but a span that starts before it still needs those "
+                "features; begin the block after that layer, or build the layer with inplace=False"
+            )
         run = self.runs[index] = _Run(outputs)
         for name, value in zip(block.outputs, run.values, strict=True):
             self.values[name], self.maker[name] = value, index
-            self.leaves[name] = [leaf for leaf in tree_leaves(value) if any(leaf is known for known in run.leaves)]
         del run.values
         for name in [n for n in self.values if self.network.last_reader(n) <= index and n not in block.outputs]:
-            del self.values[name], self.leaves[name]
+            del self.values[name]
+
+    def _argument(self, name: str, index: int) -> Any:
+        """A value for block ``index``; its gradient is wanted only if a span covers its maker and the block."""
+        value, maker = self.values[name], self.maker[name]
+        if torch.is_grad_enabled() and any(s.start <= maker and s.stop > index for s in self.spans):
+            return self.runs[maker].captured(value)
+        return value
 
     def _call(self, index: int, block: Block, arguments: list[Any], autocast: torch.dtype | None) -> Any:
         waits = any(span.covers(index) and span.stop > index + 1 for span in self.spans)
         device = self.network.device
         with draws_of("block", self.batch.step, self.part, index, device), precision(device, autocast):
-            try:
-                if self.network.method.checkpoint and waits and torch.is_grad_enabled():
-                    return checkpoint(
-                        block,
-                        *arguments,
-                        use_reentrant=False,
-                        context_fn=lambda: (contextlib.nullcontext(), buffers_kept(block)),
-                    )
-                return block(*arguments)
-            except RuntimeError as error:
-                if "leaf Variable" in str(error) and "in-place" in str(error):
-                    raise PartitionError(
-                        f"block {index} overwrites its input in place, but a span that starts before it still needs "
-                        "those features; begin the block after that layer, or build the layer with inplace=False"
-                    ) from error
-                raise
+            if self.network.method.checkpoint and waits and torch.is_grad_enabled():
+                return checkpoint(
+                    block,
+                    *arguments,
+                    use_reentrant=False,
+                    context_fn=lambda: (contextlib.nullcontext(), _BuffersKept(block)),
+                )
+            return block(*arguments)
 
     def loss(self, span: Span, autocast: torch.dtype | None, on_output: OnOutput | None) -> Tensor:
-        """The weighted loss of a span, on leaves: its backward pass stops at the boundary."""
+        """The weighted loss of a span; its backward pass stops at the boundary."""
         network, device = self.network, self.network.device
         features = self.values[network.blocks[span.stop - 1].outputs[0]]
-        for leaf in self.runs[span.stop - 1].leaves if torch.is_grad_enabled() else ():
-            leaf.requires_grad_()
+        if torch.is_grad_enabled():
+            features = self.runs[span.stop - 1].captured(features)
         with draws_of("auxiliary", self.batch.step, self.part, str(span), device), precision(device, autocast):
             if span.stop == len(network.blocks):
                 total = network.method.task.loss(features, self.batch)
@@ -198,17 +231,25 @@ def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abs
     return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def buffers_kept(block: nn.Module) -> Iterator[None]:
-    """While a block is recomputed it moves copies of its buffers, so that BatchNorm statistics move once a step."""
-    owned = [(m, name, b) for m in block.modules() for name, b in m._buffers.items() if b is not None]
-    for module, name, buffer in owned:
-        module._buffers[name] = buffer.clone()
-    try:
-        yield
-    finally:
-        for module, name, buffer in owned:
+class _BuffersKept:
+    """While a block is recomputed it moves copies of its buffers, so that BatchNorm statistics move once a step.
+
+    May be entered again: a block that several spans go back through is recomputed for each.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.owned: list[tuple[nn.Module, str, Tensor]] = []
+
+    def __enter__(self) -> None:
+        self.owned = [(m, name, b) for m in self.block.modules() for name, b in m._buffers.items() if b is not None]
+        for module, name, buffer in self.owned:
+            module._buffers[name] = buffer.clone()
+
+    def __exit__(self, *exception: object) -> None:
+        for module, name, buffer in self.owned:
             module._buffers[name] = buffer
+        self.owned = []
 
 
 def _parts(inputs: Any, targets: Any, parts: int) -> list[tuple[Any, Any, float]]:
@@ -219,11 +260,7 @@ def _parts(inputs: Any, targets: Any, parts: int) -> list[tuple[Any, Any, float]
     def rows(value: Any, start: int, stop: int) -> Any:
         return tree_map_only(Tensor, lambda t: t[start:stop], value)
 
-    return [
-        (rows(inputs, a, b), rows(targets, a, b), (b - a) / size)
-        for a, b in zip(edges, edges[1:], strict=False)
-        if b > a
-    ]
+    return [(rows(inputs, a, b), rows(targets, a, b), (b - a) / size) for a, b in pairwise(edges) if b > a]
 
 
 def local_losses(
@@ -238,10 +275,10 @@ def local_losses(
 ) -> Iterator[tuple[Span, Tensor]]:
     """Run one step and yield each local loss as soon as its features exist; call ``loss.backward()`` on each.
 
-    ``loss = span.weight * sum_i weight_i * term_i.loss(head_i(features), batch)``, and the task's loss of the model's own
-    output where the span ends the network. Every block runs forward once. When the generator goes on, it carries the
-    gradient on through the rest of the span and frees those activations before the next block runs, so all gradients are
-    complete when the loop ends.
+    ``loss = span.weight * sum_i weight_i * term_i.loss(head_i(features), batch)``, and the task's loss of the model's
+    own output where the span ends the network. Every block runs forward once. When the generator goes on, it carries
+    the gradient on through the rest of the span and frees those activations before the next block runs, so all
+    gradients are complete when the loop ends.
 
     Args:
         network: from `localize`.
@@ -269,7 +306,8 @@ def local_losses(
         >>> for span, loss in localgrad.local_losses(network, x, y, step=0):
         ...     loss.backward()
 
-    Source: the window with one forward is our own; gradients equal those of a forward per window (HPFF, arXiv:2407.05638).
+    Source: the window with one forward is our own; gradients equal those of a forward per window (HPFF,
+    arXiv:2407.05638).
     """
     spans = network.spans(step)
     parts = _parts(inputs, targets, network.method.micro_batches)

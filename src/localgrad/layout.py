@@ -46,8 +46,9 @@ def layout_of(features: Tensor, inputs: Tensor, channels_hint: Literal["first", 
     if len(shape) == 2:
         return Layout("vector", shape[1], (1, 1))
     if len(shape) == 3:
-        ratio = inputs.shape[-2] / inputs.shape[-1] if inputs.dim() >= 4 else 1.0
-        return Layout("tokens", shape[2], *_token_grid(shape[1], ratio))
+        if inputs.dim() < 4:  # a sequence, not an image
+            return Layout("tokens", shape[2], (shape[1], 1))
+        return Layout("tokens", shape[2], *_token_grid(shape[1], inputs.shape[-2] / inputs.shape[-1]))
     if len(shape) == 4:
         if channels_hint == "last":
             return Layout("channels_last", shape[3], shape[1:3])

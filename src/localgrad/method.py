@@ -157,7 +157,7 @@ class Method:
     name: str
     task: Task
     terms: tuple[Term, ...] = ()
-    spans: Schedule = EndToEnd()
+    spans: Schedule = EndToEnd()  # noqa: RUF009 (frozen)
     bridge: BridgeBuilder | None = None
     checkpoint: bool = False
     micro_batches: int = 1

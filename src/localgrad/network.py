@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from localgrad.errors import MethodError, PartitionError
-from localgrad.exchange import Twin
+from localgrad.errors import MethodError, PartitionError, nearest
+from localgrad.twins import Twin
 from localgrad.method import Auxiliary, Method, Site
 from localgrad.partition import INPUTS, OUTPUT, Block, Chain, Cut, Partition, by_bytes, by_count
 from localgrad.partition.balance import Stem, module_bytes
+from localgrad.partition.trace import check_runs, untouched
 from localgrad.spans import Span, check
 
 Balance = Literal["count", "bytes"]
@@ -121,7 +122,7 @@ def localize(
     Args:
         model: any module torch.fx can trace as far down as the cuts; traced once in each mode.
         method: from `localgrad.methods`.
-        example: a small batch shaped as in training, on the model's device: (B, C, H, W), or a tuple for several inputs.
+        example: a small batch shaped as in training, on the model's device, (B, C, H, W); a tuple for several inputs.
         num_blocks: K; the cut points are chosen by ``balance``.
         cuts: paths of the modules that blocks 1 .. K-1 begin with, ``("layer2", "layer3")``.
         modules: K modules that run one after the other and together are the model, for what cannot be traced.
@@ -141,17 +142,12 @@ def localize(
         >>> [cut.name for cut in network.cuts]
         ['layer1.3', 'layer2.2', 'layer3.1']
     """
-    given = [
-        name for name, value in (("num_blocks", num_blocks), ("cuts", cuts), ("modules", modules)) if value is not None
-    ]
-    if len(given) != 1:
-        raise PartitionError(
-            f"{' and '.join(given) or 'nothing'} given; say where to cut by exactly one of num_blocks=, cuts= or modules="
-        )
+    _check_request(model, num_blocks, cuts, modules, balance, stem)
     if not isinstance(method, Method):
         raise MethodError(f"method is {method!r}; pass a value such as localgrad.methods.dgl(task)")
     partition: Partition | Chain
     if modules is not None:
+        check_runs(model, example)
         partition = Chain(model, modules, example)
         blocks = partition.units
         features = _features(blocks, model, example)
@@ -162,9 +158,11 @@ def localize(
             patterns = method.spans.patterns(len(cuts) + 1)
             chosen = partition.named(cuts, spans_wider_than_one=any(s.stop - s.start > 1 for p in patterns for s in p))
         elif balance == "bytes":
-            chosen = by_bytes(partition, num_blocks or 0, _AuxiliaryBytes(method, partition, num_blocks or 0))
+            assert num_blocks is not None
+            chosen = by_bytes(partition, num_blocks, _AuxiliaryBytes(method, partition, num_blocks))
         else:
-            chosen = by_count(partition, num_blocks or 0, stem)
+            assert num_blocks is not None
+            chosen = by_count(partition, num_blocks, stem)
         blocks = partition.blocks(chosen)
         features = _features(blocks, model, example)
     count = len(blocks)
@@ -178,6 +176,49 @@ def localize(
         site = Site(Span(start, stop), count, features[stop - 1], inputs, chosen[stop - 1], partition)
         auxiliary[_key(site.span)] = Auxiliary(method, site).train(model.training)
     return LocalNetwork(model, method, blocks, chosen, auxiliary)
+
+
+def _check_request(
+    model: nn.Module,
+    num_blocks: int | None,
+    cuts: Sequence[str] | None,
+    modules: Sequence[nn.Module] | None,
+    balance: Balance,
+    stem: Stem,
+) -> None:
+    """Raise `PartitionError` unless the arguments of `localize` say where to cut, in one way."""
+    if not isinstance(model, nn.Module):
+        raise PartitionError(f"model is a {type(model).__name__}; localize(model, ...) takes a torch.nn.Module")
+    if not any(True for _ in model.parameters()):
+        raise PartitionError(f"{type(model).__name__} has no parameters, so no block of it can be trained")
+    ways = {"num_blocks": num_blocks, "cuts": cuts, "modules": modules}
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) != 1:
+        raise PartitionError(
+            f"{' and '.join(given) or 'nothing'} given; say where to cut by exactly one of num_blocks=, cuts= or "
+            "modules="
+        )
+    if num_blocks is not None and type(num_blocks) is not int:
+        raise PartitionError(
+            f"num_blocks={num_blocks!r} is a {type(num_blocks).__name__}; write a whole number, num_blocks=4"
+        )
+    if isinstance(cuts, str):
+        raise PartitionError(f"cuts={cuts!r} is one string; write a tuple of module names, cuts=({cuts!r},)")
+    if cuts is not None and (not cuts or not all(isinstance(name, str) for name in cuts)):
+        raise PartitionError(
+            f"cuts={cuts!r}; name the modules that blocks begin with, cuts=('layer2', 'layer3'), or write num_blocks=1 "
+            "for a single block"
+        )
+    for name, value, known in (("balance", balance, get_args(Balance)), ("stem", stem, get_args(Stem))):
+        if value not in known:
+            raise PartitionError(nearest(str(value), known, name))
+    unused = [f"balance={balance!r}"] if balance != "count" and num_blocks is None else []
+    unused += [f"stem={stem!r}"] if stem != "unit" and (num_blocks is None or balance != "count") else []
+    if unused:
+        raise PartitionError(
+            f"{unused[0]} has no effect here: it chooses among cut points with num_blocks= (and, for stem, "
+            "balance='count'); leave it out"
+        )
 
 
 class _AuxiliaryBytes:
@@ -207,16 +248,22 @@ def _features(blocks: Sequence[Block], model: nn.Module, example: Any) -> list[T
     Raises:
         PartitionError: a module list computes something else, or does not run.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        values: dict[str, Any] = {INPUTS: example}
-        features = []
+    values: dict[str, Any] = {INPUTS: example}
+    features = []
+    with untouched(model, training=False):
         for index, block in enumerate(blocks):
             try:
                 outputs = block(*[values[name] for name in block.inputs])
-            except (RuntimeError, TypeError, ValueError) as error:
-                raise PartitionError(f"block {index} does not run on the example: {error}") from error
+            except Exception as error:  # a module may fail in any way on what another one returned
+                raise PartitionError(
+                    f"block {index} does not run on what the blocks before it return: {error}. Blocks take one tensor "
+                    "and return one; list modules that run one after the other."
+                ) from error
+            if index < len(blocks) - 1 and not isinstance(outputs[0], Tensor):
+                raise PartitionError(
+                    f"block {index} returns a {type(outputs[0]).__name__}; all but the last must return one tensor. "
+                    "Wrap the modules that belong together into one, nn.Sequential(a, b) for instance."
+                )
             values |= zip(block.outputs, outputs, strict=True)
             features.append(outputs[0])
         arguments = example if isinstance(example, (tuple, list)) else (example,)
@@ -227,16 +274,7 @@ def _features(blocks: Sequence[Block], model: nn.Module, example: Any) -> list[T
                 f"the blocks do not compute what {type(model).__name__}.forward does on the example: list every module "
                 "that runs, in order, functions such as flatten wrapped as modules"
             )
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return [f for f in features[:-1] if _is_features(f)]
-
-
-def _is_features(value: Any) -> bool:
-    if not isinstance(value, Tensor):
-        raise PartitionError(f"a block returns {type(value).__name__}; all but the last must return one tensor")
-    return True
+    return features[:-1]
 
 
 def _equal(a: Any, b: Any) -> bool:

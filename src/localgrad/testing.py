@@ -29,11 +29,11 @@ class _Only(Constant):
 
 
 def assert_isolated(network: LocalNetwork, inputs: Any, targets: Any, step: int = 0) -> None:
-    """Assert that each local loss trains the blocks of its span and its auxiliary network, all of them and nothing else.
+    """Assert that each local loss trains the blocks of its span and its auxiliary network, all of it and nothing else.
 
-    Two steps are run for each span of ``step``: one in which its loss is the only one, which must leave a gradient on every
-    parameter of the span and on no other; and one in which the other losses are multiplied by 0, which must leave a
-    gradient of exactly 0 everywhere else. Gradients, buffers and the state of torch's generators are put back.
+    Two steps are run for each span of ``step``: one in which its loss is the only one, which must leave a gradient on
+    every parameter of the span and on no other; and one in which the other losses are multiplied by 0, which must leave
+    a gradient of exactly 0 everywhere else. Gradients, buffers and the state of torch's generators are put back.
 
     Args:
         network: from `localgrad.localize`, in training mode.
@@ -65,9 +65,9 @@ def assert_isolated(network: LocalNetwork, inputs: Any, targets: Any, step: int 
 def assert_transparent(model: nn.Module, network: LocalNetwork, inputs: Any) -> None:
     """Assert that ``model`` is still itself: what `localgrad.localize` was given, at any time before or after training.
 
-    ``network`` holds that very model; every parameter of a block is one of the model's and lies in one block; no auxiliary
-    tensor is in the model's ``state_dict``; ``forward`` is that of its class; and in eval mode the model, the network and
-    the blocks one after the other return the same, bit for bit. Modes and buffers are put back.
+    ``network`` holds that very model; every parameter of a block is one of the model's and lies in one block; no
+    auxiliary tensor is in the model's ``state_dict``; ``forward`` is that of its class; and in eval mode the model, the
+    network and the blocks one after the other return the same, bit for bit. Modes and buffers are put back.
 
     Args:
         model: the model that was given to `localgrad.localize`.

@@ -32,10 +32,10 @@ def brute_force(network: localgrad.LocalNetwork, inputs: Tensor, targets: Tensor
     """The gradients of ``spans``, start by start: features at the start, detached; its blocks again; one backward.
 
     Two choices of order make it the same computation as the engine's to the last bit, where floating-point sums would
-    otherwise be associated differently. Starts are taken in the order in which their widest spans end, since that is the
-    order in which a parameter's gradients are added up. And every reader of a feature reads it through a view of its own,
-    so that the parts of one reader's gradient (a convolution and a shortcut, several heads) are added among themselves
-    before those of another reader.
+    otherwise be associated differently. Starts are taken in the order in which their widest spans end, since that is
+    the order in which a parameter's gradients are added up. And every reader of a feature reads it through a view of
+    its own, so that the parts of one reader's gradient (a convolution and a shortcut, several heads) are added among
+    themselves before those of another reader.
     """
     spans = network.spans(step)
     blocks = network.blocks
@@ -86,7 +86,8 @@ def assert_equals_brute_force(model: str, method: localgrad.Method, num_blocks: 
                 assert torch.equal(found[span], loss), span
     for (name, ours), theirs in zip(network.named_parameters(), reference.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None, name
-        assert ours.grad.abs().max() > 0, name
+        # Heads that read maps leave the class token out, so the first block may have nothing to tell it.
+        assert ours.grad.any() or name == "model.token", name
         difference = (ours.grad - theirs.grad).abs().max().item()
         assert difference == 0.0, f"{name} differs by {difference}"
 
@@ -125,7 +126,7 @@ def test_equals_brute_force_exactly(name: str, model: str) -> None:
     assert_equals_brute_force(model, METHODS[name], 5)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_spans_equal_brute_force_exactly(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
@@ -166,7 +167,7 @@ def test_gradients_are_accumulated_not_overwritten() -> None:
 
 
 class Skips(nn.Module):
-    """A U-Net in small: ``up2`` also reads what ``down2`` made, ``up1`` what ``down1`` made."""
+    """A U-Net in small: ``up2`` also reads what ``down2`` made, ``up1`` what ``down1`` made, each joined before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,15 +177,18 @@ class Skips(nn.Module):
             return nn.Sequential(convolution, nn.BatchNorm2d(6), nn.GELU(), nn.Dropout(0.1))
 
         self.down1, self.down2, self.middle = layer(3), layer(6, 2), layer(6, 2)
+        self.skip1, self.skip2 = nn.Identity(), nn.Identity()
         self.up2, self.up1 = layer(12), layer(12)
         self.fc = nn.Linear(6, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.down1(x)
+        skip1 = self.skip1(a)
         b = self.down2(a)
+        skip2 = self.skip2(b)
         c = self.middle(b)
-        d = self.up2(torch.cat([F.interpolate(c, scale_factor=2.0), b], 1))
-        e = self.up1(torch.cat([F.interpolate(d, scale_factor=2.0), a], 1))
+        d = self.up2(torch.cat([F.interpolate(c, scale_factor=2.0), skip2], 1))
+        e = self.up1(torch.cat([F.interpolate(d, scale_factor=2.0), skip1], 1))
         return self.fc(e.mean((2, 3)))
 
 
@@ -195,9 +199,7 @@ def skips(method: localgrad.Method) -> localgrad.LocalNetwork:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Skips().double()
-        return localgrad.localize(
-            model, method, cuts=CUTS, taps=("down1", "down2"), example=batch(2)[0].double()
-        )
+        return localgrad.localize(model, method, cuts=CUTS, taps=("skip1", "skip2"), example=batch(2)[0].double())
 
 
 def with_gradient(network: localgrad.LocalNetwork) -> set[str]:
@@ -234,13 +236,14 @@ def tapped(network: localgrad.LocalNetwork, inputs: Tensor, targets: Tensor, ste
         for k in range(start, stop):
             last = made[-1]
             with draws_of("block", step, 0, k, CPU):
-                if k < 3:
-                    made.append((m.down1, m.down2, m.middle)[k](last))
+                if k < 2:
+                    made.append((m.down1, m.down2)[k](last))
+                elif k == 2:
+                    made.append(torch.cat([F.interpolate(m.middle(last), scale_factor=2.0), made[2]], 1))
                 elif k == 3:
-                    made.append(m.up2(torch.cat([F.interpolate(last, scale_factor=2.0), made[2]], 1)))
+                    made.append(torch.cat([F.interpolate(m.up2(last), scale_factor=2.0), made[1]], 1))
                 else:
-                    e = m.up1(torch.cat([F.interpolate(last, scale_factor=2.0), made[1]], 1))
-                    made.append(m.fc(e.mean((2, 3))))
+                    made.append(m.fc(m.up1(last).mean((2, 3))))
         return made
 
     with torch.no_grad():
@@ -269,7 +272,7 @@ TAPPED = {
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", TAPPED)
 def test_taps_equal_brute_force(name: str, checkpointed: bool) -> None:
-    """Up to rounding: autograd adds the three parts of a tap's gradient (head, next block, later block) in another order."""
+    """Up to rounding: autograd adds the parts of a tap's gradient (head, next block, later block) in another order."""
     method = replace(dgl(TASK), spans=Fixed(TAPPED[name]))
     network = skips(checkpointing(method) if checkpointed else method)
     reference = skips(method)
@@ -298,3 +301,38 @@ def test_taps_are_detached_across_spans() -> None:
             network.zero_grad(set_to_none=True)
         loss.backward()
     assert with_gradient(network) == {"up2", "up1", "fc"}
+
+
+class Plain(Skips):
+    """The same with no module of its own for a skip: the tap is what the next block reads, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.down1(x)
+        b = self.down2(a)
+        d = self.up2(torch.cat([F.interpolate(self.middle(b), scale_factor=2.0), b], 1))
+        e = self.up1(torch.cat([F.interpolate(d, scale_factor=2.0), a], 1))
+        return self.fc(e.mean((2, 3)))
+
+
+def test_a_tap_may_be_the_features_of_a_boundary() -> None:
+    inputs, targets = batch()
+    model = Plain()
+    network = localgrad.localize(model, BASES["dgl"], cuts=CUTS, taps=("down1", "down2"), example=inputs)
+    for span, loss in localgrad.local_losses(network, inputs, targets):
+        network.zero_grad(set_to_none=True)
+        loss.backward()
+        if span.stop == 5:
+            break
+    assert with_gradient(network) <= {"up1", "fc"}
+    network = localgrad.localize(model, BASES["e2e"], cuts=CUTS, taps=("down1", "down2"), example=inputs)
+    network.zero_grad(set_to_none=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        localgrad.backward(network, inputs, targets)
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        F.cross_entropy(model(inputs), targets).backward()
+    for gradient, p in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-6)

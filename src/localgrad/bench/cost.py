@@ -46,8 +46,8 @@ def run_step(network: LocalNetwork, inputs: Any, targets: Any, autocast: torch.d
 def cost(network: LocalNetwork, inputs: Tensor, targets: Tensor, autocast: torch.dtype | None = None) -> Cost:
     """Measure one step on a copy of ``network``, which is left as it is.
 
-    Bytes are exact: the live tensors of the CPU, or the peak of the CUDA allocator above what was there before (total; there
-    the activations are total less gradients).
+    Bytes are exact: the live tensors of the CPU, or the peak of the CUDA allocator above what was there before (total;
+    there the activations are total less gradients).
     """
     network = copy.deepcopy(network).train()
     network.zero_grad(set_to_none=True)
@@ -61,7 +61,7 @@ def cost(network: LocalNetwork, inputs: Tensor, targets: Tensor, autocast: torch
         run_step(network, inputs, targets, autocast)
         torch.cuda.synchronize()
         total = torch.cuda.max_memory_allocated() - before
-        activations = total - sum(p.numel() * p.element_size() for p in parameters)
+        activations = total - sum(p.grad.numel() * p.grad.element_size() for p in parameters if p.grad is not None)
     else:
         memory = measure(lambda: run_step(network, inputs, targets, autocast), parameters)
         activations, total = memory.peak_activations, memory.peak_total

@@ -66,6 +66,6 @@ def _torchvision() -> dict[str, str]:
         return _row(
             "torchvision ops",
             "broken",
-            f"{str(error).splitlines()[0]}: a CPU build of torch beside a CUDA build of torchvision; install a matching pair",
+            f"{str(error).splitlines()[0]}: torch and torchvision are of different builds (CPU, CUDA); install a pair",
         )
     return _row("torchvision ops", "work")

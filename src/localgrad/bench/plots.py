@@ -23,6 +23,12 @@ def _figure(columns: int, height: float = 3.6) -> tuple[Any, Any]:
     return figure, axes[0]
 
 
+def _whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
 def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
@@ -38,21 +44,22 @@ def curves_picture(history: list[dict[str, Any]], title: str, path: Path) -> Non
     figure, (left, right) = _figure(2)
     split = "validation" if "validation" in history[-1] else "train"
     epochs = [row["epoch"] for row in history]
-    for axis, where, what in ((left, "train", "loss"), (right, split, "score")):
+    for axis, where, what, scale in ((left, "train", "loss", 1), (right, split, "score", 100)):
         names = list(history[-1][where][what])
         inner = [name for name in names if name != "model"]
         for index, name in enumerate(inner):
             color = colormaps["viridis"](index / max(1, len(inner) - 1) * 0.9)
             label = name if len(inner) <= 6 or index in (0, len(inner) - 1) else None
-            values = [row[where][what].get(name) for row in history]
+            values = [scale * row[where][what][name] for row in history]
             axis.plot(epochs, values, color=color, linewidth=1.2, marker="." if len(epochs) < 3 else None, label=label)
-        own = [row[where][what]["model"] for row in history]
+        own = [scale * row[where][what]["model"] for row in history]
         axis.plot(epochs, own, color="#c0392b", linewidth=2.2, marker="." if len(epochs) < 3 else None, label="model")
         axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_xlim(min(epochs[0], 1) - 0.05 * len(epochs), max(epochs[-1], 2) + 0.05 * len(epochs))
+        _whole_numbers(axis)
         axis.legend(fontsize=8, frameon=False)
     left.set_title("training loss", fontsize=10)
-    right.set_title(f"{'validation' if split == 'validation' else 'training'} accuracy", fontsize=10)
+    right.set_title(f"{'validation' if split == 'validation' else 'training'} accuracy, %", fontsize=10)
     figure.suptitle(title, fontsize=11)
     _save(figure, path)
 
@@ -60,26 +67,27 @@ def curves_picture(history: list[dict[str, Any]], title: str, path: Path) -> Non
 def comparison_picture(results: list[dict[str, Any]], path: Path) -> None:
     """Test accuracy of every head of each method, and accuracy against activation memory, bubble area by step time."""
     figure, (left, right) = _figure(2, 4.0)
+    markers = "osD^vPX"
     colors = ["#c0392b", "#2c3e50", "#7f8c8d", "#2980b9", "#8e44ad", "#16a085", "#d35400"]
     slowest = max(r["cost"]["step_seconds"] for r in results)
     for index, result in enumerate(results):
         color, scores = colors[index % len(colors)], result["last"]["test"]
         places = [result["blocks"] if name == "model" else int(name.split()[-1].split("-")[-1]) for name in scores]
-        left.plot(
-            places, [100 * s for s in scores.values()], marker="o", color=color, label=result["method"],
-            zorder=3 + len(results) - index, alpha=0.9,
-        )  # fmt: skip
+        style = {"marker": markers[index % len(markers)], "markersize": 9 - min(index, 5), "color": color, "alpha": 0.9}
+        left.plot(places, [100 * s for s in scores.values()], label=result["method"], zorder=3 + index, **style)
         size = 60 + 340 * result["cost"]["step_seconds"] / slowest
         memory = result["cost"]["activation_bytes"] / 2**20
-        right.scatter(memory, 100 * scores["model"], s=size, color=color, alpha=0.75, label=result["method"], linewidths=0)
+        right.scatter(
+            memory, 100 * scores["model"], s=size, color=color, alpha=0.75, label=result["method"], linewidths=0
+        )
     left.set_xlabel("read out after block")
     left.set_ylabel("test accuracy, %")
     left.set_title("every head", fontsize=10)
-    left.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(left)
     left.legend(fontsize=8, frameon=False)
     right.set_xlabel("activation memory of a training step, MiB")
-    right.set_xlim(left=0)
     right.margins(y=0.35)
+    right.set_xlim(0, 1.15 * max(r["cost"]["activation_bytes"] for r in results) / 2**20)
     right.set_ylabel("test accuracy, %")
     right.set_title("accuracy against memory (area: time of a step)", fontsize=10)
     legend = right.legend(fontsize=8, frameon=False, loc="lower center")

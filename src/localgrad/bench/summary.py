@@ -16,12 +16,12 @@ from localgrad.bench.cost import cost
 from localgrad.bench.memory import saved_storages
 from localgrad.config import Config
 from localgrad.network import LocalNetwork, block_infos
-from localgrad.train.experiment import build_network, build_task, device_of
+from localgrad.train.experiment import build_network, build_task, device_of, explained
 
 
 def summarize(config: Config, image_shape: tuple[int, int, int], num_classes: int, batch_size: int) -> dict[str, Any]:
-    """Per block: parameters, FLOPs of a forward pass, bytes saved for the backward pass, each also of its heads; and the
-    measured cost of a whole step for the method, end-to-end training and checkpointing.
+    """Per block: parameters, FLOPs of a forward pass, bytes saved for the backward pass, each also of its heads; and
+    the measured cost of a whole step for the method, end-to-end training and checkpointing.
 
     Args:
         config: model, method and blocks; its data set is not read.
@@ -36,7 +36,8 @@ def summarize(config: Config, image_shape: tuple[int, int, int], num_classes: in
     generator = torch.Generator(device).manual_seed(0)
     inputs = torch.randn(batch_size, *image_shape, device=device, generator=generator)
     targets = torch.randint(num_classes, (batch_size,), device=device, generator=generator)
-    total = cost(network, inputs, targets)
+    with explained(inputs):
+        total = cost(network, inputs, targets)
     blocks = _blocks(network, inputs)
     method = network.method
     references = {}
@@ -97,5 +98,3 @@ def _measured(function: Callable[[], Any], exclude: list[Tensor]) -> tuple[Any, 
     with FlopCounterMode(display=False) as counter:
         result, storages = saved_storages(function, exclude)
     return result, counter.get_total_flops(), sum(storages.values())
-
-

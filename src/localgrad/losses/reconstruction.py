@@ -16,8 +16,8 @@ from localgrad.method import Batch, Task
 class Reconstruction:
     """Mean binary cross-entropy between decoded pixels and the image in [0, 1].
 
-    ``-mean(x * log(p) + (1 - x) * log(1 - p))`` with ``p = sigmoid(output)``. A decoder at a smaller scale is compared with
-    the image averaged to its size.
+    ``-mean(x * log(p) + (1 - x) * log(1 - p))`` with ``p = sigmoid(output)``. A decoder at a smaller scale is compared
+    with the image averaged to its size.
 
     Args:
         task: knows how to undo the normalisation of its inputs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +28,8 @@ def _library_names(library: str) -> list[str]:
         import torchvision
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"torchvision cannot be imported ({error}): a CPU build of torch beside a CUDA build of torchvision does that; "
-            "install a matching pair, see `localgrad doctor`"
+            f"torchvision cannot be imported ({error}): a CPU build of torch beside a CUDA build of torchvision does "
+            "that; install a matching pair, see `localgrad doctor`"
         ) from error
     return torchvision.models.list_models(module=torchvision.models)
 
@@ -42,14 +43,16 @@ def available(library: str | None = None) -> list[str]:
     return [f"{library}:{name}" for name in _library_names(library)]
 
 
-def create(name: str, *, num_classes: int = 10, in_channels: int = 3, image_size: int | None = None, **options: Any) -> nn.Module:
+def create(
+    name: str, *, num_classes: int = 10, in_channels: int = 3, image_size: int | None = None, **options: Any
+) -> nn.Module:
     """Build a network with random weights.
 
     Args:
         name: ``resnet32``, ``timm:vit_tiny_patch16_224``, ``torchvision:resnet50``.
         num_classes: outputs.
         in_channels: of the images; torchvision's models take 3 only.
-        image_size: passed on to timm models that are built for one size.
+        image_size: passed on to models that are built for one size.
         options: passed to the constructor.
 
     Raises:
@@ -68,28 +71,43 @@ def create(name: str, *, num_classes: int = 10, in_channels: int = 3, image_size
             nearest(short, OWN, "model") + ". Models of timm and torchvision are written timm:NAME and torchvision:NAME"
         )
     if library and short not in _library_names(library):
-        raise ConfigError(nearest(short, _library_names(library), f"{library} model")[:600])
+        raise ConfigError(_unknown(short, library))
+    if library == "torchvision" and in_channels != 3:
+        raise ConfigError(f"{name} reads 3-channel images, the data has {in_channels}; look for one of timm's instead")
     try:
         if library == "timm":
             import timm
 
-            if image_size is not None:
-                try:
-                    return timm.create_model(
-                        short, num_classes=num_classes, in_chans=in_channels, img_size=image_size, **options
-                    )
-                except TypeError:  # convolutional models take any size and no such argument
-                    pass
-            return timm.create_model(short, num_classes=num_classes, in_chans=in_channels, **options)
+            settings = {"num_classes": num_classes, "in_chans": in_channels, **options}
+            return _sized(timm.create_model, short, "img_size", image_size, settings)
         if library == "torchvision":
-            if in_channels != 3:
-                raise ConfigError(f"{name} reads 3-channel images, the data has {in_channels}; use timm:{short} instead")
             import torchvision
 
             if short in ("googlenet", "inception_v3"):  # in training they return a named tuple of three classifiers
                 options.setdefault("aux_logits", False)
                 options.setdefault("init_weights", True)
-            return torchvision.models.get_model(short, weights=None, num_classes=num_classes, **options)
+            settings = {"weights": None, "num_classes": num_classes, **options}
+            return _sized(torchvision.models.get_model, short, "image_size", image_size, settings)
         return OWN[short](num_classes=num_classes, in_channels=in_channels, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"model {name!r} cannot be built with {options or 'these settings'}: {error}") from error
+
+
+def _unknown(name: str, library: str) -> str:
+    known = _library_names(library)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has {len(known)} others"
+    return f"unknown {library} model {name!r}; {hint} See localgrad.models.available({library!r})"
+
+
+def _sized(
+    build: Callable[..., nn.Module], name: str, argument: str, image_size: int | None, settings: dict[str, Any]
+) -> nn.Module:
+    """Build with an image size, or without where the constructor takes none: convolutional models take any size."""
+    if image_size is not None:
+        try:
+            return build(name, **settings, **{argument: image_size})
+        except TypeError as error:
+            if argument not in str(error):
+                raise
+    return build(name, **settings)

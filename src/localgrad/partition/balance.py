@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from localgrad.bench.memory import saved_storages
 from localgrad.errors import PartitionError
 from localgrad.partition.blocks import INPUTS, Block
 from localgrad.partition.cuts import Cut, Partition
+from localgrad.partition.trace import untouched
 
 Stem = Literal["unit", "own", "merged"]
 
@@ -46,8 +46,8 @@ def by_count(partition: Partition, num_blocks: int, stem: Stem = "unit") -> tupl
         units = list(partition.cuts) if stem in ("own", "merged") else [None, *partition.cuts]
     if wanted > len(units):
         raise PartitionError(
-            f"num_blocks={num_blocks} with stem={stem!r}: this {name} has {len(units)} units besides the stem; use at most "
-            f"{len(units) + (stem == 'own')} blocks, or stem='unit'"
+            f"num_blocks={num_blocks} with stem={stem!r}: this {name} has {len(units)} units besides the stem; use "
+            f"at most {len(units) + (stem == 'own')} blocks, or stem='unit'"
         )
     size, extra = divmod(len(units), wanted)
     starts = [k * size + min(k, extra) for k in range(wanted)]
@@ -62,8 +62,8 @@ def by_bytes(
 ) -> tuple[Cut, ...]:
     """Cut so that the largest block's activation bytes are smallest.
 
-    A block's bytes are those autograd saves for its units on the example, parameters left out and a tensor that two units
-    save counted once, and ``auxiliary_bytes`` of the boundary it ends at.
+    A block's bytes are those autograd saves for its units on the example, parameters left out and a tensor that two
+    units save counted once, and ``auxiliary_bytes`` of the boundary it ends at.
 
     Raises:
         PartitionError: for more blocks than cut points allow, or fewer than 1.
@@ -83,8 +83,8 @@ def by_bytes(
         for j in range(i + 1, n + 1):
             union |= saved[j - 1]
             cost[i][j] = sum(union.values()) + heads[j - 1]
-    # Minimise the maximum by dynamic programming: best[k][j] covers units 0 .. j-1 with k blocks; among equal maxima the
-    # smaller sum of squares wins, so that the other blocks stay even.
+    # Minimise the maximum by dynamic programming: best[k][j] covers units 0 .. j-1 with k blocks; among equal maxima
+    # the smaller sum of squares wins, so that the other blocks stay even.
     best: list[list[tuple[int, int]]] = [[(0, 0)] + [(1 << 62, 0)] * n]
     choice: list[list[int]] = [[0] * (n + 1)]
     for k in range(1, num_blocks + 1):
@@ -110,18 +110,15 @@ def unit_storages(partition: Partition) -> list[dict[int, int]]:
     exclude = [*model.parameters(), *model.buffers()]
     inputs = partition.example
     exclude += [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    was_training = {module: module.training for module in model.modules()}
-    model.train()
+    units = partition.units
     try:
-        with torch.random.fork_rng():
-            return _run_units(partition.units, inputs, exclude)
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+        with untouched(model, training=True):
+            return _run_units(units, inputs, exclude)
+    except ValueError as error:  # BatchNorm refuses a single value per channel
+        raise PartitionError(
+            f"balance='bytes' runs the example in training mode, which fails: {error}. Pass an example of at least "
+            "2 samples."
+        ) from error
 
 
 def _run_units(units: Sequence[Block], inputs: Any, exclude: Sequence[Tensor]) -> list[dict[int, int]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from localgrad.errors import PartitionError
-from localgrad.partition.trace import ROOT, Trace, trace
+from localgrad.partition.trace import ROOT, Trace, note_values, trace
 
 INPUTS = "inputs"
 OUTPUT = "output"
@@ -34,6 +34,7 @@ class Block(nn.Module):
         self._names = {mode: (inputs, outputs) for mode, (_, inputs, outputs) in graphs.items()}
         self.train_graph, self.eval_graph = graphs[True][0], graphs[False][0]
         self._links = _tensor_links(self.train_graph) + _tensor_links(self.eval_graph)
+        self._device = _device(model)  # where constants were when they were recorded
 
     def names(self, training: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of the values it reads and of those it makes, in one mode."""
@@ -54,7 +55,17 @@ class Block(nn.Module):
         model = self._model[0]
         for graph, path in self._links:
             _relink(graph, path, model)
+        if self._device != (device := _device(model)):
+            self._move_constants(device)
         return (self.train_graph if model.training else self.eval_graph)(*values)
+
+    def _move_constants(self, device: torch.device | None) -> None:
+        """Tensors that a traced ``forward`` made without any input follow the model from device to device."""
+        for graph in (self.train_graph, self.eval_graph):
+            for name, value in list(graph._buffers.items()):
+                if value is not None and value.device == self._device:
+                    graph._buffers[name] = value.to(device)
+        self._device = device
 
 
 class Features(nn.Module):
@@ -75,7 +86,12 @@ def _tensor_links(graph: nn.Module) -> list[tuple[nn.Module, str]]:
     """Tensors the graph holds outside submodules: ``model.to(...)`` replaces buffers, so they are looked up anew."""
     if not isinstance(graph, fx.GraphModule):
         return []
-    return [(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
+    paths = dict.fromkeys(str(node.target) for node in graph.graph.nodes if node.op == "get_attr")
+    return [(graph, path) for path in paths if path.startswith(ROOT + ".")]
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
 
 
 def _relink(graph: nn.Module, path: str, model: nn.Module) -> None:
@@ -91,13 +107,22 @@ def ancestors(paths: Iterable[str]) -> set[str]:
     return {".".join(path.split(".")[:n]) for path in paths for n in range(1, path.count(".") + 1)}
 
 
-def split(model: nn.Module, num_inputs: int | None, points: Sequence[str], taps: Sequence[str] = ()) -> list[Block]:
+def split(
+    model: nn.Module, example: Any, points: Sequence[str], taps: Sequence[str] = (), structured: Collection[str] = ()
+) -> list[Block]:
     """Blocks that begin with the modules ``points`` (and one before them), in the order they run.
 
+    Args:
+        model: shared with the blocks.
+        example: a tensor, or a tuple of them for several inputs.
+        points: paths of modules.
+        taps: paths of modules whose outputs may cross boundaries besides the features.
+        structured: paths of modules that return several values.
+
     Raises:
-        PartitionError: if a parameter is used on both sides of a boundary.
+        PartitionError: if a parameter is used on both sides of a boundary, or several tensors cross it.
     """
-    parts = {mode: _split_one(model, num_inputs, points, taps, mode) for mode in (True, False)}
+    parts = {mode: _split_one(model, example, points, taps, structured, mode) for mode in (True, False)}
     blocks = [Block(model, {mode: parts[mode][k] for mode in parts}) for k in range(len(points) + 1)]
     check_shared_parameters(model, blocks, points)
     return blocks
@@ -120,27 +145,46 @@ def check_shared_parameters(model: nn.Module, blocks: Sequence[nn.Module], point
 
 
 def _split_one(
-    model: nn.Module, num_inputs: int | None, points: Sequence[str], taps: Sequence[str], training: bool
+    model: nn.Module,
+    example: Any,
+    points: Sequence[str],
+    taps: Sequence[str],
+    structured: Collection[str],
+    training: bool,
 ) -> list[tuple[fx.GraphModule, tuple[str, ...], tuple[str, ...]]]:
     watched = [*points, *taps]
-    traced = trace(model, num_inputs, training=training, through={"", *ancestors(watched)})
+    num_inputs = len(example) if isinstance(example, (tuple, list)) else None
+    through = {"", *ancestors(watched)}
+    traced = trace(model, num_inputs, training=training, through=through, structured=structured)
+    mode = "training" if training else "eval"
     missing = [p for p in points if p not in traced.entered]
     if missing:
-        raise PartitionError(f"module {missing[0]!r} is not reached in {'training' if training else 'eval'} mode")
+        raise PartitionError(f"module {missing[0]!r} is not reached in {mode} mode; cut the model elsewhere (cuts=...)")
+    note_values(traced, model, example)
+    features = []
+    for point in points:
+        crossing = traced.features(traced.entered[point], taps)
+        if len(crossing) != 1:
+            raise PartitionError(
+                f"in {mode} mode {len(crossing)} tensors with gradient cross the boundary at {point!r}; one must. Cut "
+                "the model elsewhere (cuts=...)"
+            )
+        features.append(crossing[0])
     edges = [0, *(traced.entered[p] for p in points), len(traced.nodes)]
     nodes = traced.nodes
     home = {node: k for k in range(len(edges) - 1) for node in nodes[edges[k] : edges[k + 1]]}
     result = []
     for k in range(len(edges) - 1):
         body = [n for n in nodes if home[n] == k and n.op in ("call_module", "call_function", "call_method")]
-        result.append(_block_graph(traced, body, k, home, last=k == len(edges) - 2))
+        result.append(_block_graph(traced, body, k, home, features[k] if k < len(features) else None))
     return result
 
 
 def _block_graph(
-    traced: Trace, body: list[fx.Node], index: int, home: dict[fx.Node, int], last: bool
+    traced: Trace, body: list[fx.Node], index: int, home: dict[fx.Node, int], features: fx.Node | None
 ) -> tuple[fx.GraphModule, tuple[str, ...], tuple[str, ...]]:
     inside = set(body)
+    last = features is None
     output = next(n for n in traced.nodes if n.op == "output")
     reads = [arg for node in body for arg in node.all_input_nodes] + (output.all_input_nodes if last else [])
     inputs = list(dict.fromkeys(n for n in reads if n not in inside and n.op != "get_attr"))
@@ -156,8 +200,7 @@ def _block_graph(
 
     for node in body:
         copies[node] = graph.node_copy(node, copy_of)
-    # The features come first: of the values a block makes for later ones, the one made last.
-    outputs.sort(key=lambda n: body.index(n), reverse=True)
+    outputs.sort(key=lambda n: n is not features)  # the features come first
     result: Any = tuple(copies[n] for n in outputs)
     names = tuple(n.name for n in outputs)
     if last:

@@ -11,7 +11,7 @@ from torch import fx, nn
 from localgrad.errors import PartitionError, nearest
 from localgrad.layout import Layout, layout_of
 from localgrad.partition.blocks import Block, chain, split
-from localgrad.partition.trace import channels_hint, note_values, trace, writes_in_place
+from localgrad.partition.trace import attribute, channels_hint, check_runs, note_values, trace, writes_in_place
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Cut:
         position: how many nodes of the full trace run before it.
         shape: of the example's features there.
         channels_hint: where the neighbouring layers look for channels.
-        tail: whether the features have no positions left (only a classifier follows).
+        tail: whether only a classifier follows: no layer with weight matrices whose output has positions.
         overwritten: the module or function that overwrites the features in place, if one does.
     """
 
@@ -57,14 +57,15 @@ class Partition:
         self.model = model
         self.example = example
         self.taps = tuple(taps)
-        self.num_inputs = len(example) if isinstance(example, (tuple, list)) else None
         self.modules = dict(model.named_modules())
         for name in self.taps:
             if name not in self.modules:
                 raise PartitionError(f"taps: {nearest(name, self.modules, 'module')}")
-        self.traced = trace(model, self.num_inputs)
+        check_runs(model, example)
+        self.traced = trace(model, len(example) if isinstance(example, (tuple, list)) else None)
         note_values(self.traced, model, example)
-        self._tap_nodes = {self.traced.returned[t] for t in self.taps if t in self.traced.returned}
+        self._index = {node: index for index, node in enumerate(self.traced.nodes)}
+        self._weighted = self._weighted_nodes()
         self.cuts = self._find()
         self._units: list[Block] | None = None
 
@@ -75,14 +76,9 @@ class Partition:
                 at.setdefault(position, []).append(path)
         return at
 
-    def _crossing(self, position: int) -> list[fx.Node]:
-        """Values with gradient that cross ``position``, taps left out."""
-        crossing = self.traced.crossing(position)
-        return [n for n in crossing if n in self.traced.differentiable and n not in self._tap_nodes]
-
     def _cut(self, position: int, names: list[str], node: fx.Node) -> Cut:
         first_users = [user for user in node.users if writes_in_place(user, self.traced.root)]
-        later = {n for n in self.traced.nodes[position:]}
+        later = set(self.traced.nodes[position:])
         overwriting = next((user for user in first_users if user in later), None)
         shape = node.meta.get("shape", ())
         names = sorted(names, key=lambda name: (name.count("."), len(name)))
@@ -92,20 +88,45 @@ class Partition:
             position,
             shape,
             channels_hint(node, self.traced),
-            len(shape) == 2 or (len(shape) == 4 and shape[2] == shape[3] == 1),
+            not any(position <= index and _has_positions(node) for index, node in self._weighted),
             None if overwriting is None else str(overwriting.target).removeprefix("model."),
         )
 
     def _find(self) -> tuple[Cut, ...]:
-        cuts: dict[fx.Node, Cut] = {}
+        cuts: list[Cut] = []
+        shared = self._shared_parameters()
         for position, names in sorted(self._candidates().items()):
-            crossing = self._crossing(position)
+            start = cuts[-1].position if cuts else 0
+            if not any(start <= index < position for index, _ in self._weighted):
+                continue  # between two cut points lies at least one layer with weights
+            if any(first < position <= last for first, last in shared):
+                continue
+            crossing = self.traced.features(position, self.taps)
             if len(crossing) != 1 or not 2 <= len(crossing[0].meta.get("shape", ())) <= 4:
                 continue
             cut = self._cut(position, names, crossing[0])
-            if cut.overwritten is None and crossing[0] not in cuts:
-                cuts[crossing[0]] = cut
-        return tuple(cuts.values())
+            if cut.overwritten is None:
+                cuts.append(cut)
+        return tuple(cuts)
+
+    def _weighted_nodes(self) -> list[tuple[int, fx.Node]]:
+        """Calls of layers with weight matrices, with their positions."""
+        root = self.traced.root
+        calls = ((index, node) for node, index in self._index.items() if node.op == "call_module")
+        return [(index, node) for index, node in calls if is_unit(root.get_submodule(str(node.target)))]
+
+    def _shared_parameters(self) -> list[tuple[int, int]]:
+        """First and last use of every parameter that is used more than once."""
+        uses: dict[nn.Parameter, list[int]] = {}
+        for node, index in self._index.items():
+            if node.op == "call_module":
+                for parameter in self.traced.root.get_submodule(str(node.target)).parameters():
+                    uses.setdefault(parameter, []).append(index)
+            elif node.op == "get_attr" and isinstance(
+                value := attribute(self.traced.root, str(node.target)), nn.Parameter
+            ):
+                uses.setdefault(value, []).extend(self._index[user] for user in node.users)
+        return [(min(indices), max(indices)) for indices in uses.values() if len(indices) > 1]
 
     def named(self, names: Sequence[str], *, spans_wider_than_one: bool) -> tuple[Cut, ...]:
         """The cut points that begin with the modules ``names``, in the order they run.
@@ -131,30 +152,31 @@ class Partition:
         position = self.traced.entered.get(name)
         if position is None:
             raise PartitionError(
-                f"cuts: module {name!r} exists but is not reached by tracing (it never runs, or runs inside a module that "
-                f"is kept whole); blocks may begin with {valid}"
+                f"cuts: module {name!r} exists but is not reached by tracing (it never runs, or runs inside a module "
+                f"that is kept whole); blocks may begin with {valid}"
             )
-        crossing = self._crossing(position)
+        crossing = self.traced.features(position, self.taps)
         if not crossing:
             raise PartitionError(f"cuts: nothing is computed before {name!r}; blocks may begin with {valid}")
         if len(crossing) > 1:
             values = ", ".join(f"{node.name} {node.meta.get('shape', '')}" for node in crossing)
             raise PartitionError(
-                f"cuts: {name!r} is no cut point: {len(crossing)} tensors with gradient cross there ({values}). Blocks may "
-                f"begin with {valid}. If a later head reads the earlier one, name the module that returns it in taps=(...)."
+                f"cuts: {name!r} is no cut point: {len(crossing)} tensors with gradient cross there ({values}). Blocks "
+                f"may begin with {valid}. If a later head reads the earlier one, name the module that returns it in "
+                "taps=(...)."
             )
         cut = self._cut(position, [name], crossing[0])
         if cut.overwritten is not None and spans_wider_than_one:
             raise PartitionError(
-                f"cuts: {name!r}: {cut.overwritten!r} overwrites the features at this boundary in place, but a span wider "
-                f"than one block still needs them; cut after it, or build that layer with inplace=False. "
+                f"cuts: {name!r}: {cut.overwritten!r} overwrites the features at this boundary in place, but a span "
+                f"wider than one block still needs them; cut after it, or build that layer with inplace=False. "
                 f"Blocks may begin with {valid}"
             )
         return cut
 
     def blocks(self, cuts: Sequence[Cut]) -> list[Block]:
         """The blocks between ``cuts``; they share the model's parameters."""
-        return split(self.model, self.num_inputs, [cut.name for cut in cuts], self.taps)
+        return split(self.model, self.example, [cut.name for cut in cuts], self.taps, self.traced.structured)
 
     @property
     def units(self) -> list[Block]:
@@ -170,15 +192,26 @@ class Partition:
 
     @property
     def final_layout(self) -> Layout:
-        """Layout of the last features that still have positions."""
-        cut = next((c for c in reversed(self.cuts) if not c.tail), self.cuts[-1])
-        return shape_layout(cut, self.example)
+        """Layout of the last features before the model's last layer that still have positions."""
+        end = self._weighted[-1][0] if self._weighted else len(self._index)
+        candidates = (
+            n for n, index in reversed(self._index.items()) if index < end and n in self.traced.differentiable
+        )
+        last = next((node for node in candidates if _has_positions(node)), None)
+        if last is None:
+            return shape_layout(self.cuts[-1].shape, self.example, None)
+        return shape_layout(last.meta["shape"], self.example, channels_hint(last, self.traced))
 
 
-def shape_layout(cut: Cut, example: Any) -> Layout:
-    """The layout of the features at ``cut``, from their shape alone."""
+def _has_positions(node: fx.Node) -> bool:
+    shape = node.meta.get("shape", ())
+    return len(shape) == 3 or (len(shape) == 4 and shape[1:3] != (1, 1) and shape[2:] != (1, 1))
+
+
+def shape_layout(shape: tuple[int, ...], example: Any, hint: Literal["first", "last"] | None) -> Layout:
+    """The layout of features of one shape."""
     inputs = example[0] if isinstance(example, (tuple, list)) else example
-    return layout_of(inputs.new_empty((), dtype=inputs.dtype).expand(cut.shape), inputs, cut.channels_hint)
+    return layout_of(inputs.new_empty(()).expand(shape), inputs, hint)
 
 
 class Chain:
@@ -205,4 +238,5 @@ class Chain:
     @property
     def final_layout(self) -> Layout:
         """Layout of the last features that still have positions."""
-        return shape_layout(next((c for c in reversed(self.cuts) if not c.tail), self.cuts[-1]), self.example)
+        last = next((c for c in reversed(self.cuts) if not c.tail), self.cuts[-1])
+        return shape_layout(last.shape, self.example, last.channels_hint)

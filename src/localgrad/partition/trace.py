@@ -1,8 +1,8 @@
 """From any ``nn.Module`` to its cut points and blocks, by torch.fx.
 
-A full trace is used for *analysis* only: it finds the places that a single tensor with gradient crosses. The *blocks* are
-made by tracing only through the ancestors of the chosen points, so that everything else stays the model's own module, with
-its mode, its dropout and any batch size.
+A full trace is used for *analysis* only: it finds the places that a single tensor with gradient crosses. The *blocks*
+are made by tracing only through the ancestors of the chosen points, so that everything else stays the model's own
+module, with its mode, its dropout and any batch size.
 """
 
 from __future__ import annotations
@@ -66,19 +66,28 @@ class _Tracer(fx.Tracer):
         self._is_leaf = is_leaf
         self.entered: dict[str, int] = {}
         self.returned: dict[str, fx.Node] = {}
+        self.structured: set[str] = set()
         self.inside: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name != ROOT and self._is_leaf(m, module_qualified_name.removeprefix(ROOT + "."))
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        path = self.path_of_module(m).removeprefix(ROOT).removeprefix(".")
-        self.entered.setdefault(path, len(self.graph.nodes))
-        self.inside.append(path)
-        result = super().call_module(m, forward, args, kwargs)
-        self.inside.pop()
+        name = self.path_of_module(m)
+        path = name.removeprefix(ROOT).removeprefix(".")
+        caller = self.inside[-1] if self.inside else ""
+        if not caller or path.startswith(caller + "."):  # else it is shared, and called where its path does not lead
+            self.entered.setdefault(path, len(self.graph.nodes))
+        if self.is_leaf_module(m, name):
+            result = super().call_module(m, forward, args, kwargs)
+        else:
+            self.inside.append(path)
+            result = super().call_module(m, forward, args, kwargs)
+            self.inside.pop()
         if isinstance(result, fx.Proxy):
             self.returned.setdefault(path, result.node)
+        else:
+            self.structured.add(path)
         return result
 
 
@@ -90,12 +99,15 @@ class Trace:
         graph: nodes in the order they run.
         entered: module path -> number of nodes before its first call began.
         returned: module path -> the node it returned.
+        structured: paths of modules that returned several values; torch.fx must see each, so they are never kept whole.
+        differentiable: nodes whose values carry gradient, once `note_values` has run.
     """
 
     root: nn.Module
     graph: fx.Graph
     entered: dict[str, int]
     returned: dict[str, fx.Node]
+    structured: set[str] = field(default_factory=set)
     differentiable: set[fx.Node] = field(default_factory=set)
 
     @property
@@ -112,17 +124,30 @@ class Trace:
             if node.op != "get_attr" and any(user not in before for user in node.users)
         ]
 
+    def features(self, position: int, taps: Collection[str]) -> list[fx.Node]:
+        """Values with gradient that cross ``position``; taps are left out unless only taps cross: then the last one is it."""
+        carrying = [node for node in self.crossing(position) if node in self.differentiable]
+        tapped = {self.returned.get(tap) for tap in taps}
+        return [node for node in carrying if node not in tapped] or carrying[-1:]
+
 
 @contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module in one mode and, on exit, each back into its own."""
+def untouched(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put every module in one mode; on exit modes, buffers and random generators are as they were before."""
     modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     model.train(training)
     try:
-        yield
+        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def trace(
@@ -131,36 +156,52 @@ def trace(
     *,
     training: bool = False,
     through: Collection[str] | None = None,
+    structured: Collection[str] = (),
 ) -> Trace:
-    """Trace ``model``, wholly or only through the modules at the paths ``through``.
+    """Trace ``model``, wholly or only through the modules ``through``, and ``structured`` ones directly inside those.
 
-    A module whose ``forward`` cannot be traced is kept whole; if the model's own cannot, `PartitionError` names the line.
+    A module whose ``forward`` cannot be traced is kept whole; if one of ``through`` cannot, `PartitionError`
+    says where.
     """
     library_modules, library_functions = _library_leaves()
     default = fx.Tracer()
     opaque: set[str] = set()
+    # What is computed from buffers alone is recorded; frozen into the graph only where a forward branches on buffers.
+    record_buffers = True
 
     def is_leaf(module: nn.Module, path: str) -> bool:
         if path in opaque:
             return True
         if through is not None:
-            return path not in through
+            return path not in through and path not in structured
         return isinstance(module, library_modules) or default.is_leaf_module(module, path)
 
     while True:
         root = _Root(model, num_inputs)
         tracer = _Tracer(is_leaf, library_functions)
+        tracer.proxy_buffer_attributes = record_buffers
         try:
-            with _mode(model, training), warnings.catch_warnings():
+            with untouched(model, training), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                before = torch.get_rng_state()
                 graph = tracer.trace(root)
+                drawn = not torch.equal(before, torch.get_rng_state())
         except Exception as error:  # a forward may fail in any way when it is given proxies
             culprit = next((path for path in reversed(tracer.inside) if path), "")
             if not culprit or (through is not None and culprit in through):
+                if record_buffers:
+                    record_buffers = False
+                    continue
                 raise PartitionError(_untraceable(model, culprit, error)) from error
             opaque.add(culprit)
             continue
-        return Trace(root, graph, tracer.entered, tracer.returned)
+        if drawn and through is not None:
+            raise PartitionError(
+                f"{type(model).__name__} draws random numbers of a fixed size (torch.rand(...), say) in a forward that "
+                "has to be traced, so every step would see the same draw. Move the draw into a module of its own, or "
+                "pass modules=[...], a list of modules that run one after the other."
+            )
+        return Trace(root, graph, tracer.entered, tracer.returned, tracer.structured)
 
 
 def _untraceable(model: nn.Module, path: str, error: Exception) -> str:
@@ -175,8 +216,8 @@ def _untraceable(model: nn.Module, path: str, error: Exception) -> str:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
         f"{whose} cannot be traced: {where} depends on the values of its input ({reason}). "
-        "If cuts= named modules inside it, name its siblings instead; otherwise pass the model as a list of modules that "
-        "run one after the other: localize(model, method, modules=["
+        "If cuts= named modules inside it, name its siblings instead; otherwise pass the model as a list of modules "
+        "that run one after the other: localize(model, method, modules=["
         + ", ".join(f"model.{name}" for name in children[:3])
         + ("" if len(children) <= 3 else ", ...")
         + "])."
@@ -189,6 +230,9 @@ class _Values(fx.Interpreter):
     def __init__(self, traced: Trace) -> None:
         super().__init__(traced.root, graph=traced.graph)
         self.traced = traced
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        return _mutable(super().fetch_args_kwargs_from_env(n))
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -205,13 +249,23 @@ class _Values(fx.Interpreter):
     def _has_parameters(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return any(True for _ in self.module.get_submodule(str(node.target)).parameters())
-        return node.op == "get_attr" and isinstance(_attribute(self.traced.root, str(node.target)), nn.Parameter)
+        return node.op == "get_attr" and isinstance(attribute(self.traced.root, str(node.target)), nn.Parameter)
 
     def _reads_differentiable(self, node: fx.Node) -> bool:
         return any(arg in self.traced.differentiable for arg in node.all_input_nodes)
 
 
-def _attribute(root: nn.Module, target: str) -> Any:
+def _mutable(value: Any) -> Any:
+    """Lists and dicts as a module gets them outside a graph: it may append to them."""
+    if isinstance(value, list):
+        return [_mutable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _mutable(item) for key, item in value.items()}
+    return tuple(_mutable(item) for item in value) if type(value) is tuple else value
+
+
+def attribute(root: nn.Module, target: str) -> Any:
+    """What a ``get_attr`` node fetches."""
     value: Any = root
     for name in target.split("."):
         value = getattr(value, name)
@@ -220,16 +274,30 @@ def _attribute(root: nn.Module, target: str) -> Any:
 
 def note_values(traced: Trace, model: nn.Module, example: Any) -> None:
     """Fill in shapes and ``differentiable`` by running ``example`` in eval mode."""
+    with untouched(model, False), torch.no_grad():
+        _Values(traced).run(example)
+
+
+def check_runs(model: nn.Module, example: Any) -> None:
+    """Raise `PartitionError` unless ``model`` runs on ``example``."""
+    arguments = example if isinstance(example, (tuple, list)) else (example,)
     try:
-        with _mode(model, False), torch.no_grad():
-            _Values(traced).run(example)
-    except Exception as error:
-        shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        with untouched(model, False), torch.no_grad():
+            model(*arguments)
+    except Exception as error:  # a forward may fail in any way
+        given = ", ".join(_described(argument) for argument in arguments)
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise PartitionError(
-            f"{type(model).__name__} does not run on an example of shape {shape}: {reason}. Pass example= a small batch "
-            "shaped as in training, for instance torch.randn(2, 3, 224, 224)."
+            f"{type(model).__name__} does not run on example={given}: {reason}. Pass a small batch shaped as in "
+            "training, with the model's dtype and on its device, such as torch.randn(2, 3, 224, 224); a tuple of "
+            "tensors for a model with several inputs."
         ) from error
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
 
 
 def writes_in_place(node: fx.Node, root: nn.Module) -> bool:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from localgrad import data, methods, models, tasks
 from localgrad.config import Config, MethodSpec, build_method
-from localgrad.errors import CheckpointError, ConfigError, DataError
+from localgrad.errors import CheckpointError, ConfigError, TrainingError
 from localgrad.network import LocalNetwork, localize
 from localgrad.randomness import seeded
 from localgrad.train import checkpoint
@@ -39,7 +41,9 @@ def device_of(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"train.device={name!r}; localgrad trains on cpu and cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"train.device={name!r}, but this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+        raise ConfigError(
+            f"train.device={name!r}, but this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
     return device
 
 
@@ -97,12 +101,11 @@ class Experiment:
         """
         try:
             saved, own = state["config"], dataclasses.asdict(self.config)
-            free = ("beside", "about")
-            differ = [key for key in own if key not in free and not _same(saved.get(key), own[key])]
+            differ = list(_differences(saved, own))
             if differ:
                 raise CheckpointError(
-                    f"{path} was written by a run with other settings ({', '.join(differ)}); resume with the run's own "
-                    "config.yaml, or start anew in another --run-dir"
+                    f"{path} was written by a run with other settings ({'; '.join(differ)[:300]}); resume with the "
+                    "run's own config.yaml, or start anew in another --run-dir"
                 )
             self.network.load_state_dict(state["network"])
             if self.average is not None:
@@ -114,19 +117,40 @@ class Experiment:
             checkpoint.set_random_states(state["random"])
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{path} does not fit this run ({' '.join(str(error).split())[:300]}); it was written by another model, "
-                "method or version"
+                f"{path} does not fit this run ({' '.join(str(error).split())[:300]}); it was written by another "
+                "model, method or version"
             ) from error
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Equal but for tuples that came back as lists, and for settings that change no result."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        neutral = {"checkpoint_every", "root", "workers"}
-        return all(_same(a.get(k), b.get(k)) for k in {*a, *b} - neutral)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
+def _differences(saved: dict[str, Any], own: dict[str, Any], place: str = "") -> Iterator[str]:
+    """``optim.lr: 0.2 there, 0.1 here`` for each setting that differs, but for those that may change in mid-run."""
+    free = {"beside", "about", "data.root", "data.workers"}
+    free |= {f"train.{name}" for name in ("checkpoint_every", "device", "threads")}
+    for name in (n for n in {**own, **saved} if place + n not in free):
+        a, b = saved.get(name), own.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{place}{name}.")
+        elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
+            yield f"{place}{name}: {a!r} there, {b!r} here"
+
+
+@contextlib.contextmanager
+def explained(inputs: Tensor) -> Iterator[None]:
+    """Turns what torch says about a batch that is too large or too small into a `TrainingError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"a batch of {tuple(inputs.shape)} does not fit in the memory of {inputs.device}; lower train.batch_size, "
+            "set train.accumulate=2, or cut the network into more blocks"
+        ) from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(
+            f"BatchNorm needs more than one sample, but this batch has {len(inputs)} images in all its micro-batches; "
+            "choose train.batch_size and train.accumulate so that none, the last of an epoch included, is left with one"
+        ) from error
 
 
 def set_up_torch(config: Config) -> torch.device:
@@ -136,7 +160,8 @@ def set_up_torch(config: Config) -> torch.device:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    if torch.are_deterministic_algorithms_enabled() != config.train.deterministic:  # the call imports for seconds
+        torch.use_deterministic_algorithms(config.train.deterministic)
     return device_of(config.train.device)
 
 
@@ -157,7 +182,9 @@ def load_data(config: Config, device: torch.device) -> data.Data:
     )
 
 
-def build_task(config: Config, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> tasks.Classification:
+def build_task(
+    config: Config, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tasks.Classification:
     """The task of a run."""
     return tasks.classification(num_classes, label_smoothing=config.train.label_smoothing, mean=mean, std=std)
 
@@ -169,9 +196,12 @@ def build_network(
     channels, height, _ = image_shape
     if (config.blocks.num_blocks is None) == (config.blocks.cuts is None):
         raise ConfigError(
-            f"blocks.num_blocks={config.blocks.num_blocks} and blocks.cuts={config.blocks.cuts}: give exactly one of them; "
-            "--num-blocks 4 sets the first"
+            f"blocks.num_blocks={config.blocks.num_blocks} and blocks.cuts={config.blocks.cuts}: give exactly one of "
+            "them; --num-blocks 4 sets the first"
         )
+    taken = sorted({"name", "num_classes", "in_channels", "image_size"} & set(config.model.options))
+    if taken:
+        raise ConfigError(f"model.options.{taken[0]}: that follows from model.name and the data; leave it out")
     method = build_method(config.method, task)
     if config.train.accumulate > 1:
         method = methods.accumulation(method, parts=config.train.accumulate)
@@ -208,8 +238,6 @@ def build(config: Config) -> Experiment:
     """
     device = set_up_torch(config)
     loaded = load_data(config, device)
-    if (config.train.mixup or config.train.cutmix) and loaded.num_classes < 2:
-        raise DataError("mixup and cutmix need at least 2 classes")
     network = build_network(
         config, build_task(config, loaded.num_classes, loaded.mean, loaded.std), loaded.image_shape, device
     )
@@ -217,9 +245,7 @@ def build(config: Config) -> Experiment:
     stepper = Stepper(network, config.optim, scaler)
     average = None
     if config.train.ema_decay is not None:
-        average = AveragedModel(
-            network, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema_decay), use_buffers=True
-        )
+        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema_decay), use_buffers=True)
     if config.train.compile:
         network.compile_blocks()
     return Experiment(config, loaded, network, stepper, average, Meter(network))

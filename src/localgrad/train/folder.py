@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -15,17 +16,35 @@ from localgrad.train import checkpoint
 from localgrad.train.experiment import Experiment
 
 CHECKPOINT, BEST, WEIGHTS = "checkpoint.safetensors", "best.safetensors", "model.safetensors"
+STATES = (CHECKPOINT, CHECKPOINT + ".previous", BEST, BEST + ".previous")
+WRITTEN = (
+    *STATES,
+    WEIGHTS,
+    "config.yaml",
+    "metrics.csv",
+    "curves.png",
+    "result.json",
+    "results.json",
+    "comparison.png",
+)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file wholly or not at all."""
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file, text in UTF-8, wholly or not at all.
+
+    Raises:
+        ConfigError: it cannot be written; what was there before is untouched.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another --run-dir or free some space") from error
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror}; choose another --run-dir or free some space"
+        ) from error
 
 
 class RunFolder:
@@ -39,8 +58,7 @@ class RunFolder:
     def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
         self.path = path
         self.resume = resume
-        holds_run = self.checkpoint.exists() or checkpoint.previous(self.checkpoint).exists()
-        if holds_run and not (resume or overwrite):
+        if self.holds_run and not (resume or overwrite):
             raise ConfigError(
                 f"{path} already holds a run; continue it with --resume {path}, replace it with --overwrite, or choose "
                 "another --run-dir"
@@ -48,10 +66,12 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if overwrite and not resume:
-                for name in (CHECKPOINT, BEST, WEIGHTS, CHECKPOINT + ".previous", BEST + ".previous", "metrics.csv"):
+                for name in WRITTEN:
                     (path / name).unlink(missing_ok=True)
         except OSError as error:
-            raise ConfigError(f"cannot use {path} as run directory: {error.strerror}; choose another --run-dir") from error
+            raise ConfigError(
+                f"cannot use {path} as run directory: {error.strerror}; choose another --run-dir"
+            ) from error
         self._board: Any = None
 
     @property
@@ -59,27 +79,48 @@ class RunFolder:
         """The newest checkpoint; the one before it lies beside as ``.previous``."""
         return self.path / CHECKPOINT
 
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return any((self.path / name).exists() for name in ("config.yaml", *STATES))
+
     def start(self, run: Experiment) -> str | None:
         """Write the configuration and, when resuming, restore the run; returns a remark to show, if any."""
-        if self.resume:
-            remark = self._restore(run)
+        remark = None
+        if not self.resume:
+            write(self.path / "config.yaml", dump(run.config))
+        elif any((self.path / name).exists() for name in STATES):
+            remark = self.restore(run)
         else:
-            write_text(self.path / "config.yaml", dump(run.config))
-            remark = None
+            remark = f"{self.path} holds no checkpoint yet: starting from the beginning."
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            return remark or "tensorboard is not installed, metrics go to metrics.csv only: pip install localgrad[tracking]"
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=run.epoch + 1)
+            return (
+                remark
+                or "tensorboard is not installed, metrics go to metrics.csv only: pip install localgrad[tracking]"
+            )
+        try:
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=run.epoch + 1)
+        except OSError as error:
+            raise ConfigError(f"cannot write {self.path / 'tensorboard'}: {error.strerror}") from error
         return remark
 
-    def _restore(self, run: Experiment) -> str | None:
+    def close(self) -> None:
+        """Close what is open; nothing unsaved is saved."""
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def restore(self, run: Experiment) -> str | None:
+        """Continue ``run`` from the newest checkpoint that is whole; returns a remark if that is not the newest."""
         state, path, reason = checkpoint.load_latest(self.checkpoint)
         run.restore(state, path)
         return None if reason is None else f"{reason} Continuing from {path.name}."
 
     def save(self, run: Experiment) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, unless the run is spoilt: a loss that was not finite raises `TrainingError`."""
+        run.meter.check_finite(run.step)
         checkpoint.save(self.checkpoint, run.state())
 
     def finish_epoch(self, run: Experiment) -> None:
@@ -88,27 +129,39 @@ class RunFolder:
         if run.best is not None and run.best["epoch"] == row["epoch"]:
             checkpoint.save(self.path / BEST, {"epoch": row["epoch"], "model": run.evaluated.state_dict()})
         self.save(run)
-        write_text(self.path / "metrics.csv", metrics_csv(run.history))
+        write(self.path / "metrics.csv", metrics_csv(run.history))
         if self._board is not None:
             for name, value in flat(row).items():
                 if name not in ("epoch", "step"):
                     self._board.add_scalar(name, value, row["epoch"])
             self._board.flush()
 
-    def best_weights(self) -> dict[str, Any]:
-        """The state of the network at the best epoch."""
-        state, _, _ = checkpoint.load_latest(self.path / BEST)
-        return dict(state["model"])
+    def best_weights(self, epoch: int) -> dict[str, Any]:
+        """The state of the network at the best epoch.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or of another epoch.
+        """
+        reasons = []
+        for path in (self.path / BEST, checkpoint.previous(self.path / BEST)):
+            try:
+                state = checkpoint.load(path)
+                if state["epoch"] == epoch:
+                    return dict(state["model"])
+                reasons.append(f"{path} is of epoch {state['epoch']}.")
+            except CheckpointError as error:
+                reasons.append(str(error))
+            except (KeyError, TypeError):
+                reasons.append(f"{path} holds something else.")
+        raise CheckpointError(f"the weights of the best epoch, {epoch}, are lost: {' '.join(reasons)}")
 
     def finish(self, run: Experiment, result: dict[str, Any]) -> None:
         """Write the result, and the plain weights of the model: its own keys, readable without localgrad."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         weights = {k: v.detach().cpu().contiguous().clone() for k, v in run.evaluated.model.state_dict().items()}
-        save_file(weights, str(self.path / WEIGHTS))
-        write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
-        if self._board is not None:
-            self._board.close()
+        write(self.path / WEIGHTS, save(weights))
+        write(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
 
 def flat(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -142,9 +195,13 @@ def read_config(path: Path) -> Config:
 
     file = path / "config.yaml"
     if not file.is_file():
-        raise CheckpointError(f"{path} holds no run (no config.yaml); --resume takes a directory that `localgrad train` wrote")
+        raise CheckpointError(
+            f"{path} holds no run (no config.yaml); --resume takes a directory that `localgrad train` wrote"
+        )
     try:
-        settings = yaml.safe_load(file.read_text())
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}; check its permissions") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):

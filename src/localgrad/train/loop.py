@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from localgrad.engine import local_losses
-from localgrad.exchange import exchange
+from localgrad.method import Term
 from localgrad.randomness import keyed_randomness, seeded
-from localgrad.train.experiment import Experiment
+from localgrad.spans import Span
+from localgrad.train.experiment import Experiment, explained
 from localgrad.train.meters import Meter, evaluate
 from localgrad.train.optim import learning_rate
+from localgrad.twins import exchange
 
 
 def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch: Callable[[Experiment], None]) -> None:
@@ -28,7 +30,6 @@ def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch
         TrainingError: a loss is not finite.
     """
     config, network, meter = run.config, run.network, run.meter
-    steps = len(run.data.train)
     with keyed_randomness(config.train.seed):
         while run.epoch < config.train.epochs:
             network.train()
@@ -37,8 +38,7 @@ def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch
                 inputs, targets = inputs.to(network.device), targets.to(network.device)
                 if config.train.channels_last:
                     inputs = inputs.contiguous(memory_format=torch.channels_last)
-                rate = learning_rate(config.optim, run.epoch, run.batch / steps, config.train.epochs)
-                run.stepper.set_learning_rate(rate)
+                run.stepper.set_learning_rate(rate_of(run, run.batch))
                 step(run, *mixed(run, inputs, targets))
                 run.batch += 1
                 run.step += 1
@@ -48,26 +48,45 @@ def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch
                     meter.check_finite(run.step)
                 after_step(run)
             meter.check_finite(run.step)
-            run.history.append(row(run, rate, time.perf_counter() - started))
+            run.history.append(row(run, time.perf_counter() - started))
             run.epoch, run.batch = run.epoch + 1, 0
             meter = run.meter = Meter(network)
             after_epoch(run)
 
 
+def rate_of(run: Experiment, batch: int) -> float:
+    """The learning rate of one batch of the current epoch."""
+    return learning_rate(run.config.optim, run.epoch, batch / len(run.data.train), run.config.train.epochs)
+
+
 def step(run: Experiment, inputs: Tensor, targets: Tensor) -> None:
-    """One optimizer step."""
+    """One optimizer step.
+
+    Raises:
+        TrainingError: it does not fit in memory, or the batch is too small for BatchNorm.
+    """
+    scored: dict[
+        tuple[Span, int], int
+    ] = {}  # samples of this batch each head has answered: micro-batches come in order
+
+    def observe(span: Span, term: Term | None, output: Any) -> None:
+        start = scored.get((span, id(term)), 0)
+        stop = scored[span, id(term)] = start + len(output)
+        run.meter.add_output(span, term, output, targets[start:stop])
+
     losses = local_losses(
         run.network,
         inputs,
         targets,
         run.step,
         autocast=run.autocast,
-        on_output=lambda span, term, output: run.meter.add_output(span, term, output, targets),
+        on_output=observe,
         on_block_done=run.stepper.block_done,
     )
-    for span, loss in losses:
-        run.stepper.scaler.scale(loss).backward()
-        run.meter.add_loss(span, loss)
+    with explained(inputs):
+        for span, loss in losses:
+            run.stepper.scaler.scale(loss).backward()
+            run.meter.add_loss(span, loss)
     run.stepper.finish(run.step)
     exchange(run.network)
     if run.average is not None:
@@ -90,12 +109,12 @@ def mixed(run: Experiment, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Ten
         return v2.RandomChoice(kinds)(inputs, targets)
 
 
-def row(run: Experiment, rate: float, seconds: float) -> dict[str, Any]:
+def row(run: Experiment, seconds: float) -> dict[str, Any]:
     """What an epoch leaves in the history; updates ``run.best`` by the validation split."""
     result: dict[str, Any] = {
         "epoch": run.epoch + 1,
         "step": run.step,
-        "lr": rate,
+        "lr": rate_of(run, run.batch - 1),
         "seconds": seconds,
         "train": run.meter.read(),
     }

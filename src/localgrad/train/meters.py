@@ -27,7 +27,7 @@ class Meter:
         self.samples = 0
 
     def name(self, span: Span) -> str:
-        """``block 3`` for the loss after block 3 (counted from 1), ``blocks 3-4`` for one over two, ``model`` at the end."""
+        """``block 3`` for the loss after block 3 (counted from 1), ``blocks 3-4`` for one over two, ``model`` last."""
         if span.stop == self.num_blocks:
             return "model"
         return f"block {span.stop}" if span.stop - span.start == 1 else f"blocks {span.start + 1}-{span.stop}"
@@ -86,7 +86,7 @@ def evaluate(network: LocalNetwork, batches: Any, autocast: torch.dtype | None =
     Returns:
         ``{"loss": {"model": ...}, "score": {head: ...}}``; the loss is the model's own.
     """
-    was_training = network.training
+    modes = {module: module.training for module in network.modules()}
     network.eval()
     meter = Meter(network)
     try:
@@ -98,6 +98,7 @@ def evaluate(network: LocalNetwork, batches: Any, autocast: torch.dtype | None =
                     meter.add_loss(span, meter.task.loss(output, Batch(inputs, targets, 0)) * len(targets))
             meter.samples += len(targets)
     finally:
-        network.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     meter.batches = meter.samples  # the losses above are sums over samples
     return meter.read()

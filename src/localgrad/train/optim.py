@@ -69,12 +69,17 @@ class Stepper:
             self.parameters = [network.block_parameters(k) for k in range(len(network.blocks))]
         else:
             self.parameters = [[p for p in network.parameters() if p.requires_grad]]
-        self.optimizers = [build(config, parameters) for parameters in self.parameters if parameters]
+        if not all(self.parameters):
+            idle = ", ".join(str(k) for k, parameters in enumerate(self.parameters) if not parameters)
+            raise ConfigError(
+                f"optim.per_block: block {idle} has nothing to train; unfreeze it or switch per_block off"
+            )
+        self.optimizers = [build(config, parameters) for parameters in self.parameters]
         patterns = network.method.spans.patterns(len(network.blocks))
         if config.per_block and config.clip_grad and any(s.stop - s.start > 1 for p in patterns for s in p):
             raise ConfigError(
-                f"optim.per_block with optim.clip_grad={config.clip_grad}: {network.method.name} has spans over several "
-                "blocks, whose common gradient norm is known only after the first of them has stepped; drop one of the two"
+                f"optim.per_block with optim.clip_grad={config.clip_grad}: {network.method.name} has spans over "
+                "several blocks, whose common gradient norm is known only after the first has stepped; drop one of both"
             )
 
     @property

@@ -58,9 +58,11 @@ class Progress:
         row = run.history[-1]
         split = "validation" if "validation" in row else "train"
         scores = row[split]["score"]
-        inner = " ".join(f"{100 * score:.1f}" for name, score in scores.items() if name != "model")
+        inner = [f"{100 * score:.1f}" for name, score in scores.items() if name != "model"]
+        if len(inner) > 4:
+            inner = [*inner[:2], "..", *inner[-2:]]
         self.console.print(
-            f"{self.title}  epoch {row['epoch']}/{run.config.train.epochs}  loss {row['train']['loss']['model']:.3f}  "
-            f"{split} accuracy {scores['model']:.1%}" + (f"  (heads of blocks, %: {inner})" if inner else ""),
+            f"{self.title} {row['epoch']}/{run.config.train.epochs}  loss {row['train']['loss']['model']:.3f}  "
+            f"{split} {scores['model']:.1%}" + (f" (heads {' '.join(inner)})" if inner else ""),
             highlight=False,
         )

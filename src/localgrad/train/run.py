@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -10,11 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from localgrad.bench.cost import cost, step_seconds
 from localgrad.bench.plots import comparison_picture, curves_picture
-from localgrad.config import Config, method_name
+from localgrad.config import Config, method_name, run_names
 from localgrad.errors import LocalgradError
 from localgrad.train.experiment import Experiment, build, with_method
 from localgrad.train.folder import RunFolder
@@ -48,7 +50,9 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def run(config: Config, folder: RunFolder, console: Console, title: str, resume_with: str) -> tuple[Experiment, dict[str, Any]]:
+def run(
+    config: Config, folder: RunFolder, console: Console, title: str, resume_with: str
+) -> tuple[Experiment, dict[str, Any]]:
     """Train one method and write its directory.
 
     Args:
@@ -59,8 +63,8 @@ def run(config: Config, folder: RunFolder, console: Console, title: str, resume_
         resume_with: the command that continues the run, for the message after an interruption.
 
     Returns:
-        the experiment and its result: test scores of every head at the last epoch, and of the model at the best epoch of the
-        validation split, kept apart.
+        the experiment and its result: test scores of every head at the last epoch, and of the model at the best epoch
+        of the validation split, kept apart.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
@@ -68,26 +72,28 @@ def run(config: Config, folder: RunFolder, console: Console, title: str, resume_
     experiment = build(config)
     remark = folder.start(experiment)
     if remark:
-        console.print(remark, style="dim", highlight=False)
+        console.print(remark, style="dim", highlight=False, soft_wrap=True)
     every = config.train.checkpoint_every
-    with Progress(console, title) as progress, _stop_requests() as stop_requested:
+    with contextlib.closing(folder), Progress(console, title) as progress, _stop_requests() as stop_requested:
 
         def after_step(state: Experiment) -> None:
             progress.step(state)
-            if stop_requested():
+            stopping = stop_requested()
+            if stopping or (every is not None and state.step % every == 0):
                 folder.save(state)
+            if stopping:
                 raise Interrupted(f"stopped at step {state.step} and saved; continue with: {resume_with}")
-            if every is not None and state.step % every == 0:
-                folder.save(state)
 
         def after_epoch(state: Experiment) -> None:
             folder.finish_epoch(state)
             progress.epoch(state)
+            if stop_requested():
+                raise Interrupted(f"stopped after epoch {state.epoch} and saved; continue with: {resume_with}")
 
         train(experiment, after_step, after_epoch)
     result = _result(experiment, folder)
-    curves_picture(experiment.history, title, folder.path / "curves.png")
     folder.finish(experiment, result)
+    curves_picture(experiment.history, title, folder.path / "curves.png")
     return experiment, result
 
 
@@ -95,7 +101,7 @@ def _result(run: Experiment, folder: RunFolder) -> dict[str, Any]:
     network = run.evaluated
     last = evaluate(network, run.data.test, run.autocast)
     result: dict[str, Any] = {
-        "method": run.network.method.name,
+        "method": method_name(run.config.method),
         "model": run.config.model.name,
         "data": run.data.title,
         "blocks": len(run.network.blocks),
@@ -107,7 +113,7 @@ def _result(run: Experiment, folder: RunFolder) -> dict[str, Any]:
     }
     if run.best is not None:
         weights = {k: v.clone() for k, v in network.state_dict().items()}
-        network.load_state_dict(folder.best_weights())
+        network.load_state_dict(folder.best_weights(run.best["epoch"]))
         result["best"] = {
             "epoch": run.best["epoch"],
             "validation": run.best["score"],
@@ -128,10 +134,11 @@ def compare(
     Returns:
         the result of each with its ``cost``, the first being the configured method.
     """
-    specs = [config.method, *config.beside]
-    names = [method_name(spec) for spec in specs]
+    specs, names = [config.method, *config.beside], run_names(config)
     if len(specs) == 1:
-        experiment, result = run(config, RunFolder(path, resume=resume, overwrite=overwrite), console, names[0], resume_with)
+        experiment, result = run(
+            config, RunFolder(path, resume=resume, overwrite=overwrite), console, names[0], resume_with
+        )
         experiments, results = [experiment], [result]
     else:
         experiments, results = [], []
@@ -145,8 +152,12 @@ def compare(
     inputs, targets = next(iter(experiments[0].data.train.epoch(0)))
     device, autocast = experiments[0].network.device, experiments[0].autocast
     inputs, targets = inputs.to(device), targets.to(device)
+    if config.train.channels_last:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
     networks = [experiment.network for experiment in experiments]
     seconds = step_seconds(networks, inputs, targets, autocast)
+    for result, name in zip(results, names, strict=True):
+        result["method"] = name
     for result, network, taken in zip(results, networks, seconds, strict=True):
         result["cost"] = asdict(cost(network, inputs, targets, autocast)) | {
             "step_seconds": taken,

@@ -1,0 +1,458 @@
+"""The commands, and what they answer to bad input."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import localgrad
+from localgrad import cli
+from localgrad.config import recipes, validate
+from localgrad.data import load
+from localgrad.errors import CheckpointError, LocalgradError
+from localgrad.train import checkpoint
+
+TINY = ["--epochs", "1", "--threads", "1", "data.limit=100", "train.batch_size=48"]
+DIGITS = ["train", "digits", "--alone", *TINY]
+
+
+class Said:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+Call = Callable[..., Said]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
+    """Run one command in a folder of its own; the data sets are the real ones only where asked for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments: str) -> Said:
+        capsys.readouterr()
+        try:
+            cli.main(list(arguments))
+            code: Any = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return Said(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One finished run."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(
+            [
+                "train",
+                "digits",
+                "--alone",
+                "--epochs",
+                "2",
+                "--threads",
+                "1",
+                "data.limit=300",
+                "--run-dir",
+                str(folder),
+            ]
+        )
+    assert not stop.value.code
+    return folder
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def refused(said: Said, *words: str, code: int = 2) -> None:
+    """One paragraph, which says what was given and what is allowed."""
+    assert said.code == code, (said.code, said.out[-500:], said.err)
+    text = said.err
+    at = text.index("error:")
+    assert at == 0 or text[at - 1] == "\n", text
+    assert "\n\n" not in text[at:].strip() and "Traceback" not in text, text
+    paragraph = " ".join(text[at:].split())
+    for word in words:
+        assert word in paragraph, (word, paragraph)
+
+
+# What is typed after `localgrad`, and words the answer must hold.
+BAD: dict[str, tuple[list[str], list[str]]] = {
+    "recipe": (["train", "digit"], ["unknown recipe 'digit'", "'digits'", ".yaml"]),
+    "recipe file": (["train", "mine.yaml"], ["no file 'mine.yaml'", "localgrad list recipes"]),
+    "nothing": (["train"], ["nothing to train", "localgrad train digits"]),
+    "only a setting": (["train", "optim.lr=0.1"], ["nothing to train"]),
+    "only a model": (["train", "--model", "resnet8"], ["nothing to train", "--data"]),
+    "method": ([*DIGITS, "-m", "dlg"], ["unknown method 'dlg'", "'dgl'"]),
+    "empty part": ([*DIGITS, "-m", "dgl+"], ["empty part", "dgl+windows"]),
+    "plug-in without base": ([*DIGITS, "-m", "windows"], ["'windows' is a plug-in", "dgl"]),
+    "base twice": ([*DIGITS, "-m", "dgl+e2e"], ["'e2e' is a base and must come first"]),
+    "plug-in on the wrong base": ([*DIGITS, "-m", "e2e+windows"], ["windows need a local base"]),
+    "no method": ([*DIGITS, "method=[]"], ["name a base"]),
+    "option": ([*DIGITS, "method=[{infopro: {imagee: [1, 0]}}]"], ["method.infopro", "'imagee'", "'image'"]),
+    "option of none": ([*DIGITS, "method=[{e2e: {x: 1}}]"], ["method.e2e"]),
+    "option's type": ([*DIGITS, "method=[dgl, {windows: {width: wide}}]"], ["method.windows", "width", "'wide'"]),
+    "two names": ([*DIGITS, "method=[{dgl: {}, e2e: {}}]"], ["must hold one name"]),
+    "weights of no loss": ([*DIGITS, "method=[{infopro: {label: [0, 0], image: [0, 0]}}]"], ["has weight 0"]),
+    "negative weight": ([*DIGITS, "method=[{infopro: {label: [-1, 0]}}]"], ["weights are at least 0"]),
+    "model": ([*DIGITS, "--model", "resnet33"], ["unknown model 'resnet33'", "resnet32"]),
+    "library": ([*DIGITS, "--model", "tim:resnet18"], ["unknown model library 'tim'", "timm"]),
+    "timm model": ([*DIGITS, "--model", "timm:resnet19"], ["unknown timm model 'resnet19'", "resnet18"]),
+    "torchvision model": ([*DIGITS, "--model", "torchvision:resnet19"], ["unknown torchvision model"]),
+    "channels": ([*DIGITS, "--model", "torchvision:resnet18"], ["3-channel", "the data has 1", "timm"]),
+    "model option": ([*DIGITS, "model.options.colour=3"], ["model 'resnet8' cannot be built", "colour"]),
+    "model option of the data": ([*DIGITS, "model.options.num_classes=3"], ["model.options.num_classes"]),
+    "data": ([*DIGITS, "--data", "cifar11"], ["unknown data set 'cifar11'", "'cifar10'"]),
+    "data root": ([*DIGITS, "--data", "cifar10", "--data-root", "nowhere"], ["not found", "nowhere", "LOCALGRAD_DATA"]),
+    "section": ([*DIGITS, "optimizer.lr=0.1"], ["optimizer", "unknown setting", "'optim'"]),
+    "setting": ([*DIGITS, "optim.learning_rate=0.1"], ["optim.learning_rate", "unknown setting"]),
+    "misspelt setting": ([*DIGITS, "train.epoch=3"], ["train.epoch", "'epochs'"]),
+    "no setting": ([*DIGITS, "fast"], ["'fast' is no setting", "optim.lr=0.05"]),
+    "not YAML": ([*DIGITS, "optim.lr={"], ["is not a YAML value"]),
+    "section as value": ([*DIGITS, "optim=5"], ["optim", "5"]),
+    "type": ([*DIGITS, "train.batch_size=many"], ["train.batch_size", "'many'"]),
+    "choice": ([*DIGITS, "optim.schedule=step"], ["optim.schedule", "'cosine', 'paper' or 'constant'", "'step'"]),
+    "precision": ([*DIGITS, "train.precision=fp8"], ["train.precision", "'fp32'"]),
+    "lr": ([*DIGITS, "optim.lr=-0.1"], ["optim.lr=-0.1", "positive"]),
+    "lr infinite": ([*DIGITS, "optim.lr=.inf"], ["optim.lr=inf"]),
+    "epochs": ([*DIGITS, "--epochs", "0"], ["train.epochs=0", "at least 1"]),
+    "batch size": ([*DIGITS, "--batch-size", "0"], ["train.batch_size=0"]),
+    "batch of one": ([*DIGITS, "train.batch_size=1"], ["BatchNorm needs more than one sample"]),
+    "momentum": ([*DIGITS, "optim.momentum=1"], ["optim.momentum=1.0", "below 1"]),
+    "weight decay": ([*DIGITS, "optim.weight_decay=.inf"], ["optim.weight_decay=inf"]),
+    "betas": ([*DIGITS, "optim.name=adamw", "optim.betas=[2, 0.9]"], ["optim.betas=[2.0, 0.9]", "below 1"]),
+    "mixup": ([*DIGITS, "train.mixup=-1"], ["train.mixup=-1.0", "0 is off"]),
+    "label smoothing": ([*DIGITS, "train.label_smoothing=1"], ["train.label_smoothing=1.0", "below 1"]),
+    "average": ([*DIGITS, "train.ema_decay=1"], ["train.ema_decay=1.0", "between 0 and 1"]),
+    "threads": ([*DIGITS, "--threads", "0"], ["train.threads=0"]),
+    "validation": ([*DIGITS, "data.validation=1.0"], ["validation=1.0", "[0, 1)"]),
+    "limit": ([*DIGITS, "data.limit=0"], ["limit=0"]),
+    "empty split": ([*DIGITS, "data.limit=2"], ["empty split"]),
+    "image size": ([*DIGITS, "data.image_size=2"], ["image_size=2", "from 4 to 1024"]),
+    "too many blocks": ([*DIGITS, "-k", "40"], ["num_blocks=40", "cut points"]),
+    "no blocks": ([*DIGITS, "blocks.num_blocks=0"], ["num_blocks=0"]),
+    "blocks and cuts": ([*DIGITS, "blocks.cuts=[layer2]"], ["blocks.num_blocks=4", "exactly one"]),
+    "neither": ([*DIGITS, "blocks.num_blocks=null"], ["exactly one", "--num-blocks 4"]),
+    "cut": ([*DIGITS, "blocks={num_blocks: null, cuts: [layer9]}"], ["layer9"]),
+    "cut in a branch": ([*DIGITS, "blocks={num_blocks: null, cuts: [layer2.0.conv2]}"], ["layer2.0.conv2"]),
+    "device": ([*DIGITS, "--device", "gpu"], ["train.device='gpu'", "auto, cpu, cuda"]),
+    "device kind": ([*DIGITS, "--device", "meta"], ["train.device='meta'", "cpu and cuda"]),
+    "clip per block": ([*DIGITS, "-m", "dgl+windows", "optim.per_block=true", "optim.clip_grad=1"], ["drop one"]),
+    "contrastive with mixup": ([*DIGITS, "method=[{infopro: {loss: contrast}}]", "train.mixup=1"], ["mixup", "off"]),
+    "loss": ([*DIGITS, "optim.lr=1e30", "--epochs", "3"], ["the loss of", "optim.lr", "last checkpoint"]),
+    "list of data with library": (["list", "data", "--library", "timm"], ["--library timm", "list models"]),
+    "library to list": (["list", "models", "--library", "keras"], ["unknown model library 'keras'"]),
+    "summary of nothing": (["summary"], ["nothing to summarise", "--model resnet32"]),
+    "summary's size": (["summary", "--model", "resnet8", "-k", "2", "--image-size", "0"], ["--image-size 0"]),
+    "summary's batch": (["summary", "--model", "resnet8", "-k", "2", "--batch-size", "1"], ["BatchNorm needs more"]),
+    "resume nothing": (["train", "--resume", "nowhere"], ["nowhere holds no run", "config.yaml"]),
+    "resume with a recipe": (["train", "digits", "--resume", "x"], ["--resume", "leave digits out"]),
+    "resume with a setting": (["train", "--resume", "x", "optim.lr=1"], ["leave optim.lr=1 out"]),
+    "resume with flags": (["train", "--resume", "x", "--seed", "0", "-m", "dgl"], ["leave --method, --seed out"]),
+    "eval of nothing": (["eval", "nowhere"], ["nowhere holds no run"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_one_paragraph(case: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what Python sees is a typed error."""
+    raised: list[BaseException | None] = []
+    fail = cli._fail
+
+    def noted(message: str, code: int) -> None:
+        raised.append(sys.exc_info()[1])
+        fail(message, code)
+
+    monkeypatch.setattr(cli, "_fail", noted)
+    arguments, words = BAD[case]
+    refused(call(*arguments), *words)
+    assert isinstance(raised[0], LocalgradError)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+def test_a_device_that_is_not_there(call: Call) -> None:
+    refused(call(*DIGITS, "--device", "cuda"), "train.device='cuda'", "0 CUDA devices", "use cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {epochs: 3", ["not valid YAML"]),
+        ("- dgl\n- e2e\n", ["expected a mapping", "found list"]),
+        ("3: 4\n", ["expected a mapping"]),
+        ("extends: nothing\n", ["unknown recipe 'nothing'"]),
+        ("extends: other.yaml\n", ["no file", "other.yaml"]),
+        ("extends: mine.yaml\n", ["circle", "mine.yaml -> mine.yaml"]),
+        ("train: {epochs: 3}\n", ["exactly one"]),
+        ("method: 5\n", ["method", "5"]),
+        ("method: [dgl]\nmodel: resnet8\n", ["model", "'resnet8'"]),
+        ("beside: [dgl]\n", ["beside"]),
+        (b"\xff\xfe\x00", ["not valid YAML"]),
+    ],
+)
+def test_bad_recipes_are_refused(text: str | bytes, words: list[str], call: Call, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(call("train", "mine.yaml", "--data", "digits"), *words)
+
+
+def test_damaged_data_are_refused(call: Call, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    (root / "folder").mkdir(parents=True)
+    for split in ("train", "test"):
+        np.savez(
+            root / f"cifar10_{split}_jpeg.npz", jpeg=np.zeros(9, np.uint8), offsets=np.arange(3), labels=np.zeros(2)
+        )
+    whole = root / "cifar10_train_jpeg.npz"
+    whole.write_bytes(whole.read_bytes()[:200])
+    refused(call("train", "cifar10_resnet32", "--data-root", str(root)), "cifar10_train_jpeg.npz is damaged")
+    refused(call(*DIGITS, "--data", f"folder:{root / 'folder'}"), "not found", "no train")
+    (root / "folder" / "train").mkdir()
+    refused(call(*DIGITS, "--data", f"folder:{root / 'folder'}"), "neither val nor test")
+
+
+def test_run_directories_that_cannot_be_used(call: Call, copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    refused(call(*DIGITS, "--run-dir", "file"), "cannot use file", "--run-dir")
+    refused(call(*DIGITS, "--run-dir", "file/below"), "cannot use file/below")
+    refused(call("train", "digits", *TINY, "--run-dir", "file/below"), "cannot use file/below")
+    for arguments in (DIGITS, ["train", "digits", *TINY]):
+        refused(call(*arguments, "--run-dir", str(copy)), "already holds a run", "--resume", "--overwrite")
+    before = (copy / "model.safetensors").read_bytes()
+    assert call(*DIGITS, "--run-dir", str(copy), "--overwrite").code == 0
+    assert (copy / "model.safetensors").read_bytes() != before
+
+
+def test_damaged_runs_are_refused(call: Call, copy: Path, tmp_path: Path) -> None:
+    config, newest = copy / "config.yaml", copy / "checkpoint.safetensors"
+    text, data = config.read_text(), newest.read_bytes()
+    for damaged, word in (("a: [", "is damaged"), ("5", "found int"), (text.replace("optim:", "optimm:"), "optimm")):
+        config.write_text(damaged)
+        refused(call("train", "--resume", str(copy)), "config.yaml", word)
+        refused(call("eval", str(copy)), "config.yaml", word)
+    config.write_text(text.replace("lr: 0.1", "lr: 0.2"))
+    refused(call("train", "--resume", str(copy)), "optim.lr: 0.1 there, 0.2 here", "--run-dir")
+    config.write_text(text)
+    previous = newest.with_name(newest.name + ".previous")
+    previous.unlink()
+    for content, word in ((data[:-9], "torn"), (b"", "is empty"), (b"PK\x03\x04" + bytes(90), "pickle")):
+        newest.write_bytes(content)
+        refused(call("train", "--resume", str(copy)), "neither checkpoint can be loaded", word)
+        refused(call("eval", str(copy)), "neither checkpoint can be loaded", word)
+    newest.unlink()
+    save_file({"weight": torch.zeros(3)}, newest)
+    refused(call("train", "--resume", str(copy)), "without a format tag")
+    newest.write_bytes((copy / "best.safetensors").read_bytes())
+    refused(call("train", "--resume", str(copy)), "does not fit this run")
+    with pytest.raises(CheckpointError):
+        checkpoint.load_latest(copy / "missing")
+
+
+def test_a_full_disk_is_reported_and_loses_nothing(call: Call, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def no_room(*_: Any) -> None:
+        raise full
+
+    before = {path.name: path.read_bytes() for path in copy.glob("*.safetensors")}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", no_room)
+        refused(call(*DIGITS, "--run-dir", "new"), "could not save", "No space left", "nothing was replaced")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", no_room)
+        refused(call("train", "--resume", str(copy)), "cannot write", "No space left")
+    assert before == {path.name: path.read_bytes() for path in copy.glob("*.safetensors")}
+    from localgrad.bench import plots
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "_save", no_room)
+        refused(call("train", "--resume", str(copy)), "No space left")
+        patch.setattr(
+            plots, "_save", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied", "x.png"))
+        )
+        refused(call("train", "--resume", str(copy)), "x.png: Permission denied")
+    assert not list(copy.glob("*.partial"))
+
+
+def test_ctrl_c_outside_of_training_is_no_traceback(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_data", interrupt)
+    refused(call("list", "data"), "stopped", code=130)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "digits", "--fast"], ["train", "digits", "--epochs", "many"], ["train", "digits", "--epochs"],
+        ["trian"],
+        ["list", "colours"], ["list"], ["eval"], ["eval", "x", "--split", "train"], ["summary", "--image-size", "big"],
+        ["doctor", "now"],
+    ],
+)  # fmt: skip
+def test_usage_errors(arguments: list[str], call: Call) -> None:
+    said = call(*arguments)
+    assert said.code == 2 and "Error" in said.err and "Traceback" not in said.err
+    assert any(word in said.err for word in (*arguments[-2:], "Missing argument"))
+
+
+def test_a_run_leaves_everything_in_one_directory(trained: Path, call: Call) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert names >= {
+        "config.yaml", "metrics.csv", "tensorboard", "curves.png", "checkpoint.safetensors", "best.safetensors",
+        "model.safetensors", "result.json", "results.json",
+    }  # fmt: skip
+    assert list((trained / "tensorboard").glob("events.out.*")) and not list(trained.glob("*.partial"))
+    rows = list(csv.DictReader((trained / "metrics.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert all(float(row["validation/score/model"]) <= 1 and float(row["train/loss/block 1"]) > 0 for row in rows)
+    assert (trained / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    settings = validate(
+        localgrad.config.override({}, [f"{k}={json.dumps(v)}" for k, v in read_yaml(trained).items()]), "x"
+    )
+    assert settings.train.epochs == 2 and settings.data.limit == 300 and settings.beside == []
+
+
+def read_yaml(folder: Path) -> dict[str, Any]:
+    import yaml
+
+    return dict(yaml.safe_load((folder / "config.yaml").read_text()))
+
+
+def test_exported_weights_are_the_bare_models(trained: Path) -> None:
+    model = localgrad.models.create("resnet8", num_classes=10, in_channels=1)
+    model.load_state_dict(load_file(trained / "model.safetensors"), strict=True)
+    test = load("digits", batch_size=64).test
+    model.eval()
+    with torch.no_grad():
+        right = sum((model(x).argmax(1) == y).sum().item() for x, y in test.epoch(0))
+    result = json.loads((trained / "result.json").read_text())
+    assert right / test.num_images == pytest.approx(result["last"]["test"]["model"], abs=1e-7)
+
+
+def test_eval_gives_the_figures_of_the_run(trained: Path, call: Call) -> None:
+    result = json.loads((trained / "result.json").read_text())
+    said = call("eval", str(trained), "--json", "--device", "cpu")
+    assert said.code == 0
+    scores = json.loads(said.out)
+    assert scores["score"] == result["last"]["test"] and (scores["epoch"], scores["split"]) == (2, "test")
+    best = json.loads(call("eval", str(trained), "--json", "--best").out)
+    assert best["score"] == result["best"]["test"] and best["epoch"] == result["best"]["epoch"]
+    best = json.loads(call("eval", str(trained), "--json", "--best", "--split", "validation").out)
+    assert best["score"]["model"] == pytest.approx(result["best"]["validation"])
+    said = call("eval", str(trained))
+    assert f"{scores['score']['model']:.2%}" in said.out and max(map(len, said.out.splitlines())) <= 80
+
+
+def test_eval_needs_the_split_it_is_asked_for(call: Call) -> None:
+    assert call(*DIGITS, "data.validation=0", "--run-dir", "run").code == 0
+    refused(call("eval", "run", "--split", "validation"), "data.validation=0", "--split test")
+    refused(call("eval", "run", "--best"), "no best epoch")
+
+
+def test_several_methods_side_by_side(call: Call) -> None:
+    said = call("train", "digits", *TINY, "--json", "--run-dir", "runs/all")
+    assert said.code == 0, said.err
+    results = json.loads(said.out)
+    assert results == json.loads(Path("runs/all/results.json").read_text())
+    assert [r["method"] for r in results] == ["dgl", "e2e", "e2e+checkpointing"]
+    assert results[1]["last"] == results[2]["last"]  # checkpointing changes no result
+    assert results[0]["cost"]["flops"] < results[1]["cost"]["flops"] < results[2]["cost"]["flops"]
+    assert Path("runs/all/comparison.png").is_file() and Path("runs/all/e2e-checkpointing/curves.png").is_file()
+    refused(call("eval", "runs/all"), "several runs", "runs/all/dgl, runs/all/e2e, runs/all/e2e-checkpointing")
+    said = call("train", "--resume", "runs/all")  # finished: reports once more
+    assert said.code == 0 and "e2e+checkpointing" in said.out and "activa" in said.out
+    assert max(map(len, said.out.splitlines())) <= 80 and "…" not in said.out
+
+
+def test_a_run_without_a_recipe_has_its_own_name(call: Call) -> None:
+    said = call(
+        "train",
+        "data.limit=100",
+        "--model",
+        "resnet8",
+        "--data",
+        "digits",
+        "-k",
+        "2",
+        "--epochs",
+        "1",
+        "--threads",
+        "1",
+    )
+    assert said.code == 0, said.err
+    (folder,) = Path("runs").iterdir()
+    assert folder.name.startswith("digits-dgl-") and str(folder) in said.out
+
+
+@pytest.mark.parametrize("what", ["models", "methods", "data", "recipes"])
+def test_lists(what: str, call: Call) -> None:
+    rows = json.loads(call("list", what, "--json").out)
+    names = [row["name"] for row in rows]
+    expected = {
+        "models": localgrad.models.available(), "methods": localgrad.methods.__all__, "recipes": recipes(),
+        "data": ["digits", "cifar10"],
+    }[what]  # fmt: skip
+    assert set(names) >= set(expected)
+    said = call("list", what)
+    assert all(name in said.out for name in names) and max(map(len, said.out.splitlines())) <= 80
+
+
+def test_list_of_a_library(call: Call) -> None:
+    names = [row["name"] for row in json.loads(call("list", "models", "--library", "torchvision", "--json").out)]
+    assert "torchvision:resnet50" in names
+
+
+def test_doctor(call: Call) -> None:
+    rows = {row["what"]: row for row in json.loads(call("doctor", "--json").out)}
+    assert (
+        rows["torch"]["found"].split("+")[0] == torch.__version__.split("+")[0]
+        and rows["data digits"]["found"] == "found"
+    )
+    assert rows["data stl10"]["found"] == "not found" or rows["data stl10"]["remark"]
+    assert "torchvision ops" in call("doctor").out
+
+
+def test_summary_command(call: Call) -> None:
+    found = json.loads(call("summary", "digits", "--batch-size", "2", "--json").out)
+    assert sum(row["parameters"] for row in found["blocks"]) == found["total"]["parameters"]
+    assert found["image_shape"] == [1, 8, 8]
+    said = call("summary", "digits")
+    assert "layer1.0" in said.out or "layer1" in said.out
+    assert max(map(len, said.out.splitlines())) <= 80 and "…" not in said.out
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["list"], ["summary"], ["doctor"]])
+def test_help(command: list[str], call: Call) -> None:
+    said = call(*command, "--help")
+    assert said.code == 0 and "Usage:" in said.out
+    assert "localgrad " in said.out or "--json" in said.out
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom localgrad import cli\ntry:\n    cli.main(['train', '--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(', '.join({'torch', 'numpy', 'matplotlib'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--resume" in done.stdout, done.stderr

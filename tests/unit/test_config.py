@@ -1,0 +1,200 @@
+"""Settings: recipes, overrides, validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import localgrad
+from localgrad import config
+from localgrad.config import (
+    Config,
+    OptimConfig,
+    TrainConfig,
+    build_method,
+    dump,
+    merge,
+    override,
+    read_recipe,
+    validate,
+)
+from localgrad.data.sources import SOURCES
+from localgrad.errors import ConfigError, MethodError
+from localgrad.train.experiment import build_network, build_task
+
+TASK = localgrad.tasks.classification(10)
+
+
+@pytest.mark.parametrize("name", config.recipes())
+def test_every_recipe_validates_and_its_methods_build(name: str) -> None:
+    recipe = validate(read_recipe(name), name)
+    for spec in (recipe.method, *recipe.beside):
+        assert build_method(spec, TASK).task is TASK
+    assert (recipe.blocks.num_blocks is None) != (recipe.blocks.cuts is None)
+    assert recipe.data.name in SOURCES
+    assert recipe.about.notes or recipe.about.paper
+    assert validate(yaml.safe_load(dump(recipe)), "again") == recipe
+
+
+INFOPRO = [name for name in config.recipes() if name.startswith("infopro/")]
+
+
+@pytest.mark.parametrize("name", INFOPRO)
+def test_infopro_recipes_leave_no_block_without_a_loss(name: str) -> None:
+    """Their weights run linearly over the boundaries; with one boundary only the first value counts."""
+    recipe = validate(read_recipe(name), name)
+    blocks = recipe.blocks.num_blocks or len(recipe.blocks.cuts or ()) + 1
+    assert blocks == int(name.rpartition("_k")[2])
+    ((_, options),) = recipe.method[0].items()  # type: ignore[union-attr]
+    assert options is not None
+    terms = build_method(recipe.method, TASK).terms
+    for k in range(blocks - 1):
+        site: Any = SimpleNamespace(num_blocks=blocks, span=localgrad.spans.Span(k, k + 1))
+        share = k / (blocks - 2) if blocks > 2 else 0.0
+        expected = [a + (b - a) * share for a, b in (options["label"], options["image"])]
+        assert [term.weight_at(site) for term in terms] == pytest.approx(expected) and max(expected) > 0
+    if blocks == 2:
+        assert options["label"][1] == options["image"][1] == 0
+
+
+CUT_ALIKE = {str((r["model"], r["blocks"])): name for name in INFOPRO for r in [read_recipe(name)]}
+
+
+@pytest.mark.parametrize("name", sorted(CUT_ALIKE.values()))
+def test_infopro_recipes_build(name: str) -> None:
+    recipe = validate(read_recipe(name), name)
+    source = SOURCES[recipe.data.name]
+    task = build_task(recipe, len(source.classes), source.mean, source.std)
+    network = build_network(recipe, task, (3, 32, 32), torch.device("cpu"))
+    assert len(network.blocks) == int(name.rpartition("_k")[2])
+    assert len(network.auxiliary) == len(network.blocks) - 1
+    assert all(p.requires_grad for p in network.parameters())
+
+
+def test_infopro_k16_trains_every_block() -> None:
+    name = "infopro/cifar10_resnet110_k16"
+    recipe = validate(read_recipe(name), name)
+    network = build_network(recipe, build_task(recipe, 10, (0.5,) * 3, (0.25,) * 3), (3, 32, 32), torch.device("cpu"))
+    assert len(network.blocks) == 16
+    localgrad.backward(network, torch.randn(4, 3, 32, 32), torch.tensor([0, 0, 1, 1]))
+    for block in network.blocks:
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
+
+
+def test_a_recipe_names_only_what_differs(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("train: {epochs: 3, batch_size: 5}\nmethod: [dgl]\nbeside: [[e2e]]\n")
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\ntrain: {epochs: 4}\nbeside: []\n")
+    (tmp_path / "shipped.yaml").write_text("extends: digits\nabout: {notes: Übung}\n", encoding="utf-8")
+    mine = validate(read_recipe(str(tmp_path / "mine.yaml")), "mine")
+    assert (mine.train.epochs, mine.train.batch_size, mine.beside) == (4, 5, [])
+    shipped = read_recipe(str(tmp_path / "shipped.yaml"))
+    assert shipped["model"] == {"name": "resnet8"} and shipped["about"] == {"notes": "Übung"}
+
+
+def test_circles_and_private_recipes_are_refused(tmp_path: Path) -> None:
+    for one, other in (("a", "b"), ("b", "c"), ("c", "a")):
+        (tmp_path / f"{one}.yaml").write_text(f"extends: {other}.yaml\n")
+    with pytest.raises(ConfigError, match=r"circle: a\.yaml -> b\.yaml -> c\.yaml -> a\.yaml"):
+        read_recipe(str(tmp_path / "a.yaml"))
+    with pytest.raises(ConfigError, match="unknown recipe"):
+        read_recipe("_cifar")
+    assert not any(name.rpartition("/")[2].startswith("_") for name in config.recipes())
+
+
+def test_a_recipe_that_cannot_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("{}")
+
+    def denied(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(ConfigError, match=r"cannot read .*Permission denied"):
+        read_recipe(str(path))
+
+
+def test_overrides_are_read_as_yaml_and_merged() -> None:
+    base = {"optim": {"lr": 0.1, "momentum": 0.5}, "blocks": {"num_blocks": 4}}
+    found = override(
+        base, ["optim.lr=1e-3", "blocks={num_blocks: null, cuts: [a, b]}", "data.root=~/x", "train.compile=yes"]
+    )
+    assert found == {
+        "optim": {"lr": "1e-3", "momentum": 0.5}, "blocks": {"num_blocks": None, "cuts": ["a", "b"]},
+        "data": {"root": "~/x"}, "train": {"compile": True},
+    }  # fmt: skip
+    assert base["optim"] == {"lr": 0.1, "momentum": 0.5}
+    assert validate({**found, "method": ["dgl"]}, "x").optim.lr == 0.001  # YAML 1.1 takes 1e-3 for a string
+    for bad in ("lr", "=3", "a..b=1", "a b=1"):
+        with pytest.raises(ConfigError, match=r"is no setting; write section\.name=value"):
+            override({}, [bad])
+    assert merge({"a": {"b": 1}}, {"a": 5}) == {"a": 5}
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (OptimConfig, {"lr": 0.0}), (OptimConfig, {"lr": float("nan")}), (OptimConfig, {"momentum": -0.1}),
+        (OptimConfig, {"weight_decay": -1.0}), (OptimConfig, {"warmup_epochs": -1}), (OptimConfig, {"clip_grad": 0.0}),
+        (OptimConfig, {"betas": (0.9, 1.0)}), (TrainConfig, {"epochs": 0}), (TrainConfig, {"accumulate": 0}),
+        (TrainConfig, {"checkpoint_every": 0}), (TrainConfig, {"mixup": float("inf")}), (TrainConfig, {"cutmix": -1.0}),
+        (TrainConfig, {"ema_decay": 0.0}), (TrainConfig, {"label_smoothing": 1.0}),
+        (TrainConfig, {"eval_batch_size": 0}),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused_by_name(kind: Any, wrong: dict[str, Any]) -> None:
+    ((name, value),) = wrong.items()
+    section = "optim" if kind is OptimConfig else "train"
+    shown = list(value) if isinstance(value, tuple) else value
+    with pytest.raises(ConfigError, match=rf"{section}\.{name}={str(shown)[:4]}".replace("[", r"\[")):
+        kind(**wrong)
+    with pytest.raises(ConfigError, match=rf"{section}\.{name}="):
+        validate({"method": ["dgl"], section: wrong}, "mine")
+
+
+def test_unknown_and_missing_settings() -> None:
+    with pytest.raises(ConfigError, match=r"mine: method: missing; for instance"):
+        validate({}, "mine")
+    for section in ("model", "data", "blocks", "optim", "train", "about"):
+        with pytest.raises(ConfigError, match=rf"mine: {section}\.xyzzy: unknown setting 'xyzzy'; known: "):
+            validate({"method": ["dgl"], section: {"xyzzy": 1}}, "mine")
+    with pytest.raises(ConfigError) as refused:
+        validate({"method": ["dgl"], "blocks": {"cuts": {"a" * 300: 1}}}, "mine")
+    assert len(str(refused.value)) < 300
+
+
+def test_defaults_are_valid() -> None:
+    assert validate({"method": ["dgl"]}, "defaults") == Config(method=["dgl"])
+
+
+def test_methods_are_composed_from_names_and_options() -> None:
+    assert config.parse_method("infopro + checkpointing") == ["infopro", "checkpointing"]
+    method = build_method(["dgl", {"windows": {"width": 3, "local": 0.5}}], TASK)
+    assert method.name == "windows(dgl)" and method.spans == localgrad.spans.Overlapping(3, 0.5, 1.0)
+    assert build_method([{"dgl": None}], TASK) == build_method(["dgl"], TASK)
+    assert set(config.known_methods()) == set(localgrad.methods.__all__)
+    for spec, error, words in (
+        (["windows"], ConfigError, "begin with one of"),
+        (["e2e", "dgl"], ConfigError, "must come first"),
+        (["e2e", "windows"], MethodError, "local base"),
+        ([{"infopro": {"image": [1]}}], ConfigError, "method.infopro"),
+        ([{"infopro": {"loss": "l2"}}], ConfigError, "'softmax' or 'contrast'"),
+        ([{"windows": {}, "dgl": {}}], ConfigError, "must hold one name"),
+    ):
+        with pytest.raises(error, match=words):
+            build_method(spec, TASK)  # type: ignore[arg-type]
+
+
+def test_runs_side_by_side_have_names_of_their_own() -> None:
+    beside: Any = [["e2e"], [{"dgl": {}}], ["e2e", "checkpointing"], ["dgl"]]
+    assert config.run_names(Config(method=["dgl"], beside=beside)) == [
+        "dgl",
+        "e2e",
+        "dgl-2",
+        "e2e+checkpointing",
+        "dgl-3",
+    ]

@@ -1,0 +1,274 @@
+"""Finding cut points and making blocks, on models written to be hard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+import localgrad
+from localgrad import LocalNetwork, PartitionError, localize
+from localgrad.partition import INPUTS, OUTPUT, Partition
+
+TASK = localgrad.tasks.classification(3)
+E2E, DGL = localgrad.methods.e2e(TASK), localgrad.methods.dgl(TASK)
+WINDOWS = localgrad.methods.windows(DGL)
+X, Y = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def run(network: LocalNetwork, inputs: Any) -> Any:
+    values: dict[str, Any] = {INPUTS: inputs}
+    for block in network.blocks:
+        values |= zip(block.outputs, block(*[values[name] for name in block.inputs]), strict=True)
+    return values[OUTPUT]
+
+
+def cut_names(model: nn.Module, example: Any = X) -> list[str]:
+    return [cut.name for cut in Partition(model, example).cuts]
+
+
+def mlp(*between: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), *between, nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+class Branch(nn.Module):
+    """Control flow that depends on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.sum() > 0 else -self.inner(x)
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 100:
+            x = -x
+        return self.second(self.first(x))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.b(F.relu(self.a(x))))
+
+
+class Direct(nn.Module):
+    """Reads mode, buffers and parameters in a forward that has to be traced through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), weight_norm(nn.Linear(8, 8))
+        self.c = nn.Linear(8, 3)
+        self.position = nn.Parameter(torch.randn(1, 8))
+        self.register_buffer("index", torch.randperm(8))
+        self.register_buffer("table", torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.a(x), 0.5, self.training) + self.position[:, self.index.flip(0)]
+        x = self.b(x) + self.table.mean(0) + torch.linspace(0, 1, 8).to(x.dtype)
+        return self.c(x)
+
+
+class Pair(nn.Module):
+    """Returns features and their size, and takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, size: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+        return self.inner(x).view(size), (x.shape[0], 8)
+
+
+class Sizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(Pair() for _ in range(3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = (x.shape[0], 8)
+        for stage in self.stages:
+            x, size = stage(x, size)
+        return self.head(x)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.c.weight = self.b.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.c(self.b(self.a(x))))
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) + torch.rand(8))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(F.relu(self.b(self.a(x) * y)))
+
+
+def test_a_cut_lies_before_layers_with_weights_and_outside_residual_branches() -> None:
+    assert cut_names(mlp(nn.BatchNorm1d(8), nn.ReLU())) == ["3", "5"]
+    assert cut_names(Residual()) == ["a", "head"]  # and not "b"
+    preact = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8)), nn.Linear(8, 3))
+    assert cut_names(preact) == ["1", "2"]  # not also before "1.1": only a norm would lie between
+
+
+def test_a_module_that_cannot_be_traced_is_kept_whole() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Branch(), nn.Linear(8, 3))
+    network = localize(model, DGL, num_blocks=3, example=X)
+    assert [cut.name for cut in network.cuts] == ["1", "2"]
+    for sign in (1, -1):
+        assert torch.equal(run(network, sign * X), model(sign * X))
+
+
+def test_a_model_that_cannot_be_traced_names_the_line_and_offers_a_list() -> None:
+    model = Untraceable()
+    with pytest.raises(PartitionError, match=r"test_partition\.py:\d+ `if x\.sum\(\) > 100:`.*modules=\[model\.first"):
+        localize(model, DGL, num_blocks=2, example=X)
+    network = localize(model, DGL, modules=[model.first, model.second], example=X)
+    assert torch.equal(run(network, X), model(X))
+    localgrad.backward(network, X, Y)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_mode_buffers_and_parameters_read_in_a_traced_forward_stay_alive() -> None:
+    model = Direct()
+    network = localize(model, E2E, cuts=("b", "c"), example=X)
+    assert not torch.equal(run(network, X), run(network, X))
+    model.eval()
+    assert torch.equal(run(network, X), model(X))
+    with torch.no_grad():
+        model.index.copy_(torch.arange(8))
+        model.position.add_(1)
+    model.table = torch.ones(2, 8)
+    assert torch.equal(run(network, X), model(X))
+    for inputs in (X.double(), X.double()[:1]):
+        network.to(torch.float64)
+        assert torch.equal(run(network, inputs), model(inputs))
+    model.to(torch.float32)
+    assert torch.equal(run(network, X), model(X))
+    localgrad.backward(network, X, Y)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_modules_that_return_several_values_are_traced_through() -> None:
+    model = Sizes()
+    network = localize(model, DGL, num_blocks=3, example=X)
+    assert torch.equal(run(network, X[:1]), model(X[:1]))
+    localgrad.backward(network, X, Y)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_shared_parameters() -> None:
+    model = Tied()
+    assert cut_names(model) == ["b", "head"]
+    with pytest.raises(PartitionError, match=r"parameter 'b\.weight' is used by block 0 and by block 1 \(from 'c'\)"):
+        localize(model, DGL, cuts=("c",), example=X)
+
+
+def test_draws_of_a_fixed_size_are_not_frozen() -> None:
+    with pytest.raises(PartitionError, match="Noisy draws random numbers of a fixed size"):
+        localize(Noisy(), DGL, num_blocks=2, example=X)
+
+
+def test_several_inputs() -> None:
+    model = TwoInputs()
+    network = localize(model, DGL, num_blocks=2, example=(X, X))
+    assert torch.equal(run(network, (X, 2 * X)), model(X, 2 * X))
+    localgrad.backward(network, (X, X), Y)
+    with pytest.raises(PartitionError, match=r"TwoInputs does not run on example=\(6, 8\) float32 on cpu: .*'y'"):
+        localize(model, DGL, num_blocks=2, example=X)
+
+
+def test_in_place_layers_at_a_boundary() -> None:
+    model = mlp(nn.ReLU(inplace=True))
+    assert cut_names(model) == ["2", "4"]
+    for method in (E2E, WINDOWS):
+        with pytest.raises(PartitionError, match=r"'1': '1' overwrites the features.*inplace=False.*begin with '2'"):
+            localize(model, method, cuts=("1",), example=X)
+    network = localize(model, DGL, cuts=("1",), example=X)
+    localgrad.backward(network, X, Y)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = mlp(nn.ReLU()).to(dtype)
+    network = localize(model, E2E, num_blocks=3, example=X.to(dtype))
+    assert torch.equal(run(network, X.to(dtype)), model(X.to(dtype)))
+    localgrad.backward(network, X.to(dtype), Y)
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    TASK.loss(model(X.to(dtype)), localgrad.Batch(X, Y, 0)).backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(found, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("cuts", "message"),
+    [
+        (("5",), r"unknown module '5'; known"),
+        (("steem",), r"unknown module 'steem'; did you mean 'stem'"),
+        (("b",), r"'b' is no cut point: 2 tensors with gradient cross there"),
+        (("stem",), r"nothing is computed before 'stem'"),
+        (("head", "head"), r"'head' begins where 'head' does; name it once"),
+    ],
+)
+def test_cuts_that_cannot_be(cuts: tuple[str, ...], message: str) -> None:
+    with pytest.raises(PartitionError, match=message) as caught:
+        localize(Residual(), DGL, cuts=cuts, example=X)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (torch.randn(2, 9), r"example=\(2, 9\) float32 on cpu: .*mat1"),
+        (X.double(), r"example=\(6, 8\) float64 on cpu"),
+        (torch.empty(2, 8, device="meta"), r"example=\(2, 8\) float32 on meta"),
+        ("x", r"example=a str"),
+        ((X, X), r"takes 2 positional arguments but 3 were given"),
+    ],
+)
+def test_examples_that_do_not_fit(example: Any, message: str) -> None:
+    with pytest.raises(PartitionError, match=message):
+        localize(Residual(), DGL, num_blocks=2, example=example)
+
+
+def test_the_last_layout_is_that_of_the_last_maps() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    layout = Partition(localgrad.models.resnet8(), x).final_layout
+    assert (layout.kind, layout.channels, layout.grid) == ("maps", 64, (8, 8))
+    vit = localgrad.models.create("timm:vit_tiny_patch16_224", num_classes=3, image_size=32, depth=2)
+    layout = Partition(vit, x).final_layout
+    assert (layout.kind, layout.channels, layout.grid, layout.prefix) == ("tokens", 192, (2, 2), 1)
+    assert cut_names(vit, x) == ["blocks", "blocks.1", "head"]
