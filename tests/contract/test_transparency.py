@@ -51,8 +51,6 @@ MODELS: dict[str, int | None] = {
     "torchvision:shufflenet_v2_x0_5": None,
     "torchvision:googlenet": None,
 }
-# Where the features at a cut are a broadcast or permuted gradient away, sums run in another order.
-INEXACT = 1e-5
 DROP = ["timm:vit_tiny_patch16_224", "timm:convnext_atto", "timm:swin_tiny_patch4_window7_224", "torchvision:swin_t"]
 
 
@@ -119,9 +117,7 @@ def test_a_cut_model_is_the_model(name: str) -> None:
         assert torch.equal(seen[0], output)
         assert all(torch.equal(value, moved[key]) for key, value in model.state_dict().items())
     assert found.keys() == expected.keys()
-    scale = max(gradient.abs().max().item() for gradient in expected.values())
-    for key in expected:
-        torch.testing.assert_close(found[key], expected[key], rtol=INEXACT, atol=INEXACT * scale, msg=key)
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
 
     network = localize(model, DGL, num_blocks=4, example=example)
     done: set[int] = set()
@@ -131,23 +127,6 @@ def test_a_cut_model_is_the_model(name: str) -> None:
         assert all(p.grad is None for p in model.parameters() if id(p) not in done)
     assert gradients(model).keys() == expected.keys()
 
-
-@pytest.mark.parametrize(
-    "name",
-    ["timm:vit_tiny_patch16_224", "timm:convnext_atto", "timm:regnetx_002", "torchvision:resnet18"],
-)
-def test_end_to_end_gradients_are_bit_for_bit_those_of_backward(name: str) -> None:
-    model = create(name).train()
-    inputs, targets = batch(5)
-    network = localize(model, E2E, num_blocks=4, example=inputs)
-    with same_draws_and_state(model):
-        F.cross_entropy(model(inputs), targets).backward()
-        expected = gradients(model)
-    with same_draws_and_state(model):
-        localgrad.backward(network, inputs, targets)
-        found = gradients(model)
-    assert found.keys() == expected.keys()
-    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
 
 
 @pytest.mark.parametrize("name", DROP)

@@ -271,9 +271,12 @@ def test_layout_and_precision_train_nearly_the_same(changes: dict[str, Any]) -> 
         assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # torch._dynamo's own
 def test_compiled_blocks_train_like_eager_ones() -> None:
     torch._dynamo.reset()
-    config = settings(blocks={"num_blocks": 2}, train={"epochs": 1}, data={"limit": 108})
+    config = settings(blocks={"num_blocks": 2}, train={"epochs": 1}, data={"limit": 100})
     eager, compiled = finish(build(config)), build(config)
     compiled.network.compile_blocks(backend="eager")
     finish(compiled)
