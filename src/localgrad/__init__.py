@@ -19,10 +19,10 @@ if TYPE_CHECKING:
         PartitionError,
         TrainingError,
     )
-    from localgrad.twins import exchange
     from localgrad.method import Batch, Method, Ramp, Site, Term
     from localgrad.network import LocalNetwork, localize
     from localgrad.randomness import keyed_randomness
+    from localgrad.twins import exchange
 
 # Imported on first use: the command line answers `--help` without waiting for torch.
 _HOME = {

@@ -45,8 +45,8 @@ class _Inject(torch.autograd.Function):
 class _Capture(torch.autograd.Function):
     """The same features; their gradient is added to ``gradients[index]`` as it is, and goes no further.
 
-    A leaf's ``.grad`` would do but for its strides: autograd may copy a gradient to lay it out like the leaf, after which
-    the blocks before it sum in another order than end-to-end training does.
+    A leaf's ``.grad`` would do but for its strides: autograd may copy a gradient to lay it out like the leaf, after
+    which the blocks before it sum in another order than end-to-end training does.
     """
 
     @staticmethod

@@ -89,10 +89,9 @@ class Site:
         """Whether the features are at the model's last resolution."""
         return self.layout.grid == self.partition.final_layout.grid
 
-    @property
-    def downstream(self) -> tuple[nn.Module, ...]:
-        """The units after this boundary, in order; each maps features to features and shares the model's parameters."""
-        return self.partition.units_after(self.cut)
+    def next_units(self, count: int) -> tuple[nn.Module, ...]:
+        """The model's own modules that run next, one for each of the following units, at most ``count``."""
+        return self.partition.modules_after(self.cut)[:count]
 
 
 @dataclass(frozen=True)

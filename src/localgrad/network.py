@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from localgrad.errors import MethodError, PartitionError, nearest
-from localgrad.twins import Twin
 from localgrad.method import Auxiliary, Method, Site
 from localgrad.partition import INPUTS, OUTPUT, Block, Chain, Cut, Partition, by_bytes, by_count
 from localgrad.partition.balance import Stem, module_bytes
 from localgrad.partition.trace import check_runs, untouched
 from localgrad.spans import Span, check
+from localgrad.twins import Twin
 
 Balance = Literal["count", "bytes"]
 

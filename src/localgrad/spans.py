@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 from localgrad.errors import MethodError
@@ -122,4 +123,4 @@ def check(spans: Sequence[Span], num_blocks: int) -> None:
 def groups(spans: Sequence[Span], num_blocks: int) -> list[range]:
     """The finest runs of blocks that no span crosses: what may be clipped, stepped or placed on its own."""
     edges = [b for b in range(num_blocks + 1) if not any(span.start < b < span.stop for span in spans)]
-    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(edges)]

@@ -128,7 +128,6 @@ def test_a_cut_model_is_the_model(name: str) -> None:
     assert gradients(model).keys() == expected.keys()
 
 
-
 @pytest.mark.parametrize("name", DROP)
 def test_stochastic_depth_and_dropout_follow_the_mode_of_the_model(name: str) -> None:
     options = {} if name.startswith("torchvision") else {"drop_path_rate": 0.5, "drop_rate": 0.5}

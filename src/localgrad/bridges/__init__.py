@@ -2,6 +2,7 @@
 module from features to features, whose ``twins``, if it has any, `localgrad.exchange` moves.
 """
 
+from localgrad.bridges.chain import chain
 from localgrad.bridges.momentum import Momentum
 
-__all__ = ["Momentum"]
+__all__ = ["Momentum", "chain"]

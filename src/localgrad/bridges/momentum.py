@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.errors import MethodError
-from localgrad.twins import Twin
 from localgrad.method import Site
+from localgrad.twins import Twin
 
 Mix = Literal["sum", "scaled", "ema", "learnable"]
 Init = Literal["source", "fresh"]
@@ -22,8 +22,8 @@ Init = Literal["source", "fresh"]
 class Momentum:
     """A twin of the next unit, which follows it by a moving average, beside a learnable companion of the same form.
 
-    ``sum``: ``companion(h) + twin(h)``; ``scaled``: ``s * companion(h) + (2 - s) * twin(h)`` with a learnable scalar ``s``
-    that starts at 1; ``ema`` and ``learnable`` keep one of the two.
+    ``sum``: ``companion(h) + twin(h)``; ``scaled``: ``s * companion(h) + (2 - s) * twin(h)`` with a learnable scalar
+    ``s`` that starts at 1; ``ema`` and ``learnable`` keep one of the two.
 
     Args:
         decay: of the moving average.
@@ -59,8 +59,10 @@ class MomentumBridge(nn.Module):
         super().__init__()
         source, *later = units
         self.mix = settings.mix
-        self.twin = None if settings.mix == "learnable" else _copy(source, settings.twin_init).requires_grad_(False)
-        self.companion = None if settings.mix == "ema" else _copy(source, settings.companion_init)
+        self.twin: nn.Module | None = (
+            None if settings.mix == "learnable" else _copy(source, settings.twin_init).requires_grad_(False)
+        )
+        self.companion: nn.Module | None = None if settings.mix == "ema" else _copy(source, settings.companion_init)
         self.later = nn.Sequential(*(_copy(unit, settings.companion_init) for unit in later))
         if settings.mix == "scaled":
             self.scale = nn.Parameter(torch.ones(()))
@@ -68,10 +70,11 @@ class MomentumBridge(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         if self.twin is None:
-            mixed = self.companion(features)  # type: ignore[misc]
+            assert self.companion is not None
+            mixed = self.companion(features)
         elif self.companion is None:
             mixed = self.twin(features)
-        elif self.mix == "sum":
+        elif self.mix != "scaled":
             mixed = self.companion(features) + self.twin(features)
         else:
             mixed = self.scale * self.companion(features) + (2.0 - self.scale) * self.twin(features)
@@ -82,6 +85,7 @@ def _copy(unit: nn.Module, init: Init) -> nn.Module:
     copied = copy.deepcopy(unit)
     if init == "fresh":
         for module in copied.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
     return copied.train()

@@ -14,14 +14,14 @@ from localgrad.method import Site
 
 @dataclass(frozen=True)
 class Conv:
-    """``<n>c<m>f``: n 3x3 convolutions with BatchNorm and ReLU, global average pooling, m linear layers with ReLU between.
+    """``<n>c<m>f``: n 3x3 convolutions with BatchNorm and ReLU, global pooling, m linear layers with ReLU between.
 
-    The first convolution halves the grid and doubles the channels (at most to the model's last width), except in the last
-    stage of the model, where both stay.
+    The first convolution halves the grid and doubles the channels (at most to the model's last width), except in the
+    last stage of the model, where both stay.
 
     Args:
         outputs: width of the last linear layer: classes, or dimensions of an embedding.
-        layers: ``"1c2f"`` (InfoPro), ``"2c2f"`` (MAN, MAN++, HPFF), ``"0c1f"`` (global average pooling and a linear layer).
+        layers: ``"1c2f"`` (InfoPro), ``"2c2f"`` (MAN, MAN++, HPFF), ``"0c1f"`` (global pooling and a linear layer).
         hidden: width of the inner linear layers.
 
     Source: Wang et al., InfoPro, ICLR 2021, arXiv:2101.10832, released ``auxiliary_nets.py``.

@@ -13,9 +13,9 @@ from localgrad.method import Site
 
 @dataclass(frozen=True)
 class Decoder:
-    """Bilinear upsampling to the image size, 3x3 convolution to ``width``, BatchNorm, ReLU, 3x3 convolution to the image.
+    """Bilinear upsampling to the image size, 3x3 convolution to ``width``, BatchNorm, ReLU, 3x3 convolution.
 
-    The output are logits of the pixels in [0, 1], (B, image channels, H, W); `localgrad.losses.reconstruction` reads them.
+    The output are logits of the pixels in [0, 1], (B, image channels, H, W), for `localgrad.losses.Reconstruction`.
 
     Args:
         width: inner channels.

@@ -17,7 +17,7 @@ def _linear(inputs: int, outputs: int) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class MLP:
-    """ "MLP-SR": pool the grid to a quarter of its sides, 1x1 convolutions, pool to 2x2, fully connected layers, linear.
+    """``mlp-sr``: pool the grid to a quarter of its sides, 1x1 convolutions, pool to 2x2, fully connected layers.
 
     Convolutions keep the C channels, hidden layers are 4C wide; each is followed by BatchNorm and ReLU.
 

@@ -11,8 +11,8 @@ from localgrad.method import Method
 def accumulation(base: Method, *, parts: int = 4) -> Method:
     """Run each batch in ``parts`` micro-batches and add up their gradients, weighted by their share of the samples.
 
-    Gradients equal the base method's where no layer or loss looks across samples; BatchNorm normalises by micro-batch and
-    moves its statistics ``parts`` times.
+    Gradients equal the base method's where no layer or loss looks across samples; BatchNorm normalises by micro-batch
+    and moves its statistics ``parts`` times.
 
     Args:
         base: any method.
@@ -23,7 +23,8 @@ def accumulation(base: Method, *, parts: int = 4) -> Method:
 
     Example:
         >>> import localgrad
-        >>> localgrad.methods.accumulation(localgrad.methods.dgl(localgrad.tasks.classification(10)), parts=2).micro_batches
+        >>> base = localgrad.methods.dgl(localgrad.tasks.classification(10))
+        >>> localgrad.methods.accumulation(base, parts=2).micro_batches
         2
     """
     if parts < 1:

@@ -10,8 +10,8 @@ from localgrad.method import Method
 def checkpointing(base: Method) -> Method:
     """Keep only boundary features of blocks that a wider span covers, and run them again in the backward pass.
 
-    The last block of a span is never run twice: its backward pass comes at once. Random draws are repeated and BatchNorm
-    statistics move once, so gradients equal the base method's.
+    The last block of a span is never run twice: its backward pass comes at once. Random draws are repeated and
+    BatchNorm statistics move once, so gradients equal the base method's.
 
     Args:
         base: a method with spans wider than one block; for others it changes nothing.

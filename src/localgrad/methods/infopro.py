@@ -22,8 +22,8 @@ def infopro(
 ) -> Method:
     """Every block keeps information about the image and about the label.
 
-    ``L_k = lambda1_k * reconstruction(decoder_k(h_k)) + lambda2_k * label_loss(head_k(h_k))`` for ``k < K``, the model's own
-    loss for the last block; both lambdas run linearly from the first boundary to the last.
+    ``L_k = lambda1_k * reconstruction(decoder_k(h_k)) + lambda2_k * label_loss(head_k(h_k))`` for ``k < K``, the
+    model's own loss for the last block; both lambdas run linearly from the first boundary to the last.
 
     Args:
         task: from `localgrad.tasks`; its mean and std turn inputs into pixels.

@@ -11,8 +11,8 @@ from localgrad.spans import Local
 def predsim(task: Task, *, beta: float = 0.99, size: int = 1024) -> Method:
     """Every block matches the similarity of its features to that of the labels, and predicts the label a little.
 
-    ``L_k = (1 - beta) * task.loss(linear_k(pool(h_k))) + beta * similarity(projection_k(h_k))`` for ``k < K``, the model's
-    own loss for the last block. Similarity matching wants several images of a class in each batch.
+    ``L_k = (1 - beta) * task.loss(linear_k(pool(h_k))) + beta * similarity(projection_k(h_k))`` for ``k < K``, the
+    model's own loss for the last block. Similarity matching wants several images of a class in each batch.
 
     Args:
         task: from `localgrad.tasks`; its ``num_outputs`` are the classes.

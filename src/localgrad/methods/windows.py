@@ -12,7 +12,7 @@ from localgrad.spans import Local, Overlapping
 def windows(base: Method, *, width: int = 2, local: float = 1.0, cascade: float = 1.0) -> Method:
     """Each block is also trained by losses up to ``width - 1`` blocks later, through the blocks between.
 
-    ``spans = (k, k + 1) with weight local, (k, k + width) with weight cascade``, each with an auxiliary network of its own.
+    ``spans = (k, k + 1) with weight local, (k, k + width) with weight cascade``, each with its own auxiliary network.
 
     Args:
         base: a method with local spans.

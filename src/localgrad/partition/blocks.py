@@ -68,20 +68,6 @@ class Block(nn.Module):
         self._device = device
 
 
-class Features(nn.Module):
-    """A unit as a plain module, features in, features out: what twins and remaining-network heads copy."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.body = block.train_graph
-        self.extra = len(block.inputs) - 1
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        if self.extra:
-            raise PartitionError("this unit reads values besides the features and cannot run on its own")
-        return self.body(features)[0]
-
-
 def _tensor_links(graph: nn.Module) -> list[tuple[nn.Module, str]]:
     """Tensors the graph holds outside submodules: ``model.to(...)`` replaces buffers, so they are looked up anew."""
     if not isinstance(graph, fx.GraphModule):

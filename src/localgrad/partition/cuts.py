@@ -185,10 +185,16 @@ class Partition:
             self._units = self.blocks(self.cuts)
         return self._units
 
-    def units_after(self, cut: Cut) -> tuple[nn.Module, ...]:
-        """The finest blocks that run after ``cut``, in order."""
-        first = sum(other.position <= cut.position for other in self.cuts)
-        return tuple(self.units[first - 1 :] if cut in self.cuts else self.units[first:])
+    def modules_after(self, cut: Cut) -> tuple[nn.Module, ...]:
+        """The model's modules that the units from ``cut`` on consist of, as far as each is one module."""
+        later = [other for other in self.cuts if other.position > cut.position and not other.tail]
+        return tuple(self.modules[self._unit_path(other)] for other in (cut, *later))
+
+    def _unit_path(self, cut: Cut) -> str:
+        """The largest module that begins at ``cut`` and holds no later cut point."""
+        later = [other.name for other in self.cuts if other.position > cut.position]
+        names = sorted((cut.name, *cut.aliases), key=lambda name: name.count("."))
+        return next((n for n in names if not any(other.startswith(n + ".") for other in later)), names[-1])
 
     @property
     def final_layout(self) -> Layout:
@@ -220,7 +226,7 @@ class Chain:
     def __init__(self, model: nn.Module, modules: Sequence[nn.Module], example: Any) -> None:
         if len(modules) < 1:
             raise PartitionError("modules=[]: name at least one module")
-        self.model, self.example = model, example
+        self.model, self.example, self.modules = model, example, tuple(modules)
         self.units = chain(model, modules)
         self.cuts: tuple[Cut, ...] = ()
 
@@ -231,9 +237,9 @@ class Chain:
         )
         return self.cuts
 
-    def units_after(self, cut: Cut) -> tuple[nn.Module, ...]:
-        """The modules from ``cut`` on."""
-        return tuple(self.units[cut.position :])
+    def modules_after(self, cut: Cut) -> tuple[nn.Module, ...]:
+        """The modules from ``cut`` on, as they were given."""
+        return self.modules[cut.position :]
 
     @property
     def final_layout(self) -> Layout:

@@ -8,6 +8,7 @@ module, with its mode, its dropout and any batch size.
 from __future__ import annotations
 
 import inspect
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -41,18 +42,13 @@ def _library_leaves() -> tuple[tuple[type[nn.Module], ...], tuple[Callable[..., 
     """Modules and functions that timm and torchvision declare untraceable."""
     modules: list[type[nn.Module]] = []
     functions: list[Callable[..., Any]] = []
-    try:
-        import torchvision.ops
-    except (ImportError, RuntimeError):
-        pass
-    else:
-        members = (member for _, member in inspect.getmembers(torchvision.ops, inspect.isclass))
+    # A library that was never imported has no module in the model; importing it would take seconds.
+    if "torchvision.ops" in sys.modules:
+        members = (member for _, member in inspect.getmembers(sys.modules["torchvision.ops"], inspect.isclass))
         modules += [m for m in members if issubclass(m, nn.Module) and not issubclass(m, nn.Sequential)]
-    try:
+    if "timm.models" in sys.modules:
         from timm.models import _features_fx
-    except ImportError:
-        pass
-    else:
+
         modules += _features_fx.get_notrace_modules()
         functions += _features_fx.get_notrace_functions()
     return tuple(modules), tuple(functions)
@@ -125,7 +121,7 @@ class Trace:
         ]
 
     def features(self, position: int, taps: Collection[str]) -> list[fx.Node]:
-        """Values with gradient that cross ``position``; taps are left out unless only taps cross: then the last one is it."""
+        """Values with gradient that cross ``position``, taps left out; the last tap if only taps cross."""
         carrying = [node for node in self.crossing(position) if node in self.differentiable]
         tapped = {self.returned.get(tap) for tap in taps}
         return [node for node in carrying if node not in tapped] or carrying[-1:]
