@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from localgrad import data, methods, models, spans, tasks
+    from localgrad import data, heads, losses, methods, models, spans, tasks
     from localgrad.engine import backward, local_losses, local_outputs
     from localgrad.errors import (
         CheckpointError,
@@ -44,7 +44,7 @@ _HOME = {
     **dict.fromkeys(("LocalNetwork", "localize"), "localgrad.network"),
     "keyed_randomness": "localgrad.randomness",
 }
-_MODULES = ("data", "methods", "models", "spans", "tasks")
+_MODULES = ("data", "heads", "losses", "methods", "models", "spans", "tasks")
 
 __all__ = [*_HOME, *_MODULES]
 

@@ -156,7 +156,6 @@ def test_the_file_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
         ({"a": torch.eye(2).to_sparse()}, ["state['a']", "torch.sparse_coo"]),
         (len, ["state is of type", "builtin_function_or_method"]),
     ],
-    ids=str,
 )
 def test_what_cannot_be_saved_is_named_and_nothing_is_written(state: object, words: list[str], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
