@@ -106,6 +106,35 @@ class FromInput(Constant):
         return (*(Span(0, k, self.inner) for k in range(1, num_blocks)), Span(0, num_blocks))
 
 
+@dataclass(frozen=True)
+class Periodic:
+    """``base``, but ``(0, K)`` alone on ``duration`` of every ``every`` steps, from step ``start`` on."""
+
+    base: Schedule
+    every: int = 10
+    duration: int = 1
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.duration <= self.every or self.start < 0:
+            raise MethodError(
+                f"every={self.every}, duration={self.duration}, start={self.start}: need 1 <= duration <= every and "
+                "start >= 0"
+            )
+
+    def guided(self, step: int) -> bool:
+        """Whether the global loss trains the network at ``step``."""
+        return step >= self.start and (step - self.start) % self.every < self.duration
+
+    def __call__(self, num_blocks: int, step: int) -> tuple[Span, ...]:
+        return (Span(0, num_blocks),) if self.guided(step) else self.base(num_blocks, step)
+
+    def patterns(self, num_blocks: int) -> tuple[tuple[Span, ...], ...]:
+        """The base's and the global one; the base's are left out if every step is guided."""
+        always = self.duration == self.every and self.start == 0
+        return (*(() if always else self.base.patterns(num_blocks)), (Span(0, num_blocks),))
+
+
 def check(spans: Sequence[Span], num_blocks: int) -> None:
     """Raise `MethodError` unless ``spans`` are distinct, lie inside the network and train every block."""
     for span in spans:

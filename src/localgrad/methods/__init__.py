@@ -11,6 +11,7 @@ from localgrad.methods.e2e import e2e
 from localgrad.methods.infopro import infopro
 from localgrad.methods.man import man
 from localgrad.methods.man_pp import man_pp
+from localgrad.methods.pgl import pgl
 from localgrad.methods.predsim import predsim
 from localgrad.methods.windows import windows
 
@@ -23,6 +24,7 @@ __all__ = [
     "infopro",
     "man",
     "man_pp",
+    "pgl",
     "predsim",
     "windows",
 ]
