@@ -316,7 +316,7 @@ def evaluate_command(
     folder = RunFolder(run_dir, resume=True)
     remark = folder.restore(experiment)
     if remark:
-        Console(stderr=True).print(remark, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(remark, highlight=False, soft_wrap=True, markup=False)
     epoch = experiment.epoch
     if best:
         if experiment.best is None:

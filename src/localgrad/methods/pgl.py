@@ -12,8 +12,8 @@ def pgl(base: Method, *, every: int = 10, duration: int = 1, start: int = 0) -> 
     """Local training that the global loss guides from time to time.
 
     On ``duration`` of every ``every`` steps, from step ``start`` on, the span is (0, K): the model's own loss trains
-    all blocks, recomputed one by one in the backward pass so that memory stays low, and auxiliary heads rest. On all other
-    steps the base method's spans apply.
+    all blocks, recomputed one by one in the backward pass so that memory stays low, and auxiliary heads rest. On all
+    other steps the base method's spans apply.
 
     Args:
         base: a local method.
