@@ -142,7 +142,7 @@ def train(
     """
     from localgrad import config as configuration
 
-    console = Console(stderr=as_json)
+    console = _console(stderr=as_json)
     recipe, overrides = _positional(recipe, overrides)
     if resume is not None:
         flags = {
@@ -185,11 +185,9 @@ def train(
 
     scaled = _scaled_down(recipe, settings)
     if scaled:
-        console.print(f"Not as published: {scaled}.", highlight=False)
+        console.print(f"Not as published: {scaled}.")
     if settings.train.threads == 1:
-        console.print(
-            "One CPU thread (small networks run slower on more; --threads changes it).", style="dim", highlight=False
-        )
+        console.print("One CPU thread (small networks run slower on more; --threads changes it).", style="dim")
     multiple = bool(settings.beside)
     if multiple and resume is None:
         RunFolder(folder, overwrite=overwrite)
@@ -204,7 +202,7 @@ def train(
         return
     _show_results(console, results)
     picture = folder / "comparison.png" if multiple else folder / "curves.png"
-    console.print(f"Picture: {picture}\nEverything else: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"Picture: {picture}\nEverything else: {folder}", soft_wrap=True)
 
 
 def _resumed(folder: Path, data_root: str | None) -> Any:
@@ -215,6 +213,11 @@ def _resumed(folder: Path, data_root: str | None) -> Any:
     if data_root is not None:
         settings.data.root = data_root
     return settings
+
+
+def _console(stderr: bool = False) -> Console:
+    """Prints words as they are: `localgrad[timm]` is no markup."""
+    return Console(stderr=stderr, markup=False, highlight=False)
 
 
 def _table(*headings: str, left: int = 1) -> Table:
@@ -276,7 +279,7 @@ def _show_results(console: Console, results: list[dict[str, Any]]) -> None:
     remarks = ["x: of e2e; auxiliary parameters: of the model's"] if reference else []
     remarks += ["*: selected on the validation split, never on test"] if first.get("best") else []
     for remark in remarks:
-        console.print(remark, style="dim", highlight=False)
+        console.print(remark, style="dim")
     for result in results:
         heads = {name: score for name, score in result["last"]["test"].items() if name != "model"}
         if heads:
@@ -284,7 +287,6 @@ def _show_results(console: Console, results: list[dict[str, Any]]) -> None:
                 f"{result['method']}: test accuracy of every head: "
                 + ", ".join(f"{name} {score:.1%}" for name, score in heads.items())
                 + f", model {result['last']['test']['model']:.1%}",
-                highlight=False,
             )
 
 
@@ -316,7 +318,7 @@ def evaluate_command(
     folder = RunFolder(run_dir, resume=True)
     remark = folder.restore(experiment)
     if remark:
-        Console(stderr=True).print(remark, highlight=False, soft_wrap=True, markup=False)
+        _console(stderr=True).print(remark, soft_wrap=True)
     epoch = experiment.epoch
     if best:
         if experiment.best is None:
@@ -335,7 +337,7 @@ def evaluate_command(
     table = _table("head", "accuracy")
     for name, score in result["score"].items():
         table.add_row(name, f"{score:.2%}")
-    console = Console()
+    console = _console()
     console.print(title, style="bold")
     console.print(table)
 
@@ -365,11 +367,9 @@ def list_command(
     table = _table(*(rows[0] if rows else ()), left=9)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+    _console().print(table)
     if what == "models" and library is None:
-        Console().print(
-            "And every model of timm and torchvision: localgrad list models --library timm", highlight=False
-        )
+        _console().print("And every model of timm and torchvision: localgrad list models --library timm")
 
 
 def _models(library: str | None) -> list[dict[str, Any]]:
@@ -477,7 +477,7 @@ def summary(
         if parameters:
             own = [f"{a}\n+ {b}" for a, b in zip(own, heads, strict=True)]
         table.add_row(str(row["block"]), row["begins_at"], "x".join(map(str, row["features"])), *own)
-    console = Console()
+    console = _console()
     console.print(title, style="bold")
     console.print(table)
     console.print("+ what the auxiliary networks on the block's output add", style="dim")
@@ -489,7 +489,6 @@ def summary(
         f"{result['checkpointing']['activation_bytes'] / e2e['activation_bytes']:.2f}x; FLOPs "
         f"{total['flops'] / e2e['flops']:.2f}x (checkpointing {result['checkpointing']['flops'] / e2e['flops']:.2f}x); "
         f"training parameters {(total['parameters'] + total['auxiliary_parameters']) / e2e['parameters']:.2f}x.",
-        highlight=False,
     )
 
 
@@ -505,7 +504,7 @@ def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
         table = _table("what", "found", "remark", left=3)
         for row in rows:
             table.add_row(row["what"], row["found"], row["remark"])
-        Console().print(table)
+        _console().print(table)
 
 
 def _fail(message: str, code: int) -> NoReturn:

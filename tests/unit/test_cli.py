@@ -456,3 +456,10 @@ def test_help_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--resume" in done.stdout, done.stderr
+
+
+def test_extras_in_hints_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    table = cli._table("what", "remark", left=2)
+    table.add_row("timm", "pip install localgrad[timm]")
+    cli._console().print(table)
+    assert "localgrad[timm]" in capsys.readouterr().out

@@ -72,7 +72,7 @@ def run(
     experiment = build(config)
     remark = folder.start(experiment)
     if remark:
-        console.print(remark, style="dim", highlight=False, soft_wrap=True, markup=False)
+        console.print(remark, style="dim", soft_wrap=True)
     every = config.train.checkpoint_every
     with contextlib.closing(folder), Progress(console, title) as progress, _stop_requests() as stop_requested:
 
