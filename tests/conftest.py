@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Two workers with one thread each are faster than with two: the networks are small. Subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 
 @pytest.fixture(autouse=True)
 def process_settings() -> Iterator[None]:
