@@ -365,20 +365,28 @@ def backward(
 
 @torch.no_grad()
 def local_outputs(
-    network: LocalNetwork, inputs: Any, *, autocast: torch.dtype | None = None
+    network: LocalNetwork, inputs: Any, *, autocast: torch.dtype | None = None, scored_only: bool = False
 ) -> Iterator[tuple[Span, Term | None, Any]]:
     """Run the blocks once and yield the output of every head: (span, term, output), term None for the model's own.
 
-    Mode is the caller's business: call ``network.eval()`` first to evaluate.
+    Mode is the caller's business: call ``network.eval()`` first to evaluate. ``scored_only`` leaves out heads whose
+    output the task cannot score, such as decoders.
     """
     state = _Pass(network, (), Batch(inputs, None, 0), 0, 1.0)
     for index, block in enumerate(network.blocks):
         state.forward(index, autocast)
         features = state.values[block.outputs[0]]
-        with precision(network.device, autocast):
-            for span, auxiliary in network.auxiliaries_at(index + 1):
-                for (term, _), output in zip(auxiliary.terms, auxiliary(features), strict=True):
-                    yield span, term, output
+        for span, auxiliary in network.auxiliaries_at(index + 1):
+            wanted = [
+                (t, h)
+                for (t, _), h in zip(auxiliary.terms, auxiliary.heads, strict=True)
+                if t.scored or not scored_only
+            ]
+            with precision(network.device, autocast):
+                bridged = auxiliary.bridged(features) if wanted else features
+                outputs = [(term, head(bridged)) for term, head in wanted]
+            for term, output in outputs:
+                yield span, term, output
         state.runs.clear()
     own = next(span for span in network.spans(0) if span.stop == len(network.blocks))
     yield own, None, state.values[OUTPUT]

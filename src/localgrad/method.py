@@ -186,8 +186,11 @@ class Auxiliary(nn.Module):
         self.heads = nn.ModuleList(term.head(site) for term, _ in self.terms)
         self.to(site.features)  # its device and precision
 
+    def bridged(self, features: Tensor) -> Tensor:
+        """What the heads read."""
+        return features if self.bridge is None else self.bridge(features)
+
     def forward(self, features: Tensor) -> list[Any]:
         """The output of each head, in the order of ``terms``."""
-        if self.bridge is not None:
-            features = self.bridge(features)
+        features = self.bridged(features)
         return [head(features) for head in self.heads]

@@ -290,3 +290,16 @@ def test_local_outputs_in_training_mode_run_each_block_once() -> None:
     assert [(span.start, span.stop) for span, _, _ in found] == [(0, 1), (0, 2), (1, 2), (1, 3)]
     assert [term is None for _, term, _ in found] == [False, False, False, True]
     assert all(output.shape == (12, 3) for _, _, output in found)
+
+
+def test_scored_only_leaves_decoders_out_and_changes_no_score() -> None:
+    task = localgrad.tasks.classification(4, mean=(0.5,) * 3, std=(0.25,) * 3)
+    images = torch.randn(4, 3, 16, 16)
+    network = localgrad.localize(
+        localgrad.models.resnet8(4), localgrad.methods.infopro(task), num_blocks=3, example=images
+    ).eval()
+    everything = list(localgrad.local_outputs(network, images))
+    scored = list(localgrad.local_outputs(network, images, scored_only=True))
+    assert len(everything) == 5 and len(scored) == 3
+    kept = [output for _, term, output in everything if term is None or term.scored]
+    assert all(torch.equal(a, b) for a, (_, _, b) in zip(kept, scored, strict=True))

@@ -92,7 +92,7 @@ def evaluate(network: LocalNetwork, batches: Any, autocast: torch.dtype | None =
     try:
         for inputs, targets in batches.epoch(0) if hasattr(batches, "epoch") else batches:
             inputs, targets = inputs.to(meter.device), targets.to(meter.device)
-            for span, term, output in local_outputs(network, inputs, autocast=autocast):
+            for span, term, output in local_outputs(network, inputs, autocast=autocast, scored_only=True):
                 meter.add_output(span, term, output, targets)
                 if term is None:
                     meter.add_loss(span, meter.task.loss(output, Batch(inputs, targets, 0)) * len(targets))
