@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -41,11 +42,12 @@ class Schedule(Protocol):
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(ABC):
     """A schedule that uses the same spans at every step; subclasses say which."""
 
+    @abstractmethod
     def spans(self, num_blocks: int) -> tuple[Span, ...]:
-        raise NotImplementedError
+        """The spans of every step."""
 
     def __call__(self, num_blocks: int, step: int) -> tuple[Span, ...]:
         return self.spans(num_blocks)
