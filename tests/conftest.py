@@ -31,3 +31,26 @@ def real_data() -> Path:
     if not root.is_dir():
         pytest.skip(f"needs the data sets in {root}")
     return root
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print which plug-in works on which base, as tests/contract/test_composition.py found it."""
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, ())]
+    found = {
+        (plugin, base): ("failed" if report.failed else "refused" if reason else "trains", reason)
+        for report in reports
+        for key, (plugin, base, reason) in getattr(report, "user_properties", ())
+        if key == "composition"
+    }
+    if not found:
+        return
+    plugins, bases = (sorted({pair[k] for pair in found}) for k in (0, 1))
+    terminalreporter.section("compositions: plug-in (row) on base (column)")
+    width = max(map(len, plugins))
+    terminalreporter.line(" " * width + "  " + "  ".join(bases))
+    for plugin in plugins:
+        cells = (found.get((plugin, base), ("not run", None))[0].ljust(len(base)) for base in bases)
+        terminalreporter.line(plugin.ljust(width) + "  " + "  ".join(cells))
+    for (plugin, base), (_, reason) in sorted(found.items()):
+        if reason:
+            terminalreporter.line(f"{plugin} on {base}: {reason}")

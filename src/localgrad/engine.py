@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.checkpoint import checkpoint
 
 from localgrad.errors import PartitionError, TrainingError
-from localgrad.method import Batch, Term
+from localgrad.method import Batch, Followed, Term
 from localgrad.partition import INPUTS, OUTPUT, Block
 from localgrad.randomness import draws_of
+from localgrad.recompute import recomputed
 from localgrad.spans import Span
 
 if TYPE_CHECKING:
@@ -64,13 +65,15 @@ class _Capture(torch.autograd.Function):
 class _Run:
     """What the backward pass of a block needs: the way into its graph, and the gradients of its outputs.
 
-    ``values`` are the outputs, detached; ``slots`` say which of them carry a gradient, by identity.
+    ``values`` are the outputs, detached; ``slots`` say which of them carry a gradient, by identity. With ``join`` the
+    loss stays in one graph with the block, so that it can be differentiated twice.
     """
 
-    def __init__(self, outputs: Any) -> None:
+    def __init__(self, outputs: Any, join: bool = False) -> None:
         self._box: list[Tensor | None] = []
         graphs: list[Tensor] = []
         self.slots: dict[int, int] = {}
+        self.joined: dict[int, Tensor] | None = {} if join else None
         self.values = tree_map_only(Tensor, lambda value: self._cut(value, graphs), outputs)
         self.gradients: list[Tensor | None] = [None] * len(graphs)
         self._root = _Inject.apply(self._box, *graphs) if graphs else None
@@ -78,7 +81,9 @@ class _Run:
     def _cut(self, value: Tensor, graphs: list[Tensor]) -> Tensor:
         """The one place where features are detached."""
         detached = value.detach()
-        if value.requires_grad:
+        if value.requires_grad and self.joined is not None:
+            self.joined[id(detached)] = value
+        elif value.requires_grad:
             self.slots[id(detached)] = len(graphs)
             graphs.append(value)
         return detached
@@ -87,6 +92,8 @@ class _Run:
         """The detached outputs again, such that a backward pass from them leaves its gradients here."""
 
         def capture(value: Tensor) -> Tensor:
+            if self.joined is not None:
+                return self.joined.pop(id(value), value)
             slot = self.slots.get(id(value))
             if slot is None:
                 return value
@@ -111,6 +118,39 @@ class _Run:
             torch.autograd.backward(root, retain_graph=again)
 
 
+class _Seam:
+    """Where two blocks meet whose gradients are to agree: that of the later one's loss, and what the earlier one had.
+
+    Gives the later block an input with gradient, and takes that gradient before the caller's backward pass does.
+    """
+
+    def __init__(self, penalty: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.penalty = penalty
+        self.entry: Tensor | None = None
+        self.before: Tensor | None = None
+        self.passed = False
+
+    def entered(self, features: Tensor) -> Tensor:
+        """The features again, as what the block's loss is differentiated by."""
+        # No leaf: hooks that count FLOPs by module do not stand torch.autograd.grad with respect to one.
+        self.entry = features.detach().requires_grad_().view_as(features)
+        return self.entry
+
+    def closed(self, loss: Tensor, features: Tensor) -> Tensor:
+        """The loss with its penalty; remembers its gradient by ``features``, the block's output, for the next block."""
+        if self.entry is None or self.before is None:
+            (gradient,) = torch.autograd.grad(loss, features, retain_graph=True)
+        else:
+            gradient, ours = torch.autograd.grad(loss, (features, self.entry), create_graph=True)
+            loss = loss + self.penalty(ours, self.before)
+        self.entry, self.before, self.passed = None, gradient.detach(), False
+        features.register_hook(self._note)
+        return loss
+
+    def _note(self, _: Tensor) -> None:
+        self.passed = True
+
+
 class _Pass:
     """One forward of every block over one micro-batch, with the runs that some span still has to go back through."""
 
@@ -125,6 +165,13 @@ class _Pass:
         self.ends = {s.start: max(t.stop for t in spans if t.start == s.start) for s in spans}
         self.waiting: dict[int, dict[int, list[Tensor | None]]] = {start: {} for start in self.ends}
         self.passes_left = [sum(s <= k < e for s, e in self.ends.items()) for k in range(len(network.blocks))]
+        self.penalties: dict[int, Tensor] = {}
+        self.previous: Any = None
+        self.answers: tuple[int, Any] | None = None
+        self.following: list[tuple[int, Term, float, Tensor]] = []
+        self.seam: _Seam | None = None
+        if network.method.reconcile is not None and all(s.stop - s.start == 1 for s in spans):
+            self.seam = _Seam(network.method.reconcile)
 
     def forward(self, index: int, autocast: torch.dtype | None) -> None:
         """Run a block; its outputs replace the values nobody reads any more."""
@@ -138,8 +185,11 @@ class _Pass:
                 f"block {index} overwrites its input in place, but a span that starts before it still needs those "
                 "features; begin the block after that layer, or build the layer with inplace=False"
             )
-        run = self.runs[index] = _Run(outputs)
-        for name, value in zip(block.outputs, run.values, strict=True):
+        run = self.runs[index] = _Run(outputs, join=self.seam is not None and torch.is_grad_enabled())
+        values = list(run.values)
+        if len(values) > len(block.outputs):
+            self.penalties[index] = values.pop()
+        for name, value in zip(block.outputs, values, strict=True):
             self.values[name], self.maker[name] = value, index
         del run.values
         for name in [n for n in self.values if self.network.last_reader(n) <= index and n not in block.outputs]:
@@ -150,20 +200,18 @@ class _Pass:
         value, maker = self.values[name], self.maker[name]
         if torch.is_grad_enabled() and any(s.start <= maker and s.stop > index for s in self.spans):
             return self.runs[maker].captured(value)
+        if self.seam is not None and index > 0 and name == self.network.blocks[index - 1].outputs[0]:
+            return self.seam.entered(value)
         return value
 
     def _call(self, index: int, block: Block, arguments: list[Any], autocast: torch.dtype | None) -> Any:
         waits = any(span.covers(index) and span.stop > index + 1 for span in self.spans)
         device = self.network.device
+        run = self.network.probed(index)
         with draws_of("block", self.batch.step, self.part, index, device), precision(device, autocast):
             if self.network.method.checkpoint and waits and torch.is_grad_enabled():
-                return checkpoint(
-                    block,
-                    *arguments,
-                    use_reentrant=False,
-                    context_fn=lambda: (contextlib.nullcontext(), _BuffersKept(block)),
-                )
-            return block(*arguments)
+                return recomputed(run, *arguments)
+            return run(*arguments)
 
     def loss(self, span: Span, autocast: torch.dtype | None, on_output: OnOutput | None) -> Tensor:
         """The weighted loss of a span; its backward pass stops at the boundary."""
@@ -171,24 +219,55 @@ class _Pass:
         features = self.values[network.blocks[span.stop - 1].outputs[0]]
         if torch.is_grad_enabled():
             features = self.runs[span.stop - 1].captured(features)
-        with draws_of("auxiliary", self.batch.step, self.part, str(span), device), precision(device, autocast):
+        if self.answers is not None and self.answers[0] < span.stop:
+            self.previous, self.answers = self.answers[1], None
+        batch = replace(self.batch, boundary=span.stop, previous=self.previous)
+        with draws_of("auxiliary", batch.step, self.part, str(span), device), precision(device, autocast):
             if span.stop == len(network.blocks):
-                total = network.method.task.loss(features, self.batch)
+                total = (network.method.final_loss or network.method.task.loss)(features, batch)
                 observed: list[tuple[Term | None, Any]] = [(None, features)]
+                own: dict[Term | None, Tensor] = {None: total}
             else:
-                auxiliary = network.auxiliary_of(span)
-                outputs = auxiliary(features)
-                losses = [
-                    w * term.loss(output, self.batch) if w != 1.0 else term.loss(output, self.batch)
-                    for (term, w), output in zip(auxiliary.terms, outputs, strict=True)
-                ]
-                total = losses[0] if len(losses) == 1 else sum(losses[1:], losses[0])
-                observed = [(term, output) for (term, _), output in zip(auxiliary.terms, outputs, strict=True)]
-        if on_output is not None:
-            for term, output in observed:
-                on_output(span, term, tree_map_only(Tensor, Tensor.detach, output))
+                total, observed, own = self._auxiliary_loss(span, features, batch)
+            total = total + sum(self._caught_up(span.stop, own)) if self.following else total
+            if span.stop - 1 in self.penalties:
+                total = total + self.runs[span.stop - 1].captured(self.penalties.pop(span.stop - 1))
+            if self.seam is not None and torch.is_grad_enabled():
+                total = self.seam.closed(total, features)
+        for term, output in observed:
+            detached = tree_map_only(Tensor, Tensor.detach, output)
+            if on_output is not None:
+                on_output(span, term, detached)
+            if self.answers is None and term is not None and term.scored:
+                self.answers = (span.stop, detached)
         weight = span.weight * self.share
         return total if weight == 1.0 else total * weight
+
+    def _auxiliary_loss(
+        self, span: Span, features: Tensor, batch: Batch
+    ) -> tuple[Tensor, list[tuple[Term | None, Any]], dict[Term | None, Tensor]]:
+        """The sum of the terms of a boundary, what each head answered, and each term's loss before its weight."""
+        auxiliary = self.network.auxiliary_of(span)
+        observed: list[tuple[Term | None, Any]] = []
+        own: dict[Term | None, Tensor] = {}
+        weighted = []
+        for (term, weight), output in zip(auxiliary.terms, auxiliary(features, batch.step), strict=True):
+            if output is None:
+                continue
+            if isinstance(output, Followed):
+                self.following.append((span.stop, term, weight, term.loss(output.own, batch)))
+                output = output.output
+            own[term] = term.loss(output, batch)
+            weighted.append(own[term] if weight == 1.0 else weight * own[term])
+            observed.append((term, output))
+        return weighted[0] if len(weighted) == 1 else sum(weighted[1:], weighted[0]), observed, own
+
+    def _caught_up(self, stop: int, own: dict[Term | None, Tensor]) -> Iterator[Tensor]:
+        """The losses of heads at earlier boundaries that were to have the loss found here, or the model's own."""
+        due = [entry for entry in self.following if entry[0] < stop]
+        self.following = [entry for entry in self.following if entry[0] >= stop]
+        for _, term, weight, loss in due:
+            yield weight * (loss - (own[term] if term in own else own[None]).detach()).abs()
 
     def back(self, span: Span) -> list[int]:
         """Push the gradient that the caller's ``loss.backward()`` left on the boundary back through the span.
@@ -197,7 +276,8 @@ class _Pass:
         """
         last = span.stop - 1
         gradients = self.runs[last].take_gradients()
-        if gradients and all(gradient is None for gradient in gradients):
+        reached = self.seam.passed if self.seam is not None else any(g is not None for g in gradients)
+        if not reached and (gradients or self.seam is not None):
             raise TrainingError(
                 f"the loss of span {span} was not back-propagated: call loss.backward() in the body of the loop over "
                 "local_losses, or run it under torch.no_grad() to evaluate only"
@@ -229,27 +309,6 @@ class _Pass:
 def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
     """Autocast to ``dtype``; nothing if it is None."""
     return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
-
-
-class _BuffersKept:
-    """While a block is recomputed it moves copies of its buffers, so that BatchNorm statistics move once a step.
-
-    May be entered again: a block that several spans go back through is recomputed for each.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-        self.owned: list[tuple[nn.Module, str, Tensor]] = []
-
-    def __enter__(self) -> None:
-        self.owned = [(m, name, b) for m in self.block.modules() for name, b in m._buffers.items() if b is not None]
-        for module, name, buffer in self.owned:
-            module._buffers[name] = buffer.clone()
-
-    def __exit__(self, *exception: object) -> None:
-        for module, name, buffer in self.owned:
-            module._buffers[name] = buffer
-        self.owned = []
 
 
 def _parts(inputs: Any, targets: Any, parts: int) -> list[tuple[Any, Any, float]]:
@@ -311,9 +370,10 @@ def local_losses(
     """
     spans = network.spans(step)
     parts = _parts(inputs, targets, network.method.micro_batches)
+    done = on_block_done or (lambda block: None)
     for part, (x, y, share) in enumerate(parts):
-        done = on_block_done if part == len(parts) - 1 else None
-        yield from _one_pass(network, spans, Batch(x, y, step), part, share, autocast, on_output, done)
+        last = part == len(parts) - 1
+        yield from _one_pass(network, spans, Batch(x, y, step), part, share, autocast, on_output, last, done)
 
 
 def _one_pass(
@@ -324,18 +384,30 @@ def _one_pass(
     share: float,
     autocast: torch.dtype | None,
     on_output: OnOutput | None,
-    on_block_done: Callable[[int], None] | None,
+    last_part: bool,
+    on_block_done: Callable[[int], None],
 ) -> Iterator[tuple[Span, Tensor]]:
+    with (
+        torch.no_grad(),
+        draws_of("context", batch.step, part, "", network.device),
+        precision(network.device, autocast),
+    ):
+        batch = replace(batch, context={context: context(network, batch) for context in network.method.contexts})
     state = _Pass(network, spans, batch, part, share)
+    held: list[int] = []
     for index in range(len(network.blocks)):
         state.forward(index, autocast)
-        finished: list[int] = []
         for span in (s for s in state.spans if s.stop == index + 1):
             yield span, state.loss(span, autocast, on_output)
             if torch.is_grad_enabled():
-                finished += state.back(span)
-        if on_block_done is not None:
-            for block in finished:
+                held += state.back(span)
+        if last_part:
+            if torch.is_grad_enabled():
+                for twin in network.twins_at(index + 1):
+                    twin.update_before_step()
+            done = [k for k in held if not any(stop == k + 1 for stop, *_ in state.following)]
+            held = [k for k in held if k not in done]
+            for block in done:
                 on_block_done(block)
         state.runs = {k: run for k, run in state.runs.items() if state.passes_left[k] > 0}
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from localgrad.errors import MethodError
 from localgrad.layout import Layout, layout_of
-from localgrad.spans import EndToEnd, Schedule, Span
+from localgrad.recompute import recompute_parts
+from localgrad.spans import EndToEnd, Local, Schedule, Span
 
 if TYPE_CHECKING:
-    from localgrad.partition import Chain, Cut, Partition
+    from localgrad.network import LocalNetwork
+    from localgrad.partition import Chain, Cut, Partition, Unit
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,24 @@ class Batch:
         inputs: what the network was given, ``(B, C, H, W)`` for images, normalised.
         targets: what the task expects, ``(B,)`` class indices or ``(B, num_classes)`` probabilities for classification.
         step: optimizer steps done so far.
+        boundary: the one whose loss is computed, counted from 1; K for the model's own.
+        previous: what the first scored head answered at the boundary before, detached; None before any has.
+        context: what each of the method's `Context` made of this batch, by the context itself.
     """
 
     inputs: Any
     targets: Any
     step: int
+    boundary: int = 0
+    previous: Any = None
+    context: Mapping[Context, Any] = field(default_factory=dict)
+
+
+class Context(Hashable, Protocol):
+    """Something computed once for a batch before the first block runs, without gradient: a teacher's answer, say."""
+
+    def __call__(self, network: LocalNetwork, batch: Batch) -> Any:
+        """What losses find in ``batch.context[self]``."""
 
 
 class Task(Protocol):
@@ -86,12 +101,51 @@ class Site:
 
     @property
     def in_last_stage(self) -> bool:
-        """Whether the features are at the model's last resolution."""
-        return self.layout.grid == self.partition.final_layout.grid
+        """Whether the features are at the model's last resolution, or below it."""
+        return all(a <= b for a, b in zip(self.layout.grid, self.partition.final_layout.grid, strict=True))
 
-    def next_units(self, count: int) -> tuple[nn.Module, ...]:
-        """The model's own modules that run next, one for each of the following units, at most ``count``."""
-        return self.partition.modules_after(self.cut)[:count]
+    @cached_property
+    def next_units(self) -> tuple[Unit, ...]:
+        """The model's own modules that run next, from the first one that reads features of this width on.
+
+        That is the one right after the boundary, unless a bridge has already led past it.
+
+        Raises:
+            MethodError: no later unit reads features of this width.
+        """
+        units = self.partition.units_after(self.cut)
+        form = (self.layout.kind, self.layout.channels)
+        start = next((k for k, unit in enumerate(units) if (unit.reads.kind, unit.reads.channels) == form), None)
+        if start is None:
+            raise MethodError(
+                f"after block {self.span.stop - 1} a copy of a later unit should read features of shape "
+                f"{tuple(self.features.shape)}, but none of {', '.join(unit.name for unit in units)} reads "
+                f"{self.layout.channels} channels; leave out one of the plug-ins that look through later units"
+            )
+        return units[start:]
+
+    @property
+    def units_passed(self) -> int:
+        """Units of the model that run before the boundary, the stem counted as one."""
+        return self.partition.num_units - len(self.partition.units_after(self.cut))
+
+    def beyond(self, bridge: nn.Module) -> Site:
+        """The same site, seen through a bridge.
+
+        Raises:
+            MethodError: the bridge does not run on the features.
+        """
+        bridge.to(self.features).eval()
+        try:
+            with torch.no_grad():
+                return replace(self, features=bridge(self.features))
+        except Exception as error:  # a copied unit may fail in any way outside its place
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise MethodError(
+                f"after block {self.span.stop - 1} copies of the model's own units (from {self.cut.name!r} on) "
+                f"do not run on features of shape {tuple(self.features.shape)}: {reason}. Cut elsewhere (cuts=...), "
+                "or use a method without a bridge"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -111,8 +165,18 @@ class Ramp:
 
 
 HeadBuilder = Callable[[Site], nn.Module]
-BridgeBuilder = Callable[[Site], nn.Module]
+BridgeBuilder = Callable[[Site], nn.Module | None]
 Loss = Callable[[Any, Batch], Tensor]
+
+
+class Probe(Protocol):
+    """Runs a block and measures something inside it."""
+
+    def __call__(self, block: nn.Module, *values: Any) -> tuple[tuple[Any, ...], Tensor]:
+        """What the block returns, and a scalar that is added to the loss at its end."""
+
+
+ProbeBuilder = Callable[["Partition | Chain", tuple["Cut", ...], int], Probe | None]
 
 
 @dataclass(frozen=True)
@@ -124,12 +188,21 @@ class Term:
         loss: scalar loss of the head's output, averaged over the batch.
         weight: a number, or a function of the site such as `Ramp`. Where it is 0 the head is not built.
         scored: whether the head's output is one the task can score (class logits, say).
+        every: it counts on every so many steps only; the others save its cost.
+        follows: train the head to have the loss that follows, at the next boundary, by the distance of the two, instead
+            of to have a small one. The block is trained by the head's loss all the same.
     """
 
     head: HeadBuilder
     loss: Loss
     weight: float | Callable[[Site], float] = 1.0
     scored: bool = True
+    every: int = 1
+    follows: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise MethodError(f"every={self.every}; a term counts every so many steps, at least 1")
 
     def weight_at(self, site: Site) -> float:
         """The weight at one site; raises `MethodError` if it is negative or not a number."""
@@ -150,7 +223,14 @@ class Method:
         spans: which blocks each loss trains, step by step.
         bridge: builds what the heads of a site look through; None for nothing.
         checkpoint: recompute blocks whose activations would have to wait for a later block's backward pass.
+        checkpoint_auxiliary: recompute each part of a bridge and each head, so that one of them is alive at a time.
         micro_batches: parts in which a batch is run, one after the other, gradients adding up.
+        final_loss: of the model's own output; None for the task's.
+        contexts: what is computed once for each batch.
+        probe: measures something inside each block that its loss contains; builds it from the partition, the cuts and
+            the index of the block. None for nothing.
+        reconcile: a penalty on the gradient of a block's loss with respect to its input and the one that the block
+            before had with respect to its output, (B, ...) both; the second is detached. Spans of one block only.
     """
 
     name: str
@@ -159,7 +239,66 @@ class Method:
     spans: Schedule = EndToEnd()  # noqa: RUF009 (frozen)
     bridge: BridgeBuilder | None = None
     checkpoint: bool = False
+    checkpoint_auxiliary: bool = False
     micro_batches: int = 1
+    final_loss: Loss | None = None
+    contexts: tuple[Context, ...] = ()
+    probe: ProbeBuilder | None = None
+    reconcile: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.reconcile is None:
+            return
+        for pattern in self.spans.patterns(6):
+            if len(pattern) > 1 and any(span.stop - span.start > 1 for span in pattern):
+                wide = next(span for span in pattern if span.stop - span.start > 1)
+                raise MethodError(
+                    f"{self.name}: gradients are reconciled between blocks that train alone, but span {wide} of 6 "
+                    "blocks covers several; use a base whose spans are single blocks, such as dgl"
+                )
+
+    def require_heads(self, plugin: str) -> None:
+        """Raise `MethodError` for a plug-in that has nothing to act on because there are no auxiliary heads."""
+        if not self.terms:
+            raise MethodError(f"{plugin}({self.name}): {self.name} has no auxiliary heads; use a local base like dgl")
+
+    def require_logits(self, plugin: str) -> None:
+        """The same if no auxiliary head answers as the model does."""
+        self.require_heads(plugin)
+        if not any(term.scored for term in self.terms):
+            raise MethodError(
+                f"{plugin}({self.name}): no head of {self.name} answers with what the task scores, such as logits; use "
+                "softmax instead of contrastive heads"
+            )
+
+    def require_local(self, plugin: str) -> Local:
+        """The base's spans if they are local; raises `MethodError` if the base decides them otherwise."""
+        if not isinstance(self.spans, Local):
+            raise MethodError(
+                f"{plugin}({self.name}): {self.name} already decides its spans; {plugin} needs a local base like dgl"
+            )
+        return self.spans
+
+
+class Followed(NamedTuple):
+    """What a head that follows answers: once for the loss of the block, once for its own."""
+
+    output: Any
+    own: Any
+
+
+class _Follower(nn.Module):
+    """A head whose parameters are out of reach of the block's loss, and whose own loss does not reach the block."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return self.head(features)
+        frozen = {name: p.detach() for name, p in self.head.named_parameters()}
+        return Followed(torch.func.functional_call(self.head, frozen, (features,)), self.head(features.detach()))
 
 
 class Auxiliary(nn.Module):
@@ -172,25 +311,33 @@ class Auxiliary(nn.Module):
         super().__init__()
         weighted = [(term, term.weight_at(site)) for term in method.terms]
         self.terms = [(term, weight) for term, weight in weighted if weight > 0]
-        if not self.terms:
-            why = "the method has no terms" if not method.terms else "every term has weight 0 there"
+        if not any(term.every == 1 for term, _ in self.terms):
+            why = "every term has weight 0 there" if method.terms else "the method has no terms"
+            if self.terms:
+                why = "on some steps every term rests"
             raise MethodError(
                 f"{method.name}: span {site.span} ends inside the network but has no loss: {why}. "
                 "Give a term a positive weight, or end the ramp above 0."
             )
         self.bridge = method.bridge(site) if method.bridge is not None else None
         if self.bridge is not None:
-            self.bridge.to(site.features)
-            with torch.no_grad():
-                site = replace(site, features=self.bridge(site.features))
-        self.heads = nn.ModuleList(term.head(site) for term, _ in self.terms)
+            site = site.beyond(self.bridge)
+        heads = [term.head(site) for term, _ in self.terms]
+        self.heads = nn.ModuleList(
+            _Follower(head) if term.follows else head for (term, _), head in zip(self.terms, heads, strict=True)
+        )
+        if method.checkpoint_auxiliary:
+            recompute_parts(self)
         self.to(site.features)  # its device and precision
 
     def bridged(self, features: Tensor) -> Tensor:
         """What the heads read."""
         return features if self.bridge is None else self.bridge(features)
 
-    def forward(self, features: Tensor) -> list[Any]:
-        """The output of each head, in the order of ``terms``."""
+    def forward(self, features: Tensor, step: int = 0) -> list[Any]:
+        """The output of each head, in the order of ``terms``; None for those that rest at this step."""
         features = self.bridged(features)
-        return [head(features) for head in self.heads]
+        return [
+            head(features) if step % term.every == 0 else None
+            for (term, _), head in zip(self.terms, self.heads, strict=True)
+        ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from localgrad.errors import MethodError, PartitionError, nearest
-from localgrad.method import Auxiliary, Method, Site
+from localgrad.method import Auxiliary, Method, Probe, Site
 from localgrad.partition import INPUTS, OUTPUT, Block, Chain, Cut, Partition, by_bytes, by_count
 from localgrad.partition.balance import Stem, module_bytes
 from localgrad.partition.trace import check_runs, untouched
@@ -32,7 +32,13 @@ class LocalNetwork(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, method: Method, blocks: Sequence[Block], cuts: Sequence[Cut], auxiliary: nn.ModuleDict
+        self,
+        model: nn.Module,
+        method: Method,
+        blocks: Sequence[Block],
+        cuts: Sequence[Cut],
+        auxiliary: nn.ModuleDict,
+        probes: Sequence[Probe | None] = (),
     ) -> None:
         super().__init__()
         self.model = model
@@ -40,6 +46,7 @@ class LocalNetwork(nn.Module):
         self.method = method
         self.cuts = tuple(cuts)
         self.blocks = tuple(blocks)  # a tuple, so that their parameters are registered once, by the model
+        self.probes = tuple(probes)
         self._last_reader = {mode: _last_readers(self.blocks, mode) for mode in (True, False)}
 
     def forward(self, *inputs: Any) -> Any:
@@ -75,7 +82,16 @@ class LocalNetwork(nn.Module):
     @property
     def twins(self) -> list[Twin]:
         """What `localgrad.exchange` moves: the ``twins`` of every bridge that has some."""
-        return [twin for module in self.auxiliary.modules() for twin in getattr(module, "twins", ())]
+        return _twins(self.auxiliary)
+
+    def twins_at(self, boundary: int) -> list[Twin]:
+        """The twins in the auxiliary networks on one boundary."""
+        return [twin for _, auxiliary in self.auxiliaries_at(boundary) for twin in _twins(auxiliary)]
+
+    def probed(self, block: int) -> nn.Module:
+        """What runs a block: itself, or with a scalar behind its outputs if the method measures something inside."""
+        probe = self.probes[block] if self.probes else None
+        return self.blocks[block] if probe is None else Probed(self.blocks[block], probe)
 
     def last_reader(self, name: str) -> int:
         """The last block that reads a value; -1 if none does."""
@@ -93,6 +109,22 @@ class LocalNetwork(nn.Module):
     def __str__(self) -> str:
         names = ["the input", *(cut.name for cut in self.cuts)]
         return f"{type(self.model).__name__} in {len(self.blocks)} blocks, beginning at {', '.join(names)}"
+
+
+class Probed(nn.Module):
+    """A block and what is measured inside it, as one module: the scalar follows the block's outputs."""
+
+    def __init__(self, block: nn.Module, probe: Probe) -> None:
+        super().__init__()
+        self.block, self.probe = block, probe
+
+    def forward(self, *values: Any) -> tuple[Any, ...]:
+        outputs, measured = self.probe(self.block, *values)
+        return (*outputs, measured)
+
+
+def _twins(module: nn.Module) -> list[Twin]:
+    return [twin for part in module.modules() for twin in getattr(part, "twins", ())]
 
 
 def _key(span: Span) -> str:
@@ -175,7 +207,11 @@ def localize(
     for stop, start in inner:
         site = Site(Span(start, stop), count, features[stop - 1], inputs, chosen[stop - 1], partition)
         auxiliary[_key(site.span)] = Auxiliary(method, site).train(model.training)
-    return LocalNetwork(model, method, blocks, chosen, auxiliary)
+    probes = [] if method.probe is None else [method.probe(partition, chosen, k) for k in range(count)]
+    network = LocalNetwork(model, method, blocks, chosen, auxiliary, probes)
+    if method.reconcile is not None:
+        _check_twice_differentiable(network, features)
+    return network
 
 
 def _check_request(
@@ -275,6 +311,28 @@ def _features(blocks: Sequence[Block], model: nn.Module, example: Any) -> list[T
                 "that runs, in order, functions such as flatten wrapped as modules"
             )
     return features[:-1]
+
+
+def _check_twice_differentiable(network: LocalNetwork, features: Sequence[Tensor]) -> None:
+    """Raise `MethodError` unless the gradient of each block but the first by its input can be differentiated again."""
+    model = network.model
+    with untouched(model, training=True), torch.enable_grad():
+        for index, block in enumerate(network.blocks[1:], start=1):
+            if len(block.inputs) > 1:
+                continue  # what else it reads is not at hand; the backward pass will tell
+            entry = features[index - 1].detach().requires_grad_()
+            (output, *_) = block(entry)
+            ends = [aux.bridged(output) for _, aux in network.auxiliaries_at(index + 1)] or [tree_leaves(output)[0]]
+            try:
+                (gradient,) = torch.autograd.grad(ends[0].float().square().sum(), entry, create_graph=True)
+                torch.autograd.grad(gradient.sum(), entry, allow_unused=True)
+            except RuntimeError as error:
+                raise MethodError(
+                    f"{network.method.name} differentiates block {index} twice, but it holds a layer without a second "
+                    f"derivative ({next(iter(str(error).splitlines()), '')}). Fused attention is the usual one: call "
+                    "timm.layers.set_fused_attn(False) before timm builds the model, or build and train it under "
+                    "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+                ) from error
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -66,35 +66,46 @@ class EndToEnd(Constant):
 
 @dataclass(frozen=True)
 class Local(Constant):
-    """``(k, k + 1)`` for every block: no gradient crosses a boundary."""
+    """``(k, k + 1)`` for every block: no gradient crosses a boundary.
+
+    The last ``tail`` blocks share one span, the model's own.
+    """
+
+    tail: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tail < 1:
+            raise MethodError(f"tail={self.tail}; the model's own loss trains at least the last block")
 
     def spans(self, num_blocks: int) -> tuple[Span, ...]:
-        return tuple(Span(k, k + 1) for k in range(num_blocks))
+        first = max(0, num_blocks - self.tail)
+        return (*(Span(k, k + 1) for k in range(first)), Span(first, num_blocks))
 
 
 @dataclass(frozen=True)
 class Overlapping(Constant):
     """``(k, k + 1)`` with weight ``local`` beside ``(k, k + width)`` with weight ``cascade``; a weight of 0 drops them.
 
-    With fewer than ``width`` blocks there is one window over all of them.
+    With fewer than ``width`` blocks there is one window over all of them. The last ``tail`` blocks count as one.
     """
 
     width: int = 2
     local: float = 1.0
     cascade: float = 1.0
+    tail: int = 1
 
     def __post_init__(self) -> None:
         if self.width < 2:
             raise MethodError(f"width={self.width}: a window needs at least 2 blocks; use spans.Local() for one")
-        if self.local < 0 or self.cascade <= 0:
-            raise MethodError(f"local={self.local}, cascade={self.cascade}: need local >= 0 and cascade > 0")
+        if self.local < 0 or self.cascade < 0 or not self.local + self.cascade > 0:
+            raise MethodError(f"local={self.local}, cascade={self.cascade}: need both at least 0, one of them positive")
 
     def spans(self, num_blocks: int) -> tuple[Span, ...]:
-        width = min(self.width, num_blocks)
-        windows = {(k, k + width): self.cascade for k in range(num_blocks - width + 1)}
-        for k in range(num_blocks):
-            if self.local > 0:
-                windows[k, k + 1] = windows.get((k, k + 1), 0.0) + self.local
+        edges = [*range(max(0, num_blocks - self.tail) + 1), num_blocks]
+        windows: dict[tuple[int, int], float] = {}
+        for width, weight in ((1, self.local), (min(self.width, len(edges) - 1), self.cascade)):
+            for window in zip(edges, edges[width:], strict=False) if weight > 0 else ():
+                windows[window] = windows.get(window, 0.0) + weight
         return tuple(Span(start, stop, weight) for (start, stop), weight in sorted(windows.items()))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,8 @@ def assert_isolated(network: LocalNetwork, inputs: Any, targets: Any, step: int 
 
     Two steps are run for each span of ``step``: one in which its loss is the only one, which must leave a gradient on
     every parameter of the span and on no other; and one in which the other losses are multiplied by 0, which must leave
-    a gradient of exactly 0 everywhere else. Gradients, buffers and the state of torch's generators are put back.
+    a gradient of exactly 0 everywhere else. Heads that follow (`localgrad.method.Term`) are trained by the loss at the
+    next boundary instead of by their own. Gradients, buffers and the state of torch's generators are put back.
 
     Args:
         network: from `localgrad.localize`, in training mode.
@@ -54,10 +55,14 @@ def assert_isolated(network: LocalNetwork, inputs: Any, targets: Any, step: int 
     spans = network.spans(step)
     with _untouched(network):
         for span in spans:
-            expected = _trained_by(network, span)
+            expected = _trained_by(network, span) - _followers(network, [span])
             found = set(_gradients(_with_only(network, span), inputs, targets, step, span))
             _compare(f"the loss of span {span} alone", network, found, expected)
             gradients = _gradients(network, inputs, targets, step, span)
+            before = [
+                other for other in spans if other.stop == max((s.stop for s in spans if s.stop < span.stop), default=0)
+            ]
+            expected |= _followers(network, before)
             nonzero = {name for name, gradient in gradients.items() if gradient.ne(0).any()}
             _compare(f"the loss of span {span} beside the others", network, nonzero, expected, all_of_them=False)
 
@@ -112,6 +117,19 @@ def _trained_by(network: LocalNetwork, span: Span) -> set[str]:
         modules.append(network.auxiliary_of(span))
     trained = {id(p) for module in modules for p in module.parameters() if p.requires_grad}
     return {name for name, p in network.named_parameters() if id(p) in trained}
+
+
+def _followers(network: LocalNetwork, spans: Sequence[Span]) -> set[str]:
+    """Parameters of the heads of these spans that learn to have the loss that follows."""
+    inner = [network.auxiliary_of(span) for span in spans if span.stop < len(network.blocks)]
+    heads = [
+        head
+        for auxiliary in inner
+        for (term, _), head in zip(auxiliary.terms, auxiliary.heads, strict=True)
+        if term.follows
+    ]
+    following = {id(p) for head in heads for p in head.parameters()}
+    return {name for name, p in network.named_parameters() if id(p) in following}
 
 
 def _with_only(network: LocalNetwork, span: Span) -> LocalNetwork:

@@ -109,8 +109,18 @@ def is_base(name: str) -> bool:
     return first == "task"
 
 
+def _teacher() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return PlainCNN(units=12)
+
+
+# What a method cannot do without, besides its task or base.
+REQUIRED: dict[str, dict[str, object]] = {"feature_distillation": {"teacher": _teacher()}}
 BASES: dict[str, Method] = {
-    name: getattr(localgrad.methods, name)(TASK) for name in localgrad.methods.__all__ if is_base(name)
+    name: getattr(localgrad.methods, name)(TASK, **REQUIRED.get(name, {}))
+    for name in localgrad.methods.__all__
+    if is_base(name)
 }
 
 
@@ -129,7 +139,10 @@ def _composed() -> tuple[dict[str, Method], dict[tuple[str, str], str]]:
     return accepted, refused
 
 
-METHODS, REFUSED = _composed()
+# Every plug-in on every base, for test_composition.py; the contract is tested on the bases and on plug-ins over DGL.
+COMPOSED, REFUSED = _composed()
+METHODS = {name: method for name, method in COMPOSED.items() if name in BASES or name.endswith("(dgl)")}
+METHODS |= {name: COMPOSED[name] for name in ("checkpointing(e2e)", "accumulation(e2e)")}
 
 
 def widest(method: Method, num_blocks: int) -> int:

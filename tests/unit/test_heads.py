@@ -76,10 +76,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, str], Layout]] = {
 }
 HEADS = {
     name: (lambda name=name: getattr(heads, name)(OUTPUTS))
-    if name not in ("Decoder", "Projection")
+    if name not in ("AttentionMap", "Decoder", "Patches", "Projection", "Remaining")
     else getattr(heads, name)
     for name in heads.__all__
+    if name not in ("Spec", "named")
 }
+HEADS["Patches"] = lambda: heads.Patches(heads.MLP(OUTPUTS))
+HEADS["Remaining"] = lambda: heads.Remaining(OUTPUTS, tail=1)
 ON_EVERY_LAYOUT = pytest.mark.parametrize("kind", MODELS)
 
 
@@ -98,7 +101,7 @@ def build(kind: str, head: Callable[[Site], nn.Module]) -> tuple[localgrad.Local
 
 
 def test_heads_that_are_tested_are_those_exported() -> None:
-    assert set(HEADS) == set(heads.__all__)
+    assert set(HEADS) == set(heads.__all__) - {"Spec", "named"}
 
 
 def _named(network: localgrad.LocalNetwork) -> list[tuple[str, nn.Parameter]]:
@@ -119,15 +122,19 @@ def test_every_head_reads_every_layout(name: str, kind: str) -> None:
         if not parameter.any():
             nn.init.normal_(parameter)
     output = head(features)
-    expected = {"Decoder": (7, 3, 12, 8), "Projection": (7, 8) if kind == "vector" else (7, 8, 6, 4)}
+    expected = {
+        "AttentionMap": (7, 1, *layout.grid),
+        "Decoder": (7, 3, 12, 8),
+        "Projection": (7, 8) if kind == "vector" else (7, 8, 6, 4),
+    }
     assert tuple(output.shape) == expected.get(name, (7, OUTPUTS))
     torch.manual_seed(1)
     (output * torch.randn_like(output)).sum().backward()
     for path, parameter in head.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), path
     for path, parameter in _named(network):
-        # Where there is a class token Linear reads that and nothing else; the other heads read the grid.
-        class_token = name == "Linear" and layout.prefix > 0
+        # Where there is a class token read-outs see that and nothing else; the other heads read the grid.
+        class_token = name in ("Linear", "Remaining") and layout.prefix > 0
         reads = class_token if path == "prefix" else not class_token if path.startswith("stem") else True
         assert parameter.grad is not None and bool(parameter.grad.any()) == reads, path
 

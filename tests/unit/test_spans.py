@@ -34,7 +34,7 @@ def test_overlapping_windows() -> None:
     assert triples(Overlapping(2, 1.0, 2.0)(1, 0)) == [(0, 1, 3.0)]  # the same span twice: weights add up
 
 
-@pytest.mark.parametrize("settings", [(1, 1.0, 1.0), (2, -0.1, 1.0), (2, 1.0, 0.0)])
+@pytest.mark.parametrize("settings", [(1, 1.0, 1.0), (2, -0.1, 1.0), (2, 0.0, 0.0)])
 def test_overlapping_refuses(settings: tuple[int, float, float]) -> None:
     with pytest.raises(MethodError):
         Overlapping(*settings)

@@ -1,8 +1,10 @@
 """What an auxiliary head looks through. A bridge builder is a value; called with a `localgrad.method.Site` it returns a
-module from features to features, whose ``twins``, if it has any, `localgrad.exchange` moves.
+module from features to features, whose ``twins``, if it has any, `localgrad.exchange` moves, or None for nothing.
 """
 
 from localgrad.bridges.chain import chain
+from localgrad.bridges.leap import Leap
 from localgrad.bridges.momentum import Momentum
+from localgrad.bridges.pool import Pool
 
-__all__ = ["Momentum", "chain"]
+__all__ = ["Leap", "Momentum", "Pool", "chain"]

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from localgrad.method import BridgeBuilder, Site
+from localgrad.recompute import Parts
 
 
 @dataclass(frozen=True)
 class Chain:
-    """``second`` on what ``first`` makes of the features."""
+    """``second`` on what ``first`` makes of the features; either may have nothing to build at a site."""
 
     first: BridgeBuilder
     second: BridgeBuilder
 
-    def __call__(self, site: Site) -> nn.Module:
-        first = self.first(site).to(site.features.device)
-        with torch.no_grad():
-            features = first(site.features)
-        return nn.Sequential(first, self.second(replace(site, features=features)))
+    def __call__(self, site: Site) -> nn.Module | None:
+        first = self.first(site)
+        if first is None:
+            return self.second(site)
+        second = self.second(site.beyond(first))
+        return first if second is None else Parts(first, second)
 
 
 def chain(first: BridgeBuilder | None, second: BridgeBuilder) -> BridgeBuilder:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from localgrad.errors import MethodError
+from localgrad.bridges.copies import Init, copied
+from localgrad.errors import MethodError, nearest
 from localgrad.method import Site
-from localgrad.twins import Twin
+from localgrad.recompute import Parts
+from localgrad.twins import Buffers, Twin, When
 
-Mix = Literal["sum", "scaled", "ema", "learnable"]
-Init = Literal["source", "fresh"]
+Mix = Literal["sum", "scaled", "ema", "learnable", "pair"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Momentum:
     """A twin of the next unit, which follows it by a moving average, beside a learnable companion of the same form.
 
     ``sum``: ``companion(h) + twin(h)``; ``scaled``: ``s * companion(h) + (2 - s) * twin(h)`` with a learnable scalar
-    ``s`` that starts at 1; ``ema`` and ``learnable`` keep one of the two.
+    ``s`` that starts at 1; ``ema`` and ``learnable`` keep one of the two; ``pair`` adds two learnable copies, as many
+    parameters as ``sum`` without a moving average.
 
     Args:
         decay: of the moving average.
@@ -31,6 +32,8 @@ class Momentum:
         depth: units looked through; those after the first are learnable copies without a twin.
         twin_init: ``source`` copies the neighbour's weights, ``fresh`` draws new ones.
         companion_init: the same for the learnable copies.
+        exchange, buffers: see `localgrad.twins.Twin`.
+        every: build it on boundaries every, 2 * every, ... only.
 
     Source: Su et al., MAN, ECCV 2024, arXiv:2407.05623; MAN++, arXiv:2507.16279.
     """
@@ -40,16 +43,28 @@ class Momentum:
     depth: int = 1
     twin_init: Init = "source"
     companion_init: Init = "fresh"
+    exchange: When = "after"
+    buffers: Buffers = "none"
+    every: int = 1
 
     def __post_init__(self) -> None:
         if self.depth < 1:
             raise MethodError(f"depth={self.depth}; the bridge needs at least one unit")
         if not 0.0 <= self.decay <= 1.0:
             raise MethodError(f"decay={self.decay}; a moving average needs a decay between 0 and 1")
+        if self.every < 1:
+            raise MethodError(f"every={self.every}; a bridge stands on every so many boundaries, at least 1")
+        for name, value, known in (
+            ("mix", self.mix, Mix), ("twin_init", self.twin_init, Init), ("companion_init", self.companion_init, Init),
+            ("exchange", self.exchange, When), ("buffers", self.buffers, Buffers),
+        ):  # fmt: skip
+            if value not in get_args(known):
+                raise MethodError(nearest(value, get_args(known), name))
 
-    def __call__(self, site: Site) -> nn.Module:
-        units = site.next_units(self.depth)
-        return MomentumBridge(units, self)
+    def __call__(self, site: Site) -> nn.Module | None:
+        if site.span.stop % self.every:
+            return None
+        return MomentumBridge([unit.module for unit in site.next_units[: self.depth]], self)
 
 
 class MomentumBridge(nn.Module):
@@ -59,14 +74,18 @@ class MomentumBridge(nn.Module):
         super().__init__()
         source, *later = units
         self.mix = settings.mix
-        self.twin: nn.Module | None = (
-            None if settings.mix == "learnable" else _copy(source, settings.twin_init).requires_grad_(False)
-        )
-        self.companion: nn.Module | None = None if settings.mix == "ema" else _copy(source, settings.companion_init)
-        self.later = nn.Sequential(*(_copy(unit, settings.companion_init) for unit in later))
+        pair = settings.mix == "pair"
+        self.twin: nn.Module | None = None
+        self.twins: list[Twin] = []
+        if settings.mix != "learnable":
+            self.twin = copied(source, "fresh" if pair else settings.twin_init)
+        if self.twin is not None and not pair:
+            self.twin.requires_grad_(False)
+            self.twins = [Twin(source, self.twin, settings.decay, settings.exchange, settings.buffers)]
+        self.companion: nn.Module | None = None if settings.mix == "ema" else copied(source, settings.companion_init)
+        self.later = Parts(*(copied(unit, settings.companion_init) for unit in later))
         if settings.mix == "scaled":
             self.scale = nn.Parameter(torch.ones(()))
-        self.twins = [] if self.twin is None else [Twin(source, self.twin, settings.decay)]
 
     def forward(self, features: Tensor) -> Tensor:
         if self.twin is None:
@@ -79,13 +98,3 @@ class MomentumBridge(nn.Module):
         else:
             mixed = self.scale * self.companion(features) + (2.0 - self.scale) * self.twin(features)
         return self.later(mixed)
-
-
-def _copy(unit: nn.Module, init: Init) -> nn.Module:
-    copied = copy.deepcopy(unit)
-    if init == "fresh":
-        for module in copied.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-    return copied.train()

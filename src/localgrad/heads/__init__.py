@@ -2,10 +2,28 @@
 and returns a module. Every head reads maps (B, C, H, W), channel-last maps (B, H, W, C), tokens (B, T, C) and vectors.
 """
 
+from localgrad.heads.attention_map import AttentionMap
 from localgrad.heads.conv import Conv
+from localgrad.heads.critic import Critic
 from localgrad.heads.decoder import Decoder
 from localgrad.heads.linear import Linear, PooledLinear
 from localgrad.heads.mlp import MLP
+from localgrad.heads.named import Spec, named
+from localgrad.heads.patches import Patches
 from localgrad.heads.projection import Projection
+from localgrad.heads.remaining import Remaining
 
-__all__ = ["MLP", "Conv", "Decoder", "Linear", "PooledLinear", "Projection"]
+__all__ = [
+    "MLP",
+    "AttentionMap",
+    "Conv",
+    "Critic",
+    "Decoder",
+    "Linear",
+    "Patches",
+    "PooledLinear",
+    "Projection",
+    "Remaining",
+    "Spec",
+    "named",
+]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from localgrad.errors import MethodError
 from localgrad.layout import ToMaps
 from localgrad.method import Site
 
@@ -25,27 +26,46 @@ class MLP:
         outputs: width of the last linear layer.
         convolutions: number of 1x1 convolutions.
         layers: number of hidden fully connected layers.
+        grid: sides of the first pooling; None for a quarter of the features' sides.
+        width: channels of the convolutions; None for those of the features.
+        pooled: sides of the second pooling.
+        hidden: width of the hidden layers; None for what the second pooling leaves.
 
-    Source: Belilovsky et al., DGL, ICML 2020, arXiv:1901.08164, released ``mlp-sr`` head.
-    Differs: nothing known for square maps; sides smaller than 2 are pooled to what there is.
+    Source: Belilovsky et al., DGL, ICML 2020, arXiv:1901.08164, released ``mlp-sr`` head. With ``grid=8, width=128,
+    pooled=1, hidden=512`` it is the head of MAN++'s released CIFAR code.
+    Differs: nothing known for square maps; sides smaller than ``pooled`` are pooled to what there is.
     """
 
     outputs: int
     convolutions: int = 3
     layers: int = 3
+    grid: int | None = None
+    width: int | None = None
+    pooled: int = 2
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("convolutions", "layers"):
+            if getattr(self, name) < 0:
+                raise MethodError(f"{name}={getattr(self, name)}; it must be at least 0")
+        for name in ("grid", "width", "pooled", "hidden"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise MethodError(f"{name}={value}; it must be at least 1")
 
     def __call__(self, site: Site) -> nn.Module:
-        grid = tuple(math.ceil(side / 4) for side in site.layout.grid)
-        pooled = tuple(min(2, side) for side in grid)
+        grid = tuple(math.ceil(side / 4) if self.grid is None else self.grid for side in site.layout.grid)
+        pooled = tuple(min(self.pooled, side) for side in grid)
         parts: list[nn.Module] = [ToMaps(site.layout), nn.AdaptiveAvgPool2d(grid)]  # type: ignore[arg-type]
+        channels = site.channels
         for _ in range(self.convolutions):
-            parts += [
-                nn.Conv2d(site.channels, site.channels, 1, bias=False),
-                nn.BatchNorm2d(site.channels),
-                nn.ReLU(inplace=True),
-            ]
+            wide = self.width or channels
+            parts += [nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True)]
+            channels = wide
         parts += [nn.AdaptiveAvgPool2d(pooled), nn.Flatten()]  # type: ignore[arg-type]
-        width = site.channels * pooled[0] * pooled[1]
+        inputs = channels * pooled[0] * pooled[1]
         for _ in range(self.layers):
-            parts += _linear(width, width)
-        return nn.Sequential(*parts, nn.Linear(width, self.outputs))
+            hidden = self.hidden or inputs
+            parts += _linear(inputs, hidden)
+            inputs = hidden
+        return nn.Sequential(*parts, nn.Linear(inputs, self.outputs))

@@ -1,7 +1,18 @@
-"""Local losses besides the task's own: each maps a head's output and the batch to a scalar."""
+"""Losses besides the task's own. A loss is called with the output of its head and a `localgrad.method.Batch`."""
 
+from localgrad.losses.attention_transfer import AttentionTransfer
 from localgrad.losses.contrastive import Contrastive
+from localgrad.losses.distillation import Consistent, Distilled
+from localgrad.losses.reconciliation import Reconciliation
 from localgrad.losses.reconstruction import Reconstruction
 from localgrad.losses.similarity import Similarity
 
-__all__ = ["Contrastive", "Reconstruction", "Similarity"]
+__all__ = [
+    "AttentionTransfer",
+    "Consistent",
+    "Contrastive",
+    "Distilled",
+    "Reconciliation",
+    "Reconstruction",
+    "Similarity",
+]

@@ -7,14 +7,14 @@ from localgrad.method import HeadBuilder, Method, Task, Term
 from localgrad.spans import Local
 
 
-def dgl(task: Task, *, head: HeadBuilder | None = None) -> Method:
+def dgl(task: Task, *, head: heads.Spec | HeadBuilder = "mlp") -> Method:
     """Every block minimises the task's loss of its own auxiliary head; gradients stay inside the block.
 
     ``L_k = task.loss(head_k(h_k))`` for ``k < K``, the model's own loss for the last block.
 
     Args:
         task: from `localgrad.tasks`.
-        head: a head builder; default `localgrad.heads.MLP`.
+        head: a head builder, or what `localgrad.heads.named` knows: ``mlp``, ``linear`` (greedy learning), ``2c2f``.
 
     Example:
         >>> import localgrad
@@ -24,4 +24,4 @@ def dgl(task: Task, *, head: HeadBuilder | None = None) -> Method:
     Source: Belilovsky et al., ICML 2020, arXiv:1901.08164.
     Differs: the synchronous form, all blocks in one step.
     """
-    return Method("dgl", task, terms=(Term(head or heads.MLP(task.num_outputs), task.loss),), spans=Local())
+    return Method("dgl", task, terms=(Term(heads.named(head, task.num_outputs), task.loss),), spans=Local())

@@ -6,7 +6,8 @@ from typing import Literal
 
 from localgrad import heads, losses
 from localgrad.errors import MethodError
-from localgrad.method import Method, Ramp, Task, Term
+from localgrad.heads import imagenet
+from localgrad.method import HeadBuilder, Method, Ramp, Task, Term
 from localgrad.spans import Local
 
 
@@ -19,6 +20,7 @@ def infopro(
     layers: str = "1c2f",
     feature_dim: int = 128,
     decoder_scale: float = 1.0,
+    network: Literal["cifar", "imagenet"] = "cifar",
 ) -> Method:
     """Every block keeps information about the image and about the label.
 
@@ -30,12 +32,14 @@ def infopro(
         image: lambda1 at the first and at the last boundary.
         label: lambda2 there. The published tables are recipes (``localgrad list recipes``).
         loss: ``softmax`` for the task's loss, ``contrast`` for the supervised contrastive one.
-        layers: of the label head, see `localgrad.heads.Conv`.
+        layers: of the label head on small images, see `localgrad.heads.Conv`.
         feature_dim: width of its hidden layer, and of the contrastive embedding.
         decoder_scale: share of the image's sides at which the decoder works; less than 1 costs less.
+        network: whose heads: ``cifar`` for small images, ``imagenet`` for `localgrad.heads.imagenet`, which shrink the
+            features step by step and upsample them so; ``layers`` then says nothing.
 
     Raises:
-        MethodError: for an unknown loss or a negative weight.
+        MethodError: for an unknown loss or network, or a negative weight.
 
     Example:
         >>> import localgrad
@@ -49,16 +53,21 @@ def infopro(
     """
     if loss not in ("softmax", "contrast"):
         raise MethodError(f"loss={loss!r}; infopro knows loss='softmax' and loss='contrast'")
+    if network not in ("cifar", "imagenet"):
+        raise MethodError(f"network={network!r}; infopro knows network='cifar' and network='imagenet'")
     if min(*image, *label) < 0:
         raise MethodError(f"image={image}, label={label}; weights are at least 0")
     softmax = loss == "softmax"
-    head = heads.Conv(task.num_outputs if softmax else feature_dim, layers, feature_dim)
+    outputs = task.num_outputs if softmax else feature_dim
+    large = network == "imagenet"
+    head: HeadBuilder = imagenet.Classifier(outputs) if large else heads.Conv(outputs, layers, feature_dim)
+    decoder: HeadBuilder = imagenet.Decoder(decoder_scale) if large else heads.Decoder(scale=decoder_scale)
     return Method(
         "infopro",
         task,
         terms=(
             Term(head, task.loss if softmax else losses.Contrastive(), Ramp(*label), scored=softmax),
-            Term(heads.Decoder(scale=decoder_scale), losses.Reconstruction(task), Ramp(*image), scored=False),
+            Term(decoder, losses.Reconstruction(task), Ramp(*image), scored=False),
         ),
         spans=Local(),
     )

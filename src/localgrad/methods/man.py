@@ -6,17 +6,20 @@ from dataclasses import replace
 from typing import Literal
 
 from localgrad import bridges
-from localgrad.errors import MethodError
 from localgrad.method import Method
+from localgrad.twins import Buffers, When
 
 
 def man(
     base: Method,
     *,
     decay: float = 0.995,
-    mix: Literal["sum", "ema", "learnable"] = "sum",
+    mix: Literal["sum", "ema", "learnable", "pair"] = "sum",
     depth: int = 1,
     twin_init: Literal["source", "fresh"] = "source",
+    exchange: When = "after",
+    buffers: Buffers = "none",
+    borders: int = 1,
 ) -> Method:
     """Auxiliary heads look through the next unit of the network: a momentum twin of it plus a learnable companion.
 
@@ -26,9 +29,12 @@ def man(
     Args:
         base: a method with auxiliary heads.
         decay: of the moving average.
-        mix: ``sum``; ``ema`` or ``learnable`` keep one of the two, for the ablation.
+        mix: ``sum``; for the ablation ``ema`` or ``learnable`` keep one of the two, ``pair`` has two learnable units.
         depth: units looked through; those after the first are learnable.
         twin_init: ``source`` starts the twin at its neighbour's weights, ``fresh`` draws new ones (released code).
+        exchange: the moving average runs ``after`` the optimizer step, or ``before`` it (released code).
+        buffers: BatchNorm statistics of the twin: ``none`` keeps its own (released code), ``copy`` and ``ema`` follow.
+        borders: build the bridge on every so many boundaries only; the others keep plain heads, which costs less.
 
     Raises:
         MethodError: if the base has no auxiliary heads, or for a value out of range.
@@ -39,12 +45,9 @@ def man(
         'man(dgl)'
 
     Source: Su et al., Momentum Auxiliary Network, ECCV 2024, arXiv:2407.05623, and its released CIFAR code.
-    Differs: the moving average runs after the optimizer step (released: before it) and starts at the source (released:
-    redrawn, ``twin_init="fresh"``). As released, BatchNorm statistics are not averaged.
+    Differs: the moving average runs after the optimizer step and starts at the source; ``exchange="before",
+    twin_init="fresh"`` is the released code.
     """
-    if not base.terms:
-        raise MethodError(
-            f"man({base.name}): {base.name} has no auxiliary heads to look through the bridge; use a local base"
-        )
-    momentum = bridges.Momentum(decay, mix, depth, twin_init)
+    base.require_heads("man")
+    momentum = bridges.Momentum(decay, mix, depth, twin_init, "fresh", exchange, buffers, borders)
     return replace(base, name=f"man({base.name})", bridge=bridges.chain(base.bridge, momentum))

@@ -6,12 +6,19 @@ from dataclasses import replace
 from typing import Literal
 
 from localgrad import bridges
-from localgrad.errors import MethodError
 from localgrad.method import Method
+from localgrad.twins import Buffers, When
 
 
 def man_pp(
-    base: Method, *, decay: float = 0.995, depth: int = 1, twin_init: Literal["source", "fresh"] = "source"
+    base: Method,
+    *,
+    decay: float = 0.995,
+    depth: int = 1,
+    twin_init: Literal["source", "fresh"] = "source",
+    exchange: When = "after",
+    buffers: Buffers = "none",
+    borders: int = 1,
 ) -> Method:
     """As MAN, the two branches weighted by a learnable scalar per boundary.
 
@@ -21,7 +28,7 @@ def man_pp(
         base: a method with auxiliary heads.
         decay: of the moving average.
         depth: units looked through; 2 for vision transformers in the released code.
-        twin_init: see `localgrad.methods.man`.
+        twin_init, exchange, buffers, borders: see `localgrad.methods.man`.
 
     Raises:
         MethodError: if the base has no auxiliary heads, or for a value out of range.
@@ -34,9 +41,6 @@ def man_pp(
     Source: MAN++, TPAMI 2026, arXiv:2507.16279, and its released code.
     Differs: as `localgrad.methods.man`.
     """
-    if not base.terms:
-        raise MethodError(
-            f"man_pp({base.name}): {base.name} has no auxiliary heads to look through the bridge; use a local base"
-        )
-    momentum = bridges.Momentum(decay, "scaled", depth, twin_init)
+    base.require_heads("man_pp")
+    momentum = bridges.Momentum(decay, "scaled", depth, twin_init, "fresh", exchange, buffers, borders)
     return replace(base, name=f"man_pp({base.name})", bridge=bridges.chain(base.bridge, momentum))

@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
-from localgrad.method import Method
+from localgrad.errors import MethodError, nearest
+from localgrad.losses import Distilled
+from localgrad.method import Batch, Method
+from localgrad.network import LocalNetwork
+from localgrad.recompute import BuffersKept
 from localgrad.spans import Periodic
 
+Guidance = Literal["backprop", "distill"]
+Unit = Literal["step", "epoch"]
 
-def pgl(base: Method, *, every: int = 10, duration: int = 1, start: int = 0) -> Method:
-    """Local training that the global loss guides from time to time.
 
-    On ``duration`` of every ``every`` steps, from step ``start`` on, the span is (0, K): the model's own loss trains
-    all blocks, recomputed one by one in the backward pass so that memory stays low, and auxiliary heads rest. On all
-    other steps the base method's spans apply.
+def pgl(
+    base: Method,
+    *,
+    guidance: Guidance = "backprop",
+    every: int = 10,
+    duration: int = 1,
+    start: int = 0,
+    unit: Unit = "step",
+    steps_per_epoch: int | None = None,
+    weight: float = 0.5,
+    temperature: float = 4.0,
+) -> Method:
+    """Local training that the global objective guides from time to time.
+
+    Guided are ``duration`` of every ``every`` steps, from step ``start`` on. What happens then:
+
+    ``backprop``: the span is (0, K): the model's own loss trains all blocks, recomputed one by one in the backward pass
+    so that memory stays low, and auxiliary heads rest.
+
+    ``distill``: the model first answers without gradient; each auxiliary head minimises ``(1 - weight) * loss +
+    weight * T ** 2 * KL(softmax(z_K / T) || softmax(z_k / T))``. Memory is the base's.
+
+    On all other steps the base method applies.
 
     Args:
         base: a local method.
-        every: period in steps; 1 is end-to-end training.
-        duration: guided steps of a period.
-        start: first step that may be guided.
+        guidance: see above.
+        every: period; 1 guides always.
+        duration: guided part of a period.
+        start: when guidance may begin.
+        unit: what ``every``, ``duration`` and ``start`` count.
+        steps_per_epoch: needed to count epochs; ``localgrad train`` fills it in.
+        weight: of the soft targets; 0 is the base method.
+        temperature: T.
 
     Raises:
-        MethodError: unless ``1 <= duration <= every`` and ``start >= 0``.
+        MethodError: unless ``1 <= duration <= every`` and ``start >= 0``; for an unknown option; for ``distill`` if no
+            head answers with logits.
 
     Example:
         >>> import localgrad
@@ -31,7 +62,47 @@ def pgl(base: Method, *, every: int = 10, duration: int = 1, start: int = 0) -> 
         ((Span(start=0, stop=4, weight=1.0),), 4)
 
     Source: PGL, ICML 2022 workshop, arXiv:2208.00821. A reconstruction: only its abstract is public ("reinstates the
-    global objective repetitively"); period, duration and the gradient of a guided step are our reading.
-    Differs: unknown. The reading that distils the last head's logits instead is not offered yet.
+    global objective repetitively", read as ``backprop``), and that of the first author's thesis ("periodically
+    distilling the knowledge of last layer through the auxiliary networks", read as ``distill``). Period, duration,
+    weight and temperature are ours.
     """
-    return replace(base, name=f"pgl({base.name})", spans=Periodic(base.spans, every, duration, start), checkpoint=True)
+    for name, value, known in (("guidance", guidance, Guidance), ("unit", unit, Unit)):
+        if value not in get_args(known):
+            raise MethodError(nearest(value, get_args(known), name))
+    steps = 1
+    if unit == "epoch":
+        if steps_per_epoch is None or steps_per_epoch < 1:
+            raise MethodError(
+                f"pgl(unit='epoch', steps_per_epoch={steps_per_epoch}): pass the batches of an epoch, "
+                "steps_per_epoch=len(loader)"
+            )
+        steps = steps_per_epoch
+    schedule = Periodic(base.spans, every * steps, duration * steps, start * steps)
+    name = f"pgl({base.name})"
+    if guidance == "backprop":
+        return replace(base, name=name, spans=schedule, checkpoint=True)
+    base.require_logits("pgl")
+    if not 0.0 <= weight <= 1.0 or not temperature > 0:
+        raise MethodError(f"weight={weight}, temperature={temperature}; need a weight in [0, 1] and temperature > 0")
+    if weight == 0:
+        return replace(base, name=name)
+    teacher = FinalLogits(schedule)
+    terms = tuple(
+        replace(term, loss=Distilled(term.loss, teacher, weight, temperature)) if term.scored else term
+        for term in base.terms
+    )
+    return replace(base, name=name, terms=terms, contexts=(*base.contexts, teacher))
+
+
+@dataclass(frozen=True)
+class FinalLogits:
+    """A `localgrad.method.Context`: what the model answers to the batch on guided steps, None on others."""
+
+    schedule: Periodic
+
+    def __call__(self, network: LocalNetwork, batch: Batch) -> Any:
+        if not self.schedule.guided(batch.step):
+            return None
+        with BuffersKept(network.model):
+            inputs = batch.inputs if isinstance(batch.inputs, (tuple, list)) else (batch.inputs,)
+            return network.model(*inputs)

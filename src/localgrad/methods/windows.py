@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from localgrad.errors import MethodError
 from localgrad.method import Method
-from localgrad.spans import Local, Overlapping
+from localgrad.spans import Overlapping
 
 
 def windows(base: Method, *, width: int = 2, local: float = 1.0, cascade: float = 1.0) -> Method:
@@ -18,7 +17,7 @@ def windows(base: Method, *, width: int = 2, local: float = 1.0, cascade: float 
         base: a method with local spans.
         width: blocks a window covers.
         local: weight of the losses on single blocks; 0 leaves them out.
-        cascade: weight of the losses over windows.
+        cascade: weight of the losses over windows; 0 leaves them out.
 
     Raises:
         MethodError: if the base is not local, or for a width below 2.
@@ -31,8 +30,5 @@ def windows(base: Method, *, width: int = 2, local: float = 1.0, cascade: float 
     Source: the two levels of supervision that HPFF (arXiv:2407.05638) and MLAAN (arXiv:2406.16633) share.
     Differs: one forward per block where their code runs two or three; equal weights by default.
     """
-    if not isinstance(base.spans, Local):
-        raise MethodError(
-            f"windows({base.name}): the base already decides its spans; windows need a local base like dgl"
-        )
-    return replace(base, name=f"windows({base.name})", spans=Overlapping(width, local, cascade))
+    spans = Overlapping(width, local, cascade, base.require_local("windows").tail)
+    return replace(base, name=f"windows({base.name})", spans=spans)

@@ -36,6 +36,21 @@ class Cut:
     overwritten: str | None = None
 
 
+@dataclass(frozen=True)
+class Unit:
+    """One of the model's own modules that run after a boundary, with the layouts of what it reads and returns."""
+
+    name: str
+    module: nn.Module
+    reads: Layout
+    returns: Layout
+
+    @property
+    def changes_form(self) -> bool:
+        """Whether it begins a stage: another width or resolution leaves it than enters it."""
+        return self.reads != self.returns
+
+
 def is_unit(module: nn.Module) -> bool:
     """Whether a block may begin with this module: layers with weight matrices or modules that contain some.
 
@@ -185,10 +200,21 @@ class Partition:
             self._units = self.blocks(self.cuts)
         return self._units
 
-    def modules_after(self, cut: Cut) -> tuple[nn.Module, ...]:
+    def units_after(self, cut: Cut) -> tuple[Unit, ...]:
         """The model's modules that the units from ``cut`` on consist of, as far as each is one module."""
-        later = [other for other in self.cuts if other.position > cut.position and not other.tail]
-        return tuple(self.modules[self._unit_path(other)] for other in (cut, *later))
+        units = (cut, *(other for other in self.cuts if other.position > cut.position and not other.tail))
+        layouts = [shape_layout(one.shape, self.example, one.channels_hint) for one in units]
+        ends = [*layouts[1:], layouts[0] if cut.tail else self.final_layout]
+        paths = [self._unit_path(one) for one in units]
+        return tuple(
+            Unit(path, self.modules[path], reads, returns)
+            for path, reads, returns in zip(paths, layouts, ends, strict=True)
+        )
+
+    @property
+    def num_units(self) -> int:
+        """Units of the whole model: what runs before the first cut point, and one for each cut point but a tail."""
+        return 1 + sum(not cut.tail for cut in self.cuts)
 
     def _unit_path(self, cut: Cut) -> str:
         """The largest module that begins at ``cut`` and holds no later cut point."""
@@ -237,9 +263,19 @@ class Chain:
         )
         return self.cuts
 
-    def modules_after(self, cut: Cut) -> tuple[nn.Module, ...]:
-        """The modules from ``cut`` on, as they were given."""
-        return self.modules[cut.position :]
+    def units_after(self, cut: Cut) -> tuple[Unit, ...]:
+        """The modules from ``cut`` on, as they were given; the last is left out unless it is the only one."""
+        layouts = [shape_layout(one.shape, self.example, one.channels_hint) for one in self.cuts]
+        return tuple(
+            Unit(one.name, self.modules[one.position], layouts[k], layouts[min(k + 1, len(layouts) - 1)])
+            for k, one in enumerate(self.cuts)
+            if one.position == cut.position or cut.position < one.position < len(self.modules) - 1
+        )
+
+    @property
+    def num_units(self) -> int:
+        """Modules that were given, the last one left out."""
+        return len(self.modules) - 1
 
     @property
     def final_layout(self) -> Layout:

@@ -1,0 +1,75 @@
+"""The head of AugLocal: a small network that looks like the rest of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from localgrad.bridges.copies import copied
+from localgrad.errors import MethodError
+from localgrad.heads.linear import Linear
+from localgrad.method import Site
+from localgrad.partition import Unit
+from localgrad.recompute import Parts
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """Units built like ``depth`` of those that follow, evenly spread up to the last one, then a linear read-out.
+
+    ``offsets = round(l + n / d * i) - l`` for i = 1 .. d, with l units before the boundary's last and n after it. The
+    weights are the head's own. Towards the output of the model heads become shallower, the pyramid:
+    ``d = max(1, round(depth * (1 - pyramid * t) + pyramid * t))``, t from 0 at the first boundary to 1 at the last.
+
+    Args:
+        outputs: width of the read-out.
+        depth: units at the first boundary.
+        pyramid: how much of ``depth`` is gone at the last boundary; 0 keeps it everywhere.
+        tail: blocks trained together at the end of the model; they have no heads.
+
+    Source: Ma et al., AugLocal, ICLR 2024, arXiv:2402.17318, released code.
+    Differs: where a picked unit lies in a later stage, the unit that begins that stage stands for it, because it has
+    the right width and stride; theirs builds a unit anew, and skips a stage in one unit where the pick does.
+    """
+
+    outputs: int
+    depth: int = 2
+    pyramid: float = 0.5
+    tail: int = 2
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or self.tail < 1 or not 0.0 <= self.pyramid <= 1.0:
+            raise MethodError(
+                f"depth={self.depth}, tail={self.tail}, pyramid={self.pyramid}; need depth and tail of at least 1 and "
+                "a pyramid between 0 and 1"
+            )
+
+    def depth_at(self, site: Site) -> int:
+        """Units of the head at one site."""
+        heads = site.num_blocks - self.tail
+        share = (site.span.stop - 1) / (heads - 1) if heads > 1 else 0.0
+        return max(1, round(self.depth * (1 - self.pyramid * share) + self.pyramid * share))
+
+    def __call__(self, site: Site) -> nn.Module:
+        depth, units = self.depth_at(site), site.next_units
+        chain = picked(units, depth, site.units_passed - 1)
+        body = Parts(*(copied(unit.module, "fresh") for unit in chain))
+        beyond = site.beyond(body)
+        read_out = list(Linear(self.outputs)(beyond).children())
+        if depth == 1:
+            read_out.insert(-1, nn.BatchNorm1d(beyond.channels))
+        return nn.Sequential(body, *read_out).train()
+
+
+def picked(units: tuple[Unit, ...], depth: int, passed: int) -> list[Unit]:
+    """The units that a head of ``depth`` is built like; ``passed`` units lie before the one the boundary follows."""
+    offsets = sorted({max(1, round(passed + len(units) / depth * i) - passed) for i in range(1, depth + 1)})
+    chain: list[Unit] = []
+    done = 0
+    for offset in offsets:
+        between = units[done:offset]
+        changing = [unit for unit in between if unit.changes_form]
+        chain += changing or [between[-1]]
+        done = offset
+    return chain

@@ -1,0 +1,32 @@
+"""The distance of two attention maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from localgrad.losses.precision import widened
+from localgrad.method import Batch, Context
+
+
+@dataclass(frozen=True)
+class AttentionTransfer:
+    """``|| q / |q| - t / |t| ||^2`` of the flattened maps, averaged over the batch; 0 if equal, at most 2.
+
+    The larger of two grids is pooled to the smaller one.
+
+    Args:
+        teacher: the context whose maps, a list of (B, 1, H, W) for the boundaries in order, the batch holds.
+
+    Source: Zagoruyko & Komodakis, ICLR 2017, arXiv:1612.03928, equation 2, squared.
+    """
+
+    teacher: Context
+
+    def __call__(self, output: Tensor, batch: Batch) -> Tensor:
+        ours, theirs = widened(output), widened(batch.context[self.teacher][batch.boundary - 1])
+        height, width = (min(a, b) for a, b in zip(ours.shape[2:], theirs.shape[2:], strict=True))
+        ours, theirs = (F.normalize(F.adaptive_avg_pool2d(m, (height, width)).flatten(1)) for m in (ours, theirs))
+        return (ours - theirs).square().sum(1).mean()
