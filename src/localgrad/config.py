@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import json
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -16,6 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from localgrad.errors import ConfigError, MethodError, nearest
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+    from torch import nn
+
     from localgrad.method import Method, Task
 
 # What a YAML file may hold for one method: a name, or {name: {option: value}}; from the base to the outermost plug-in.
@@ -132,11 +137,15 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class About:
-    """Where a recipe comes from; ``localgrad list recipes`` shows it."""
+    """Where a recipe comes from; ``localgrad list recipes`` shows it.
+
+    ``published`` is the result in its table, or "none found"; ``evidence`` says who vouches for that number.
+    """
 
     paper: str = ""
     table: str = ""
     published: str = ""
+    evidence: str = ""
     notes: str = ""
 
 
@@ -159,14 +168,23 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+RECIPES = Path(str(resources.files("localgrad") / "recipes"))
+COSTS = RECIPES / "_costs.json"
+
+
 def recipes() -> dict[str, Path]:
     """Name -> file of every recipe that ships with localgrad."""
-    folder = Path(str(resources.files("localgrad") / "recipes"))
     return {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for path in sorted(folder.rglob("*.yaml"))
+        path.relative_to(RECIPES).with_suffix("").as_posix(): path
+        for path in sorted(RECIPES.rglob("*.yaml"))
         if not path.name.startswith("_")
     }
+
+
+def recipe_costs() -> dict[str, dict[str, Any]]:
+    """Name -> what a recipe costs, as ``bench/recipe_costs.py`` of the repository measured it."""
+    costs: dict[str, dict[str, Any]] = json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.is_file() else {}
+    return costs
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -179,19 +197,16 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def _locate(name: str, beside: Path | None) -> Path:
-    folder = Path(str(resources.files("localgrad") / "recipes"))
     if name.endswith((".yaml", ".yml")):
         path = Path(name) if beside is None or Path(name).is_absolute() else beside.parent / name
         if not path.is_file():
             raise ConfigError(f"no file {str(path)!r}; give the path of a YAML file or one of `localgrad list recipes`")
         return path
-    known = recipes()
-    if name in known:
-        return known[name]
-    private = folder / f"{name}.yaml"
-    if beside is not None and re.fullmatch(r"[\w/.-]+", name) and ".." not in name and private.is_file():
-        return private
-    raise ConfigError(nearest(name, known, "recipe") + ". A file of your own ends in .yaml")
+    path = RECIPES / f"{name}.yaml"
+    private = path.name.startswith("_")  # only for other recipes
+    if re.fullmatch(r"\w[\w/.-]*", name) and ".." not in name and path.is_file() and (beside or not private):
+        return path
+    raise ConfigError(nearest(name, recipes(), "recipe") + ". A file of your own ends in .yaml")
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
@@ -254,14 +269,21 @@ def validate(settings: dict[str, Any], source: str) -> Config:
     Raises:
         ConfigError: a key that does not exist, a wrong type, a value out of range.
     """
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic import ValidationError
+
+    try:
+        return _adapter().validate_python(settings)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_complaints(error))) from error
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Config]:
+    from pydantic import ConfigDict, TypeAdapter
 
     for kind in (ModelConfig, DataConfig, BlocksConfig, OptimConfig, TrainConfig, About, Config):
         kind.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
-    try:
-        return TypeAdapter(Config).validate_python(settings)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_complaints(error))) from error
+    return TypeAdapter(Config)
 
 
 def _complaints(error: Any) -> Iterator[str]:
@@ -273,6 +295,8 @@ def _complaints(error: Any) -> Iterator[str]:
             yield f"{path}: " + nearest(place[-1], known, "setting") if known else f"{path}: unknown setting"
         elif "ctx" in problem and isinstance(problem["ctx"].get("error"), ConfigError):
             yield str(problem["ctx"]["error"])
+        elif problem["type"] == "missing_keyword_only_argument":
+            yield f"{path} is missing; write its value, as in {{{path}: ...}}"
         elif problem["type"] == "missing":
             yield f"{path}: missing; for instance {path}: [dgl]" if path == "method" else f"{path}: missing"
         else:
@@ -330,8 +354,20 @@ def known_methods() -> dict[str, bool]:
     }
 
 
-def build_method(spec: MethodSpec, task: Task) -> Method:
+def build_method(
+    spec: MethodSpec,
+    task: Task,
+    *,
+    steps_per_epoch: int | None = None,
+    load_model: Callable[[str], nn.Module] | None = None,
+) -> Method:
     """The method a specification names, base first.
+
+    Args:
+        spec: names with their options.
+        task: what the base takes.
+        steps_per_epoch: given to methods that count epochs and are not told otherwise.
+        load_model: makes a model of an option ``teacher`` that is a path.
 
     Raises:
         ConfigError: an unknown name, a plug-in where a base must stand or the reverse, an unknown or wrong option.
@@ -371,10 +407,13 @@ def build_method(spec: MethodSpec, task: Task) -> Method:
                     if allowed
                     else f"method.{name} has no options"
                 )
+        given = dict(options or {})
+        if given.get("unit") == "epoch":
+            given.setdefault("steps_per_epoch", steps_per_epoch)
+        if isinstance(given.get("teacher"), str) and load_model is not None:
+            given["teacher"] = load_model(given["teacher"])
         try:
-            value = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(_checked(function))(
-                value, **(options or {})
-            )
+            value = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(_checked(function))(value, **given)
         except ValidationError as error:
             raise ConfigError(f"method.{name}: " + "; ".join(_complaints(error))) from error
     if not hasattr(value, "spans"):

@@ -107,7 +107,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "empty part": ([*DIGITS, "-m", "dgl+"], ["empty part", "dgl+windows"]),
     "plug-in without base": ([*DIGITS, "-m", "windows"], ["'windows' is a plug-in", "dgl"]),
     "base twice": ([*DIGITS, "-m", "dgl+e2e"], ["'e2e' is a base and must come first"]),
-    "plug-in on the wrong base": ([*DIGITS, "-m", "e2e+windows"], ["windows need a local base"]),
+    "plug-in on the wrong base": ([*DIGITS, "-m", "e2e+windows"], ["windows needs a local base"]),
     "no method": ([*DIGITS, "method=[]"], ["name a base"]),
     "option": ([*DIGITS, "method=[{infopro: {imagee: [1, 0]}}]"], ["method.infopro", "'imagee'", "'image'"]),
     "option of none": ([*DIGITS, "method=[{e2e: {x: 1}}]"], ["method.e2e"]),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 import localgrad
@@ -25,7 +23,6 @@ from localgrad.config import (
 )
 from localgrad.data.sources import SOURCES
 from localgrad.errors import ConfigError, MethodError
-from localgrad.train.experiment import build_network, build_task
 
 TASK = localgrad.tasks.classification(10)
 
@@ -39,51 +36,6 @@ def test_every_recipe_validates_and_its_methods_build(name: str) -> None:
     assert recipe.data.name in SOURCES
     assert recipe.about.notes or recipe.about.paper
     assert validate(yaml.safe_load(dump(recipe)), "again") == recipe
-
-
-INFOPRO = [name for name in config.recipes() if name.startswith("infopro/")]
-
-
-@pytest.mark.parametrize("name", INFOPRO)
-def test_infopro_recipes_leave_no_block_without_a_loss(name: str) -> None:
-    """Their weights run linearly over the boundaries; with one boundary only the first value counts."""
-    recipe = validate(read_recipe(name), name)
-    blocks = recipe.blocks.num_blocks or len(recipe.blocks.cuts or ()) + 1
-    assert blocks == int(name.rpartition("_k")[2])
-    ((_, options),) = recipe.method[0].items()  # type: ignore[union-attr]
-    assert options is not None
-    terms = build_method(recipe.method, TASK).terms
-    for k in range(blocks - 1):
-        site: Any = SimpleNamespace(num_blocks=blocks, span=localgrad.spans.Span(k, k + 1))
-        share = k / (blocks - 2) if blocks > 2 else 0.0
-        expected = [a + (b - a) * share for a, b in (options["label"], options["image"])]
-        assert [term.weight_at(site) for term in terms] == pytest.approx(expected) and max(expected) > 0
-    if blocks == 2:
-        assert options["label"][1] == options["image"][1] == 0
-
-
-CUT_ALIKE = {str((r["model"], r["blocks"])): name for name in INFOPRO for r in [read_recipe(name)]}
-
-
-@pytest.mark.parametrize("name", sorted(CUT_ALIKE.values()))
-def test_infopro_recipes_build(name: str) -> None:
-    recipe = validate(read_recipe(name), name)
-    source = SOURCES[recipe.data.name]
-    task = build_task(recipe, len(source.classes), source.mean, source.std)
-    network = build_network(recipe, task, (3, 32, 32), torch.device("cpu"))
-    assert len(network.blocks) == int(name.rpartition("_k")[2])
-    assert len(network.auxiliary) == len(network.blocks) - 1
-    assert all(p.requires_grad for p in network.parameters())
-
-
-def test_infopro_k16_trains_every_block() -> None:
-    name = "infopro/cifar10_resnet110_k16"
-    recipe = validate(read_recipe(name), name)
-    network = build_network(recipe, build_task(recipe, 10, (0.5,) * 3, (0.25,) * 3), (3, 32, 32), torch.device("cpu"))
-    assert len(network.blocks) == 16
-    localgrad.backward(network, torch.randn(4, 3, 32, 32), torch.tensor([0, 0, 1, 1]))
-    for block in network.blocks:
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
 
 
 def test_a_recipe_names_only_what_differs(tmp_path: Path) -> None:

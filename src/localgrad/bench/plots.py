@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,12 @@ def curves_picture(history: list[dict[str, Any]], title: str, path: Path) -> Non
     split = "validation" if "validation" in history[-1] else "train"
     epochs = [row["epoch"] for row in history]
     for axis, where, what, scale in ((left, "train", "loss", 1), (right, split, "score", 100)):
-        names = list(history[-1][where][what])
+        names = list(dict.fromkeys(name for row in history for name in row[where][what]))
         inner = [name for name in names if name != "model"]
         for index, name in enumerate(inner):
             color = colormaps["viridis"](index / max(1, len(inner) - 1) * 0.9)
             label = name if len(inner) <= 6 or index in (0, len(inner) - 1) else None
-            values = [scale * row[where][what][name] for row in history]
+            values = [scale * row[where][what].get(name, math.nan) for row in history]  # heads may rest in an epoch
             axis.plot(epochs, values, color=color, linewidth=1.2, marker="." if len(epochs) < 3 else None, label=label)
         own = [scale * row[where][what]["model"] for row in history]
         axis.plot(epochs, own, color="#c0392b", linewidth=2.2, marker="." if len(epochs) < 3 else None, label="model")

@@ -20,6 +20,7 @@ def infopro(
     layers: str = "1c2f",
     feature_dim: int = 128,
     decoder_scale: float = 1.0,
+    image_every: int = 1,
     network: Literal["cifar", "imagenet"] = "cifar",
 ) -> Method:
     """Every block keeps information about the image and about the label.
@@ -35,6 +36,7 @@ def infopro(
         layers: of the label head on small images, see `localgrad.heads.Conv`.
         feature_dim: width of its hidden layer, and of the contrastive embedding.
         decoder_scale: share of the image's sides at which the decoder works; less than 1 costs less.
+        image_every: reconstruct on every so many steps only; the other steps cost what a label head does.
         network: whose heads: ``cifar`` for small images, ``imagenet`` for `localgrad.heads.imagenet`, which shrink the
             features step by step and upsample them so; ``layers`` then says nothing.
 
@@ -49,7 +51,8 @@ def infopro(
 
     Source: Wang et al., ICLR 2021, arXiv:2101.10832.
     Differs: default weights lie between the published tables and end above 0; MAN's released code ramps by stage number
-    instead of by boundary, which is not offered; ``decoder_scale`` is ours.
+    instead of by boundary, which is not offered; ``decoder_scale`` and
+    ``image_every`` are ours.
     """
     if loss not in ("softmax", "contrast"):
         raise MethodError(f"loss={loss!r}; infopro knows loss='softmax' and loss='contrast'")
@@ -67,7 +70,7 @@ def infopro(
         task,
         terms=(
             Term(head, task.loss if softmax else losses.Contrastive(), Ramp(*label), scored=softmax),
-            Term(decoder, losses.Reconstruction(task), Ramp(*image), scored=False),
+            Term(decoder, losses.Reconstruction(task), Ramp(*image), scored=False, every=image_every),
         ),
         spans=Local(),
     )

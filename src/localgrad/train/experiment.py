@@ -189,8 +189,41 @@ def build_task(
     return tasks.classification(num_classes, label_smoothing=config.train.label_smoothing, mean=mean, std=std)
 
 
+def trained_model(path: Path, task: tasks.Classification, image_shape: tuple[int, int, int]) -> nn.Module:
+    """The model that a finished run left in ``path``, for data of the same form.
+
+    Raises:
+        CheckpointError: no finished run there, or one for other data.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from localgrad.train.folder import WEIGHTS, read_config
+
+    config = read_config(path)
+    model = models.create(
+        config.model.name,
+        num_classes=task.num_classes,
+        in_channels=image_shape[0],
+        image_size=image_shape[1],
+        **config.model.options,
+    )
+    try:
+        model.load_state_dict(load_file(path / WEIGHTS))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} holds no finished run for these data ({' '.join(str(error).split())[:200]}); give the directory "
+            "of a run that ended"
+        ) from error
+    return model
+
+
 def build_network(
-    config: Config, task: tasks.Classification, image_shape: tuple[int, int, int], device: torch.device
+    config: Config,
+    task: tasks.Classification,
+    image_shape: tuple[int, int, int],
+    device: torch.device,
+    steps_per_epoch: int | None = None,
 ) -> LocalNetwork:
     """Model, method and cuts of a run, with the weights that its seed gives."""
     channels, height, _ = image_shape
@@ -202,7 +235,12 @@ def build_network(
     taken = sorted({"name", "num_classes", "in_channels", "image_size"} & set(config.model.options))
     if taken:
         raise ConfigError(f"model.options.{taken[0]}: that follows from model.name and the data; leave it out")
-    method = build_method(config.method, task)
+    method = build_method(
+        config.method,
+        task,
+        steps_per_epoch=steps_per_epoch,
+        load_model=lambda path: trained_model(Path(path), task, image_shape),
+    )
     if config.train.accumulate > 1:
         method = methods.accumulation(method, parts=config.train.accumulate)
     with seeded(config.train.seed, "weights"):
@@ -239,7 +277,11 @@ def build(config: Config) -> Experiment:
     device = set_up_torch(config)
     loaded = load_data(config, device)
     network = build_network(
-        config, build_task(config, loaded.num_classes, loaded.mean, loaded.std), loaded.image_shape, device
+        config,
+        build_task(config, loaded.num_classes, loaded.mean, loaded.std),
+        loaded.image_shape,
+        device,
+        len(loaded.train),
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     stepper = Stepper(network, config.optim, scaler)

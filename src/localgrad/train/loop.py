@@ -42,8 +42,7 @@ def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch
                 step(run, *mixed(run, inputs, targets))
                 run.batch += 1
                 run.step += 1
-                meter.batches += 1
-                meter.samples += len(inputs)
+                meter.end_batch()
                 if network.device.type == "cpu":
                     meter.check_finite(run.step)
                 after_step(run)

@@ -23,8 +23,10 @@ class Meter:
         self.device = network.device
         self.losses: dict[str, Tensor] = {}
         self.scores: dict[str, Tensor] = {}
-        self.batches = 0
-        self.samples = 0
+        # A head need not answer at every step, so each is averaged over the batches and samples it has seen.
+        self.batches: dict[str, int] = {}
+        self.samples: dict[str, int] = {}
+        self._answered: set[str] = set()
 
     def name(self, span: Span) -> str:
         """``block 3`` for the loss after block 3 (counted from 1), ``blocks 3-4`` for one over two, ``model`` last."""
@@ -33,8 +35,9 @@ class Meter:
         return f"block {span.stop}" if span.stop - span.start == 1 else f"blocks {span.start + 1}-{span.stop}"
 
     def add_loss(self, span: Span, loss: Tensor) -> None:
-        """Add the loss of one span of one batch."""
+        """Add the loss of one span of one micro-batch."""
         name = self.name(span)
+        self._answered.add(name)
         self.losses[name] = self.losses.get(name, torch.zeros((), device=self.device)) + loss.detach().float()
 
     def add_output(self, span: Span, term: Term | None, output: Any, targets: Any) -> None:
@@ -44,6 +47,13 @@ class Meter:
         name = self.name(span)
         total = self.task.score(output, targets).sum()
         self.scores[name] = self.scores.get(name, torch.zeros((), device=self.device)) + total
+        self.samples[name] = self.samples.get(name, 0) + len(targets)
+
+    def end_batch(self, weight: int = 1) -> None:
+        """Count one batch, or ``weight`` of them, for every head that had a loss."""
+        for name in self._answered:
+            self.batches[name] = self.batches.get(name, 0) + weight
+        self._answered.clear()
 
     def check_finite(self, step: int) -> None:
         """Raise `TrainingError` if a loss was NaN or infinite."""
@@ -57,21 +67,24 @@ class Meter:
     def read(self) -> dict[str, dict[str, float]]:
         """``{"loss": {head: mean}, "score": {head: mean}}``; waits for the device."""
         return {
-            "loss": {name: loss.item() / max(1, self.batches) for name, loss in self.losses.items()},
-            "score": {name: score.item() / max(1, self.samples) for name, score in self.scores.items()},
+            "loss": {name: loss.item() / max(1, self.batches.get(name, 0)) for name, loss in self.losses.items()},
+            "score": {name: score.item() / self.samples[name] for name, score in self.scores.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Sums so far, for a checkpoint in mid-epoch."""
         return {
-            "losses": dict(self.losses), "scores": dict(self.scores), "batches": self.batches, "samples": self.samples
-        }  # fmt: skip
+            "losses": dict(self.losses),
+            "scores": dict(self.scores),
+            "batches": dict(self.batches),
+            "samples": dict(self.samples),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put `state_dict` back."""
         self.losses = {name: value.to(self.device) for name, value in state["losses"].items()}
         self.scores = {name: value.to(self.device) for name, value in state["scores"].items()}
-        self.batches, self.samples = state["batches"], state["samples"]
+        self.batches, self.samples = dict(state["batches"]), dict(state["samples"])
 
 
 @torch.no_grad()
@@ -96,9 +109,8 @@ def evaluate(network: LocalNetwork, batches: Any, autocast: torch.dtype | None =
                 meter.add_output(span, term, output, targets)
                 if term is None:
                     meter.add_loss(span, meter.task.loss(output, Batch(inputs, targets, 0)) * len(targets))
-            meter.samples += len(targets)
+            meter.end_batch(len(targets))  # the loss above is a sum over samples
     finally:
         for module, mode in modes.items():
             module.training = mode
-    meter.batches = meter.samples  # the losses above are sums over samples
     return meter.read()

@@ -1,0 +1,294 @@
+"""The recipes that ship: published segments, true numbers of blocks, weights, costs, and how they are listed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import runpy
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import localgrad
+from localgrad import config
+from localgrad.cli import main
+from localgrad.config import Config, build_method, read_recipe, validate
+from localgrad.partition import Partition, by_count
+from localgrad.train.experiment import build_network, build_task
+
+NAMES = list(config.recipes())
+PUBLISHED = [name for name in NAMES if "/" in name]
+TASK = localgrad.tasks.classification(10)
+
+
+@functools.cache
+def recipe(name: str) -> Config:
+    return validate(read_recipe(name), name)
+
+
+@functools.cache
+def partition(model: str) -> Partition:
+    """The cut points of a network, found on one that is as deep but as thin as its constructor allows."""
+    thin: dict[str, Any] = {"embed_dim": 12, "num_heads": 3} if "vit" in model else {}
+    if model in ("torchvision:resnet101", "torchvision:resnet152"):
+        thin = {"width_per_group": 1}
+    size = 64 if ":" in model else 32  # a grid of at least 2x2 is left at the end
+    network = localgrad.models.create(model, image_size=size, **thin)
+    return Partition(network, torch.randn(2, 3, size, size))
+
+
+@functools.cache
+def starts(model: str, num_blocks: int | None, cuts: tuple[str, ...] | None, stem: Any) -> list[str]:
+    """What the blocks after the first begin with: names as short as they come."""
+    found = partition(model)
+    chosen = by_count(found, num_blocks, stem) if num_blocks else found.named(cuts or (), spans_wider_than_one=True)
+    return [cut.name for cut in chosen]
+
+
+def starts_of(one: Config) -> list[str]:
+    blocks = one.blocks
+    model = re.sub(r"vit_(small|base)", "vit_tiny", one.model.name.replace("resnext101_32x8d", "resnet101"))
+    return starts(model, blocks.num_blocks, tuple(blocks.cuts) if blocks.cuts else None, blocks.stem)
+
+
+def blocks_in_name(name: str) -> int:
+    found = re.search(r"_k(\d+)(_|$)", name)
+    assert found, name
+    return int(found[1])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_names_say_the_true_number_of_blocks(name: str) -> None:
+    one = recipe(name)
+    blocks = blocks_in_name(name)
+    assert len(starts_of(one)) + 1 == blocks
+    label = re.search(r"K=(\d+)", one.about.table)
+    if label and int(label[1]) != blocks and not name.startswith("hpff/"):
+        assert f"K={label[1]} has {blocks} isolated blocks" in one.about.notes
+    assert name.partition("/")[0] in config.method_name(one.method).split("+")
+
+
+def test_each_recipe_is_one_of_its_kind() -> None:
+    seen: dict[str, str] = {}
+    for name in NAMES:
+        settings = asdict(recipe(name))
+        del settings["about"]
+        assert seen.setdefault(json.dumps(settings), name) == name
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_where_numbers_come_from(name: str) -> None:
+    about = recipe(name).about
+    assert about.paper and about.table and about.notes and about.published
+    assert bool(about.evidence) == (about.published != "none found")
+
+
+# --- the segments of the papers ------------------------------------------------------------------------------------
+
+ONE_TO_FOUR = "1.1 1.2 1.4 1.5 1.7 1.9 1.11 1.13 1.14 1.16 1.17"
+ENDS = {  # network, the paper's K: the last unit of each segment but the last, stages from 1 and units from 0
+    ("resnet32", 2): "2.1",
+    ("resnet32", 4): "1.2 2.1 3.0",
+    ("resnet32", 8): "1.0 1.2 1.4 2.1 2.3 3.0 3.2",
+    ("resnet32", 16): "1.0 1.1 1.2 1.3 1.4 2.0 2.1 2.2 2.3 2.4 3.0 3.1 3.2 3.3",
+    ("resnet110", 2): "2.8",
+    ("resnet110", 4): "1.11 2.7 3.3",
+    ("resnet110", 8): "1.4 1.11 2.0 2.7 2.14 3.3 3.10",
+    ("resnet110", 16): "1.1 1.4 1.7 1.10 1.13 1.16 2.1 2.4 2.7 2.11 2.15 3.1 3.5 3.9 3.13",
+    ("resnet110", 32): f"{ONE_TO_FOUR} {re.sub('1[.]', '2.', ONE_TO_FOUR)} 3.1 3.3 3.4 3.6 3.7 3.9 3.11 3.13 3.15",
+    ("resnet110", 55): " ".join(f"{s}.{i}" for s in (1, 2, 3) for i in range(18) if (s, i) != (3, 17)),
+    ("torchvision:resnet101", 4): "2.2 3.8 3.16",
+    ("torchvision:resnext101_32x8d", 4): "2.2 3.8 3.16",
+    ("torchvision:resnet152", 4): "2.6 3.13 3.25",
+    ("torchvision:resnet101", 2): "2.0",
+    ("torchvision:resnet152", 2): "2.5",
+    ("torchvision:resnext101_32x8d", 2): "2.0",
+    ("torchvision:resnet34", 16): "1.0 1.1 1.2 2.0 2.1 2.2 2.3 3.0 3.1 3.2 3.3 3.4 3.5 4.0 4.1",
+}
+BALANCED = {
+    ("cifar10", 2): "1.14", ("cifar10", 3): "1.9 2.2", ("cifar10", 4): "1.6 1.14 2.8",
+    ("stl10", 2): "1.14", ("stl10", 3): "1.8 2.1", ("stl10", 4): "1.6 1.14 2.8",
+}  # fmt: skip
+UNITS = {
+    "resnet32": (5, 5, 5), "resnet110": (18, 18, 18), "torchvision:resnet34": (3, 4, 6, 3),
+    "torchvision:resnet101": (3, 4, 23, 3), "torchvision:resnext101_32x8d": (3, 4, 23, 3),
+    "torchvision:resnet152": (3, 8, 36, 3),
+}  # fmt: skip
+
+
+def ends(one: Config) -> list[str]:
+    """The unit before each boundary; ``stem`` before the first unit."""
+    units = [f"{s}.{i}" for s, count in enumerate(UNITS[one.model.name], start=1) for i in range(count)]
+    paths = [f"layer{unit}" if not unit.endswith(".0") else f"layer{unit[0]}" for unit in units]
+    return [["stem", *units][paths.index(name)] for name in starts_of(one)]
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if recipe(name).model.name in UNITS])
+def test_segments_are_the_published_ones(name: str) -> None:
+    one = recipe(name)
+    label = re.search(r"K=(\d+)", one.about.table)
+    if not label:
+        assert name.startswith(("e2e/", "auglocal/imagenet"))
+        return
+    k, model = int(label[1]), one.model.name
+    expected = BALANCED[one.data.name, k].split() if "balanced" in name else ENDS.get((model, k), "").split()
+    if name == "infopro/imagenet_resnext101_k2":
+        expected = ["2.2"]  # InfoPro's own; MAN and MAN++ cut at 2.0
+    if name == "hpff/imagenet_resnet152_k4_infopro":
+        expected = ENDS["torchvision:resnet101", 4].split()  # as released
+    if name == "mlaan/imagenet_resnet101_k33_linear":
+        expected = [f"{s}.{i}" for s, n in enumerate(UNITS[model], start=1) for i in range(n)][:-1]
+    # The stem is a segment of its own in MAN++ on CIFAR, and where InfoPro and AugLocal count 16 or 55.
+    alone = name.startswith("man_pp/") and "imagenet" not in name
+    alone |= blocks_in_name(name) in (16, 55) and k in (16, 55) and (model, k) in (("resnet32", 16), ("resnet110", 55))
+    assert ends(one) == (["stem"] if alone else []) + expected
+
+
+def test_sizes_of_imagenet_segments() -> None:
+    """6, 10, 8, 9 and 10, 15, 12, 13 residual units."""
+    for name, sizes in (("resnet101", [6, 10, 8, 9]), ("resnet152", [10, 15, 12, 13])):
+        one = recipe(f"man_pp/imagenet_{name}_k4_infopro")
+        units = [f"{s}.{i}" for s, n in enumerate(UNITS[one.model.name], start=1) for i in range(n)]
+        edges = [0, *(units.index(end) + 1 for end in ends(one)), len(units)]
+        assert [b - a for a, b in pairwise(edges)] == sizes
+
+
+def test_vision_transformers_have_four_equal_groups() -> None:
+    for size in ("tiny", "small", "base"):
+        assert starts_of(recipe(f"man_pp/imagenet_vit_{size}_k4_linear")) == ["blocks.3", "blocks.6", "blocks.9"]
+
+
+# --- settings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PUBLISHED if config.method_name(recipe(name).method)[:7] == "infopro"]
+)
+def test_infopro_leaves_no_block_without_a_loss(name: str) -> None:
+    """Weights run linearly over the boundaries; with one boundary only the first value counts."""
+    one = recipe(name)
+    blocks = blocks_in_name(name)
+    ((_, options),) = one.method[0].items()  # type: ignore[union-attr]
+    assert options is not None
+    terms = build_method(one.method[:1], TASK).terms
+    for k in range(blocks - 1):
+        site: Any = SimpleNamespace(num_blocks=blocks, span=localgrad.spans.Span(k, k + 1))
+        share = k / (blocks - 2) if blocks > 2 else 0.0
+        expected = [a + (b - a) * share for a, b in (options["label"], options["image"])]
+        assert [term.weight_at(site) for term in terms] == pytest.approx(expected) and max(expected) > 0
+    if blocks == 2 and "imagenet" not in name:
+        assert options["label"][1] == options["image"][1] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        *((f"{method}/cifar10_resnet32_k{k}_infopro", 16) for method, k in (("man", 15), ("man_pp", 16), ("hpff", 15))),
+        ("man/cifar10_resnet110_k54_infopro", 55), ("man_pp/cifar10_resnet110_k33_infopro", 32),
+        ("mlaan/cifar10_resnet32_k15_infopro", 15), ("mlaan/cifar10_resnet110_k54_infopro", 54),
+    ],
+)  # fmt: skip
+def test_weights_are_those_the_released_code_reaches(name: str, label: int) -> None:
+    """It runs from (5, 0.5) to (0, 0) by the number of the stage, 1 to 3, over the K of its own tables less 2."""
+    options = recipe(name).method[0]["infopro"]  # type: ignore[index]
+    first, last = 1 - 1 / (label - 2), 1 - 3 / (label - 2)
+    assert options is not None
+    assert options["image"] == pytest.approx([5 * first, 5 * last], abs=1e-4)
+    assert options["label"] == pytest.approx([0.5 * first, 0.5 * last], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_training_is_the_published_one(name: str) -> None:
+    one = recipe(name)
+    assert one.optim.momentum == 0.9 and one.optim.nesterov and one.data.validation == 0 and one.data.augment
+    if one.data.name != "imagefolder":
+        small = one.data.name == "stl10"
+        assert (one.optim.lr, one.train.batch_size) == ((0.1, 128) if small else (0.8, 1024))
+        assert one.optim.schedule == "paper" and one.optim.weight_decay == 1e-4
+        assert one.train.epochs == (400 if not one.about.paper.startswith("InfoPro") else 160)
+    elif "vit" in one.model.name:
+        assert (one.optim.name, one.optim.lr, one.optim.weight_decay) == ("adamw", 1e-3, 0.05)
+        assert one.optim.betas == (0.9, 0.999) and (one.train.batch_size, one.train.epochs) == (1024, 90)
+    else:
+        assert one.optim.lr / one.train.batch_size == pytest.approx(0.05 / 128)
+        epochs = {"AugLocal": 200, "MLAAN": 150}.get(one.about.paper.partition(",")[0], 90)
+        assert (one.train.epochs, one.optim.schedule, one.optim.warmup_epochs) == (epochs, "cosine", 0)
+
+
+def test_infopro_k16_trains_every_block() -> None:
+    one = recipe("infopro/cifar10_resnet110_k16")
+    network = build_network(one, build_task(one, 10, (0.5,) * 3, (0.25,) * 3), (3, 32, 32), torch.device("cpu"))
+    assert len(network.blocks) == 16 and len(network.auxiliary) == 15
+    localgrad.backward(network, torch.randn(4, 3, 32, 32), torch.tensor([0, 0, 1, 1]))
+    for block in network.blocks:
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
+
+
+def test_man_pp_heads_have_the_published_size() -> None:
+    one = recipe("man_pp/cifar10_resnet32_k9_dgl")
+    network = build_network(one, build_task(one, 10, (0.5,) * 3, (0.25,) * 3), (3, 32, 32), torch.device("cpu"))
+    found = {sum(p.numel() for p in aux.heads.parameters()) for aux in network.auxiliary.values()}  # type: ignore[union-attr]
+    assert min(found) == 635_146  # on 16 channels
+
+
+# --- costs, and the list ---------------------------------------------------------------------------------------------
+
+
+def test_every_recipe_has_measured_costs() -> None:
+    costs = config.recipe_costs()
+    assert list(costs) == sorted(NAMES)
+    for name, cost in costs.items():
+        one = recipe(name)
+        assert cost["blocks"] == len(starts_of(one)) + 1
+        flops = cost["flops"] * cost["images"] * one.train.epochs
+        assert cost["pflops"] == pytest.approx(flops / 1e15, rel=1e-3)
+        if one.method == ["e2e"]:
+            assert cost["flops"] == cost["e2e_flops"] and cost["activation_bytes"] == cost["e2e_activation_bytes"]
+            assert cost["auxiliary_parameters"] == cost["twin_parameters"] == 0
+        else:
+            assert cost["activation_bytes"] < 1.5 * cost["e2e_activation_bytes"]
+
+
+@pytest.mark.parametrize("name", ["digits", "man/cifar10_resnet32_k8_dgl", "hpff/cifar10_resnet32_k15_infopro"])
+def test_costs_are_what_is_measured_now(name: str) -> None:
+    bench = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "recipe_costs.py"))
+    found, kept = bench["entry"](recipe(name)), config.recipe_costs()[name]
+    assert found.pop("activation_bytes") == pytest.approx(kept.pop("activation_bytes"), rel=0.05)
+    assert found.pop("e2e_activation_bytes") == pytest.approx(kept.pop("e2e_activation_bytes"), rel=0.05)
+    assert found == kept
+
+
+def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["list", "recipes", *arguments])
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+def test_the_list_fits_and_can_be_narrowed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    said = listed(capsys)
+    assert all(name in said for name in NAMES) and max(map(len, said.splitlines())) <= 120
+    said = listed(capsys, "man")
+    assert "MAN, ECCV 2024, arXiv:2407.05623" in said and "test error 9.77 %" in said and "man_pp/" not in said
+    (row,) = (line for line in said.splitlines() if "man/cifar10_resnet32_k8_dgl" in line)
+    assert row.split()[1:5] == ["DGL", "+", "MAN,", "K=8"] and row.split()[-4:] == ["1.71", "0.50", "1.78", "14.2"]
+    rows = json.loads(listed(capsys, "vit_tiny", "--json"))
+    assert [row["name"] for row in rows] == ["e2e/imagenet_vit_tiny_k1", "man_pp/imagenet_vit_tiny_k4_linear"]
+    assert rows[1]["options"] == [{"dgl": {"head": "linear"}}, {"man_pp": {"depth": 2}}]
+    assert rows[1]["cost"] == config.recipe_costs()["man_pp/imagenet_vit_tiny_k4_linear"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["recipes", "xyzzy"], "folders: auglocal"), (["data", "man"], "'man'")]
+)
+def test_what_cannot_be_listed(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["list", *arguments])
+    assert ended.value.code == 2 and words in capsys.readouterr().err
