@@ -75,6 +75,7 @@ class Site:
         features: an example of them, as the model produced it.
         inputs: the example given to the model, ``(B, C, H, W)``.
         cut: the cut point, and ``partition`` the model it belongs to.
+        patches: how many of these features lie side by side along each side of the whole ones.
     """
 
     span: Span
@@ -83,6 +84,7 @@ class Site:
     inputs: Tensor
     cut: Cut
     partition: Partition | Chain
+    patches: int = 1
 
     @cached_property
     def layout(self) -> Layout:
@@ -102,7 +104,8 @@ class Site:
     @property
     def in_last_stage(self) -> bool:
         """Whether the features are at the model's last resolution, or below it."""
-        return all(a <= b for a, b in zip(self.layout.grid, self.partition.final_layout.grid, strict=True))
+        final = self.partition.final_layout.grid
+        return all(self.patches * a <= b for a, b in zip(self.layout.grid, final, strict=True))
 
     @cached_property
     def next_units(self) -> tuple[Unit, ...]:
@@ -247,15 +250,18 @@ class Method:
     reconcile: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.reconcile is None:
-            return
-        for pattern in self.spans.patterns(6):
-            if len(pattern) > 1 and any(span.stop - span.start > 1 for span in pattern):
-                wide = next(span for span in pattern if span.stop - span.start > 1)
-                raise MethodError(
-                    f"{self.name}: gradients are reconciled between blocks that train alone, but span {wide} of 6 "
-                    "blocks covers several; use a base whose spans are single blocks, such as dgl"
-                )
+        self.check_reconcilable(6)
+
+    def check_reconcilable(self, num_blocks: int) -> None:
+        """Raise `MethodError` if gradients are to be reconciled although a span beside others covers several blocks."""
+        patterns = self.spans.patterns(num_blocks) if self.reconcile is not None else ()
+        beside = [span for pattern in patterns if len(pattern) > 1 for span in pattern]
+        wide = next((span for span in beside if span.stop - span.start > 1), None)
+        if wide is not None:
+            raise MethodError(
+                f"{self.name}: gradients are reconciled between blocks that train alone, but span {wide} of "
+                f"{num_blocks} blocks covers several; use a base whose spans are single blocks, such as dgl"
+            )
 
     def require_heads(self, plugin: str) -> None:
         """Raise `MethodError` for a plug-in that has nothing to act on because there are no auxiliary heads."""

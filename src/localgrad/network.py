@@ -201,6 +201,7 @@ def localize(
     patterns = method.spans.patterns(count)
     for pattern in patterns:
         check(pattern, count)
+    method.check_reconcilable(count)
     inner = sorted({(s.stop, s.start) for pattern in patterns for s in pattern if s.stop < count})
     inputs = tree_leaves(example)[0]
     auxiliary = nn.ModuleDict()

@@ -102,6 +102,8 @@ class Overlapping(Constant):
 
     def spans(self, num_blocks: int) -> tuple[Span, ...]:
         edges = [*range(max(0, num_blocks - self.tail) + 1), num_blocks]
+        if len(edges) == 2:  # neither level differs from end-to-end training
+            return (Span(0, num_blocks),)
         windows: dict[tuple[int, int], float] = {}
         for width, weight in ((1, self.local), (min(self.width, len(edges) - 1), self.cascade)):
             for window in zip(edges, edges[width:], strict=False) if weight > 0 else ():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from test_papers import TASK, data
+from test_man import buffers_kept, train_both
+from test_papers import CLASSES, TASK, copied, data, segments
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import localgrad
-from localgrad.methods import dgl, e2e, pgl, windows
+from localgrad.methods import dgl, e2e, infopro, mlaan, pgl, predsim, windows
 from localgrad.spans import Local, Periodic, Span
 
 
@@ -58,3 +63,132 @@ def test_guided_steps() -> None:
     for wrong in ({"every": 0}, {"duration": 11}, {"duration": 0}, {"start": -1}):
         with pytest.raises(localgrad.MethodError, match="duration"):
             pgl(dgl(TASK), **wrong)
+
+
+# --- guidance by distillation ------------------------------------------------------------------------------------
+
+
+def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T ** 2 * KL(softmax(teacher / T) || softmax(student / T))``, sample by sample and class by class."""
+    total = student.new_zeros(())
+    for ours, theirs in zip(student, teacher, strict=True):
+        p, q = torch.exp(theirs / temperature), torch.exp(ours / temperature)
+        p, q = p / p.sum(), q / q.sum()
+        for c in range(CLASSES):
+            total = total + p[c] * (torch.log(p[c]) - torch.log(q[c]))
+    return temperature**2 * total / len(student)
+
+
+@pytest.mark.parametrize("every, weight, temperature", [(1, 0.3, 4.0), (2, 0.5, 2.0)])
+def test_three_steps_of_distillation(every: int, weight: float, temperature: float) -> None:
+    """A forward of the current weights without gradient and without moving BatchNorm, then the local pass."""
+    torch.manual_seed(0)
+    model = localgrad.models.resnet8(CLASSES).double()
+    _, images, targets = data()
+    method = pgl(
+        dgl(TASK, head=localgrad.heads.Linear(CLASSES)),
+        guidance="distill",
+        every=every,
+        weight=weight,
+        temperature=temperature,
+    )
+    network = localgrad.localize(model, method, cuts=("layer2", "layer3"), example=images)
+    assert [str(span) for span in network.spans(0)] == ["(0, 1)", "(1, 2)", "(2, 3)"]
+    bare = copy.deepcopy(model)
+    library = list(network.auxiliary.values())
+    own = [copied(nn.Linear(width, CLASSES), aux) for width, aux in zip((16, 32), library, strict=True)]
+    guided = []
+
+    def step(index: int) -> None:
+        teacher = None
+        if index % every == 0:
+            guided.append(index)
+            with torch.no_grad(), buffers_kept(bare):
+                teacher = images
+                for segment in segments(bare):
+                    teacher = segment(teacher)
+        x = images
+        for k, segment in enumerate(segments(bare)):
+            x = segment(x)
+            logits = x if k == 2 else own[k](x.mean((2, 3)))
+            loss = F.cross_entropy(logits, targets)
+            if k < 2 and teacher is not None:
+                loss = (1 - weight) * loss + weight * soft_targets(logits, teacher, temperature)
+            loss.backward()
+            x = x.detach()
+
+    train_both(network, bare, own, library, step)
+    assert guided == list(range(0, 3, every))
+
+
+@pytest.mark.parametrize("base", [dgl(TASK), infopro(TASK), predsim(TASK), windows(dgl(TASK))], ids=lambda m: m.name)
+def test_distillation_of_weight_0_is_its_base_bit_for_bit(base: localgrad.Method) -> None:
+    theirs = trained(base)
+    ours = trained(pgl(base, guidance="distill", every=2, weight=0.0))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    guided = trained(pgl(base, guidance="distill", every=2, weight=0.5))
+    assert not all(torch.equal(a, b) for a, b in zip(guided, theirs, strict=True))
+
+
+def test_distillation_moves_batchnorm_once() -> None:
+    """Once a step, and as the base does: the first step's statistics know nothing of the teacher's pass."""
+    images, targets = data()[1].float(), data()[2]
+    found = []
+    for method in (pgl(dgl(TASK), guidance="distill", every=1), dgl(TASK)):
+        torch.manual_seed(0)
+        model = localgrad.models.resnet8(CLASSES)
+        network = localgrad.localize(model, method, num_blocks=3, example=images)
+        localgrad.backward(network, images, targets)
+        found.append({name: b.clone() for name, b in model.named_buffers()})
+    assert all(count == 1 for name, count in found[0].items() if name.endswith("num_batches_tracked"))
+    assert all(torch.equal(b, found[1][name]) for name, b in found[0].items())
+
+
+def test_heads_without_logits_cannot_be_distilled() -> None:
+    with pytest.raises(localgrad.MethodError, match="use softmax instead of contrastive heads"):
+        pgl(infopro(TASK, loss="contrast"), guidance="distill")
+    pgl(infopro(TASK, loss="contrast"))  # guidance by back-propagation needs no heads
+    with pytest.raises(localgrad.MethodError, match="no auxiliary heads"):
+        pgl(e2e(TASK), guidance="distill")
+    for wrong in ({"weight": 1.5}, {"weight": -0.1}, {"temperature": 0.0}):
+        with pytest.raises(localgrad.MethodError, match="temperature"):
+            pgl(dgl(TASK), guidance="distill", **wrong)
+    with pytest.raises(localgrad.MethodError, match="guidance"):
+        pgl(dgl(TASK), guidance="distil")  # type: ignore[arg-type]
+
+
+# --- the clock ---------------------------------------------------------------------------------------------------
+
+
+def test_epochs_are_counted_in_their_batches() -> None:
+    """``t >= start and (t - start) mod P < D`` where t counts epochs of 4 steps."""
+    method = pgl(dgl(TASK), every=3, duration=2, start=1, unit="epoch", steps_per_epoch=4)
+    for step in range(60):
+        epoch = step // 4
+        guided = epoch >= 1 and (epoch - 1) % 3 < 2
+        assert (len(method.spans(5, step)) == 1) == guided
+    distilled = pgl(dgl(TASK), guidance="distill", every=2, unit="epoch", steps_per_epoch=3)
+    (teacher,) = distilled.contexts
+    assert [teacher.schedule.guided(step) for step in range(9)] == [True] * 3 + [False] * 3 + [True] * 3
+    for steps in (None, 0):
+        with pytest.raises(localgrad.MethodError, match="steps_per_epoch"):
+            pgl(dgl(TASK), unit="epoch", steps_per_epoch=steps)
+    with pytest.raises(localgrad.MethodError, match="unit"):
+        pgl(dgl(TASK), unit="batch")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("base", [windows(dgl(TASK)), mlaan(dgl(TASK))], ids=lambda m: m.name)
+def test_an_infinite_period_is_its_base_bit_for_bit(base: localgrad.Method) -> None:
+    """Never guided, in steps and in epochs; with start=0 the very first step or epoch is, and it alone."""
+    theirs = trained(base)
+    for options in ({"every": 10**9}, {"every": 10**9, "unit": "epoch", "steps_per_epoch": 2}):
+        ours = trained(pgl(base, start=10**6, **options))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert [len(pgl(base, every=10**9).spans(3, step)) == 1 for step in range(4)] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("base", [mlaan(dgl(TASK)), infopro(TASK)], ids=lambda m: m.name)
+def test_guided_always_is_end_to_end_bit_for_bit(base: localgrad.Method) -> None:
+    for options in ({"every": 1}, {"every": 5, "duration": 5}, {"every": 1, "unit": "epoch", "steps_per_epoch": 7}):
+        pairs = zip(trained(pgl(base, **options)), trained(e2e(TASK)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)

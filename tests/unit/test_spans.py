@@ -31,7 +31,8 @@ def test_overlapping_windows() -> None:
     ]
     assert triples(Overlapping(3, 0.0, 0.5)(4, 0)) == [(0, 3, 0.5), (1, 4, 0.5)]
     assert triples(Overlapping(5, 1.0, 2.0)(2, 0)) == [(0, 1, 1.0), (0, 2, 2.0), (1, 2, 1.0)]
-    assert triples(Overlapping(2, 1.0, 2.0)(1, 0)) == [(0, 1, 3.0)]  # the same span twice: weights add up
+    assert triples(Overlapping(2, 1.0, 2.0)(1, 0)) == [(0, 1, 1.0)]  # one block alone is trained end to end
+    assert triples(Overlapping(2, 0.25, 0.75, tail=2)(3, 0)) == [(0, 1, 0.25), (0, 3, 0.75), (1, 3, 0.25)]
 
 
 @pytest.mark.parametrize("settings", [(1, 1.0, 1.0), (2, -0.1, 1.0), (2, 0.0, 0.0)])

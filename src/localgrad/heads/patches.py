@@ -47,6 +47,7 @@ class Patches:
             features=_split(maps, count)[: len(maps)],
             inputs=_split(site.inputs, count)[: len(maps)],
             cut=replace(site.cut, channels_hint="first"),
+            patches=site.patches * count,
         )
         return nn.Sequential(to_maps, _Patched(self.head(inner), count))
 

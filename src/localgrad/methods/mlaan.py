@@ -29,7 +29,7 @@ def mlaan(
         base: a method with local spans.
         width: blocks of a window, 2 or 3.
         independent: weight of the losses of single blocks; 0 leaves them out.
-        cascade: weight of the losses of windows; 0 is the base method.
+        cascade: weight of the losses of windows; 0 leaves them out, with their chains: the base method.
         leap: which auxiliary networks look ahead: those of windows (``cascade``, the released code), those of single
             blocks (``independent``, the paper's figure), or ``both``.
         twins: whether the ``first`` copied unit (released code) or ``all`` of them are joined by a moving average.
@@ -49,5 +49,5 @@ def mlaan(
     """
     spans = Overlapping(width, independent, cascade, base.require_local("mlaan").tail)
     base.require_heads("mlaan")
-    bridge = bridges.chain(base.bridge, bridges.Leap(decay, twins, leap)) if cascade > 0 else base.bridge
+    bridge = bridges.chain(base.bridge, bridges.Leap(decay, twins, leap))
     return replace(base, name=f"mlaan({base.name})", spans=spans, bridge=bridge)

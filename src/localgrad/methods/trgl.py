@@ -58,33 +58,35 @@ class _Transport:
         if not branches:
             raise MethodError(f"trgl: {type(partition.model).__name__} has no residual branches, so nothing to add")
         edges = [0, *(cut.position for cut in cuts), len(partition.traced.nodes)]
-        inside = {path: dirty for at, path, dirty in branches if edges[block] <= at < edges[block + 1]}
+        inside = dict.fromkeys(path for at, path in branches if edges[block] <= at < edges[block + 1])
         tau = self.tau * (2.0 if self.growing and 2 * block >= len(cuts) + 1 else 1.0)
-        measured = [(partition.modules[path], dirty) for path, dirty in inside.items()]
-        return _Energy(measured, 0.5 / tau) if measured else None
+        return _Energy([partition.modules[path] for path in inside], 0.5 / tau) if inside else None
 
 
 class _Energy:
     """A `localgrad.method.Probe`."""
 
-    def __init__(self, branches: list[tuple[nn.Module, bool]], weight: float) -> None:
+    def __init__(self, branches: list[nn.Module], weight: float) -> None:
         self.branches, self.weight = branches, weight
+        self.overwritten: dict[nn.Module, bool] = {}
 
     def __call__(self, block: nn.Module, *values: Any) -> tuple[tuple[Any, ...], Tensor]:
         energies: list[Tensor] = []
+        seen: list[tuple[nn.Module, Tensor, int]] = []
 
-        def measure(branch: Tensor, overwritten: bool) -> None:
+        def measure(module: nn.Module, _: Any, branch: Tensor) -> None:
+            # ``out += x`` is an ordinary addition to torch.fx, so whether a branch is overwritten shows when it runs.
+            kept = widened(branch.clone() if self.overwritten.get(module, True) else branch)
             # A norm keeps no squares for the backward pass.
-            kept = widened(branch.clone() if overwritten else branch)
             energies.append(torch.linalg.vector_norm(kept).square() / kept.numel())
+            seen.append((module, branch, branch._version))
 
-        hooks = [
-            module.register_forward_hook(lambda _, __, output, overwritten=dirty: measure(output, overwritten))
-            for module, dirty in self.branches
-        ]
+        hooks = [module.register_forward_hook(measure) for module in self.branches]
         try:
             outputs = block(*values)
         finally:
             for hook in hooks:
                 hook.remove()
+        for module, branch, version in seen:
+            self.overwritten[module] = branch._version != version
         return outputs, self.weight * torch.stack(energies).sum()

@@ -9,13 +9,13 @@ from torch import fx
 
 from localgrad.errors import MethodError
 from localgrad.partition.cuts import Partition, is_unit
-from localgrad.partition.trace import ROOT, writes_in_place
+from localgrad.partition.trace import ROOT
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
-def residual_branches(partition: Partition) -> list[tuple[int, str, bool]]:
-    """Position, path of the module that returns it, and whether it is overwritten, for each residual branch.
+def residual_branches(partition: Partition) -> list[tuple[int, str]]:
+    """Position of the addition, and path of the module that returns what is added, for each residual branch.
 
     An addition of two values with gradient is residual if both go back to one value, and one of them over fewer layers
     with weight matrices than the other; the longer way is the branch.
@@ -42,11 +42,10 @@ def residual_branches(partition: Partition) -> list[tuple[int, str, bool]]:
                 f"the residual branch {branch.name!r} of {type(partition.model).__name__} is computed by a function, "
                 "not returned by a module, so it cannot be measured; end it in a module (nn.Identity() will do)"
             )
-        overwritten = any(writes_in_place(user, traced.root) for user in branch.users)
-        found.append((position[node], owners[branch], overwritten))
-    for path in {path for _, path, _ in found}:
+        found.append((position[node], owners[branch]))
+    for path in {path for _, path in found}:
         calls = sum(n.op == "call_module" and owners[n] == path for n in traced.nodes)
-        if calls > sum(path == other for _, other, _ in found):
+        if calls > sum(path == other for _, other in found):
             raise MethodError(
                 f"module {path!r} of {type(partition.model).__name__} returns a residual branch and is called "
                 "elsewhere too, so the branch cannot be told apart; use a module of its own there"
