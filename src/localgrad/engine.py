@@ -226,10 +226,11 @@ class _Pass:
             if span.stop == len(network.blocks):
                 total = (network.method.final_loss or network.method.task.loss)(features, batch)
                 observed: list[tuple[Term | None, Any]] = [(None, features)]
-                own: dict[Term | None, Tensor] = {None: total}
+                own: dict[int, Tensor] = {}
             else:
                 total, observed, own = self._auxiliary_loss(span, features, batch)
-            total = total + sum(self._caught_up(span.stop, own)) if self.following else total
+            for late in self._caught_up(span.stop, own, total):
+                total = total + late
             if span.stop - 1 in self.penalties:
                 total = total + self.runs[span.stop - 1].captured(self.penalties.pop(span.stop - 1))
             if self.seam is not None and torch.is_grad_enabled():
@@ -245,11 +246,11 @@ class _Pass:
 
     def _auxiliary_loss(
         self, span: Span, features: Tensor, batch: Batch
-    ) -> tuple[Tensor, list[tuple[Term | None, Any]], dict[Term | None, Tensor]]:
-        """The sum of the terms of a boundary, what each head answered, and each term's loss before its weight."""
+    ) -> tuple[Tensor, list[tuple[Term | None, Any]], dict[int, Tensor]]:
+        """The sum of the terms of a boundary, what each head answered, and the loss of each term by its identity."""
         auxiliary = self.network.auxiliary_of(span)
         observed: list[tuple[Term | None, Any]] = []
-        own: dict[Term | None, Tensor] = {}
+        own: dict[int, Tensor] = {}
         weighted = []
         for (term, weight), output in zip(auxiliary.terms, auxiliary(features, batch.step), strict=True):
             if output is None:
@@ -257,17 +258,17 @@ class _Pass:
             if isinstance(output, Followed):
                 self.following.append((span.stop, term, weight, term.loss(output.own, batch)))
                 output = output.output
-            own[term] = term.loss(output, batch)
-            weighted.append(own[term] if weight == 1.0 else weight * own[term])
+            loss = own[id(term)] = term.loss(output, batch)
+            weighted.append(loss if weight == 1.0 else weight * loss)
             observed.append((term, output))
         return weighted[0] if len(weighted) == 1 else sum(weighted[1:], weighted[0]), observed, own
 
-    def _caught_up(self, stop: int, own: dict[Term | None, Tensor]) -> Iterator[Tensor]:
-        """The losses of heads at earlier boundaries that were to have the loss found here, or the model's own."""
+    def _caught_up(self, stop: int, own: dict[int, Tensor], total: Tensor) -> Iterator[Tensor]:
+        """The losses of heads at earlier boundaries that were to have that of their term here, or the model's own."""
         due = [entry for entry in self.following if entry[0] < stop]
         self.following = [entry for entry in self.following if entry[0] >= stop]
         for _, term, weight, loss in due:
-            yield weight * (loss - (own[term] if term in own else own[None]).detach()).abs()
+            yield weight * (loss - own.get(id(term), total).detach()).abs()
 
     def back(self, span: Span) -> list[int]:
         """Push the gradient that the caller's ``loss.backward()`` left on the boundary back through the span.
@@ -403,8 +404,7 @@ def _one_pass(
                 held += state.back(span)
         if last_part:
             if torch.is_grad_enabled():
-                for twin in network.twins_at(index + 1):
-                    twin.update_before_step()
+                network.exchange_before_step(index + 1)
             done = [k for k in held if not any(stop == k + 1 for stop, *_ in state.following)]
             held = [k for k in held if k not in done]
             for block in done:

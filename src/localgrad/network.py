@@ -47,6 +47,8 @@ class LocalNetwork(nn.Module):
         self.cuts = tuple(cuts)
         self.blocks = tuple(blocks)  # a tuple, so that their parameters are registered once, by the model
         self.probes = tuple(probes)
+        boundaries = range(1, len(self.blocks))
+        self._early_twins = {b: [t for t in self._twins_at(b) if t.exchange == "before"] for b in boundaries}
         self._last_reader = {mode: _last_readers(self.blocks, mode) for mode in (True, False)}
 
     def forward(self, *inputs: Any) -> Any:
@@ -79,14 +81,18 @@ class LocalNetwork(nn.Module):
         unique = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
         return list(unique.values())
 
+    def _twins_at(self, boundary: int) -> list[Twin]:
+        return [twin for _, auxiliary in self.auxiliaries_at(boundary) for twin in _twins(auxiliary)]
+
     @property
     def twins(self) -> list[Twin]:
         """What `localgrad.exchange` moves: the ``twins`` of every bridge that has some."""
         return _twins(self.auxiliary)
 
-    def twins_at(self, boundary: int) -> list[Twin]:
-        """The twins in the auxiliary networks on one boundary."""
-        return [twin for _, auxiliary in self.auxiliaries_at(boundary) for twin in _twins(auxiliary)]
+    def exchange_before_step(self, boundary: int) -> None:
+        """Move the twins on one boundary that move before the optimizer step."""
+        for twin in self._early_twins.get(boundary, ()):
+            twin.update()
 
     def probed(self, block: int) -> nn.Module:
         """What runs a block: itself, or with a scalar behind its outputs if the method measures something inside."""

@@ -54,6 +54,7 @@ class Twin:
                 f"a twin has parameters of shapes {shapes[1]}, its source {shapes[0]}; they must be equal"
             )
 
+    @torch.no_grad()
     def update(self) -> None:
         """Move the copy once."""
         copies, sources = list(self.copy.parameters()), list(self.source.parameters())
@@ -67,14 +68,7 @@ class Twin:
         if copies:
             get_ema_multi_avg_fn(self.decay)(copies, sources, 0)
 
-    def update_before_step(self) -> None:
-        """Move the copy if it is one that moves before the optimizer step."""
-        if self.exchange == "before":
-            with torch.no_grad():
-                self.update()
 
-
-@torch.no_grad()
 def exchange(network: LocalNetwork) -> None:
     """Move every twin of ``network`` once; call it after the optimizer step.
 
