@@ -71,7 +71,7 @@ for text in rows.values():
         spec = [{"feature_distillation": {"teacher": models.create(arguments.model)}}]
     method = build_method(spec, task)
     network = localize(models.create(arguments.model), method, num_blocks=arguments.num_blocks, example=inputs[:2])
-    networks.append(network.to(memory_format=memory_format))
+    networks.append(network.to(memory_format=memory_format) if arguments.channels_last else network)
 seconds = step_seconds(networks, inputs, targets, rounds=arguments.rounds)
 costs = [cost(network, inputs, targets) for network in networks]
 
