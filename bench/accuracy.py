@@ -86,7 +86,7 @@ def runs(asked: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Config]]:
         for num_blocks in asked.num_blocks:
             for text in asked.methods:
                 # End-to-end training does not depend on where the network is cut.
-                blocks = 1 if spec_of(text)[0] == "e2e" else num_blocks
+                blocks = 1 if spec_of(text) == ["e2e"] else num_blocks
                 key = {
                     "data": asked.data, "limit": asked.limit, "image_size": asked.image_size, "model": asked.model,
                     "num_blocks": blocks, "method": text, "seed": seed, "epochs": asked.epochs,
@@ -135,12 +135,9 @@ def print_table(asked: argparse.Namespace) -> None:
         seconds = step_seconds(networks, inputs, targets)
         costs = [cost(network, inputs, targets) for network in networks]
         for text, one, taken in zip(asked.methods, costs, seconds, strict=True):
-            found = [
-                rows[json.dumps(key)]["test"]
-                for key, _ in runs(asked)
-                if key["method"] == text and key["num_blocks"] in (num_blocks, 1) and json.dumps(key) in rows
-            ]
-            found = list(dict.fromkeys(found))
+            keys = [key for key, _ in runs(asked) if key["method"] == text and key["num_blocks"] in (num_blocks, 1)]
+            names = dict.fromkeys(map(json.dumps, keys))
+            found = [rows[name]["test"] for name in names if name in rows]
             accuracy = f"{statistics.mean(found):.1f} ({', '.join(f'{f:.1f}' for f in found)})" if found else "not run"
             print(
                 f"| {text} | {num_blocks} | {accuracy} | {one.activation_bytes / costs[0].activation_bytes:.2f} "
