@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from localgrad.method import Batch, Method, Ramp, Site, Term
     from localgrad.network import LocalNetwork, localize
+    from localgrad.planning import plan
     from localgrad.randomness import keyed_randomness
     from localgrad.twins import exchange
 
@@ -43,6 +44,7 @@ _HOME = {
     **dict.fromkeys(("Batch", "Method", "Ramp", "Site", "Term"), "localgrad.method"),
     **dict.fromkeys(("LocalNetwork", "localize"), "localgrad.network"),
     "keyed_randomness": "localgrad.randomness",
+    "plan": "localgrad.planning",
 }
 _MODULES = ("data", "heads", "losses", "methods", "models", "spans", "tasks")
 

@@ -564,6 +564,102 @@ def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
         _console().print(table)
 
 
+@app.command("survey")
+def survey_command(
+    library: Annotated[Literal["timm", "torchvision"], typer.Argument(help="Whose models.")],
+    pattern: Annotated[str, typer.Option("--filter", help="Shell pattern of names, for instance 'vit_*'.")] = "*",
+    every: Annotated[
+        bool, typer.Option("--all", help="Every variant, not only the smallest of each of timm's families.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Models at a time, one process and thread each.")] = 2,
+    timeout: Annotated[float, typer.Option(help="Seconds one model may take.")] = 600.0,
+    out: Annotated[
+        Path | None, typer.Option(help="Rows are appended here; default survey-LIBRARY.jsonl.", show_default=False)
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Run models again whose rows in the file failed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every model of a library: cut, compared with the model itself, and trained.
+
+    [bold]localgrad survey torchvision --filter 'resnet*'[/bold]
+
+    Models whose rows are in the file already are not run again.
+    """
+    from localgrad import survey
+
+    console, progress = _console(), _console(stderr=True)
+    out = out or Path(f"survey-{library}.jsonl")
+    selection = survey.select(library, pattern, every=every, cache=out.with_suffix(".families.json"))
+    rows = []
+    for row, new in survey.survey(library, selection, out, workers=workers, timeout=timeout, retry=retry):
+        rows.append(row)
+        if new:
+            state = "ok" if row["ok"] else "FAILED: " + ", ".join(row["reasons"])
+            progress.print(f"{len(rows)} of {len(selection)}: {row['model']} {state}, {row['seconds']:.0f} s")
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    console.print(survey.table(rows))
+    for line in survey.failures(rows):
+        console.print(line, soft_wrap=True)
+    console.print(f"{sum(row['ok'] for row in rows)} of {len(rows)} models pass every check", style="bold")
+
+
+@app.command("plan")
+def plan_command(
+    model: Annotated[str, typer.Argument(help="resnet32, timm:NAME or torchvision:NAME.")],
+    batch_size: Annotated[int, typer.Option(help="Images in a step.")],
+    memory: Annotated[str | None, typer.Option(help="What there is, such as 8GiB.", show_default=False)] = None,
+    image_size: Annotated[int, typer.Option(help="Sides of the square images.")] = 224,
+    channels: Annotated[int, typer.Option(help="Channels of the images.")] = 3,
+    num_classes: Annotated[int, typer.Option(help="Classes.")] = 1000,
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="Of local learning: dgl+man, or YAML: '[{dgl: {head: linear}}]'.")
+    ] = "dgl",
+    optimizer: Annotated[Literal["sgd", "adamw"], typer.Option(help="SGD has momentum.")] = "sgd",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="bf16 is autocast.")] = "fp32",
+    headroom: Annotated[float, typer.Option(help="Share of the memory left free.")] = 0.1,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="TFLOP/s of the device that will train; default measured here.", show_default=False),
+    ] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Its GB/s, with --tflops.", show_default=False)] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw memory against time here.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Say before training what fits: peak memory and step time of every way to train a model.
+
+    [bold]localgrad plan torchvision:resnet152 --batch-size 64 --memory 8GiB[/bold]
+    """
+    import yaml
+
+    from localgrad.planning import Rates, plan
+
+    if (tflops is None) != (bandwidth is None):
+        raise ConfigError("--tflops and --bandwidth describe one device: give both, or none to measure this one")
+    rates = None if tflops is None or bandwidth is None else Rates(tflops * 1e12, bandwidth * 1e9)
+    try:
+        spec = yaml.safe_load(method) if method.startswith("[") else method
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--method {method} is no YAML; write '[{{dgl: {{head: linear}}}}]'") from error
+    found = plan(
+        model, batch_size=batch_size, memory=memory, image_size=image_size, channels=channels,
+        num_classes=num_classes, method=spec, optimizer=optimizer, precision=precision, headroom=headroom,
+        rates=rates,
+    )  # fmt: skip
+    if picture is not None:
+        found.picture(picture)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    console = _console()
+    console.print(str(found), soft_wrap=True)
+    if found.code:
+        console.print(f"\n{found.code}", soft_wrap=True)
+    if picture is not None:
+        console.print(f"\nPicture: {picture}", soft_wrap=True)
+
+
 def _fail(message: str, code: int) -> NoReturn:
     width = min(100, shutil.get_terminal_size().columns)
     print(textwrap.fill(f"error: {message}", width, break_long_words=False, break_on_hyphens=False), file=sys.stderr)

@@ -58,12 +58,16 @@ def by_count(partition: Partition, num_blocks: int, stem: Stem = "unit") -> tupl
 
 
 def by_bytes(
-    partition: Partition, num_blocks: int, auxiliary_bytes: Callable[[Cut], int] | None = None
+    partition: Partition,
+    num_blocks: int,
+    auxiliary_bytes: Callable[[Cut], int] | None = None,
+    saved: Sequence[dict[int, int]] | None = None,
 ) -> tuple[Cut, ...]:
     """Cut so that the largest block's activation bytes are smallest.
 
     A block's bytes are those autograd saves for its units on the example, parameters left out and a tensor that two
-    units save counted once, and ``auxiliary_bytes`` of the boundary it ends at.
+    units save counted once, and ``auxiliary_bytes`` of the boundary it ends at. ``saved`` is what `unit_storages`
+    returned, if it is known already.
 
     Raises:
         PartitionError: for more blocks than cut points allow, or fewer than 1.
@@ -74,7 +78,7 @@ def by_bytes(
             f"num_blocks={num_blocks}, but this {type(partition.model).__name__} has {len(cuts)} cut points; use 1 to "
             f"{len(cuts) + 1} blocks or pass cuts=(...)"
         )
-    saved = unit_storages(partition)
+    saved = unit_storages(partition) if saved is None else saved
     heads = [auxiliary_bytes(cut) if auxiliary_bytes else 0 for cut in cuts] + [0]
     n = len(saved)
     cost = [[0] * (n + 1) for _ in range(n)]

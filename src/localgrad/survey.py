@@ -1,0 +1,477 @@
+"""Does it hold for every model of a library? One row for each: cut, compared with the model itself, and trained.
+
+Each model runs in a process of its own, with a time limit, so that a crash or a hang is a row and not the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from localgrad import methods, models, tasks
+from localgrad.engine import backward, local_losses
+from localgrad.errors import ConfigError, LocalgradError, TrainingError
+from localgrad.network import LocalNetwork, localize
+from localgrad.partition import INPUTS, OUTPUT, Partition
+from localgrad.partition.trace import untouched
+from localgrad.randomness import keyed_randomness, seeded
+from localgrad.testing import assert_isolated
+from localgrad.twins import exchange
+
+NUM_BLOCKS, NUM_CLASSES, STEPS = 4, 10, 5
+SIZES = (64, 96, 112, 128)
+BATCH_SIZE, LARGE_BATCH_SIZE = 4, 2  # images, and those of more pixels a side than the last of SIZES
+LEARNING_RATES = (0.05, 0.005)
+
+CHECKS = {
+    "traced": "torch.fx traces it",
+    "cut": f"cut into {NUM_BLOCKS} blocks",
+    "eval": "chained blocks return what the model does in eval mode, bit for bit",
+    "training": "the same in training mode, with the same random draws, and the same buffers after it",
+    "gradients": "gradients of e2e on the blocks equal those of loss.backward(), bit for bit",
+    "isolated": "each local loss of dgl trains its own block and head only, and all of them",
+    "dgl": "a training step with dgl",
+    "man_pp": "a training step with man_pp(dgl), and an exchange",
+    "loss": f"the sum of dgl's losses falls over {STEPS} steps on one batch",
+}
+
+
+def select(library: str, pattern: str = "*", *, every: bool = False, cache: Path | None = None) -> dict[str, str]:
+    """Names of models, without the library's prefix -> the family each stands for.
+
+    Args:
+        library: ``torchvision`` (each model is its own family) or ``timm`` (a family is one of its modules; the variant
+            with fewest parameters stands for it, those that timm only made for its own tests left out).
+        pattern: shell pattern that names must match.
+        every: all variants of timm's families.
+        cache: a JSON file that remembers the answer, since counting parameters takes minutes.
+
+    Raises:
+        ConfigError: the library is unknown or not installed, or no name matches.
+    """
+    names = [name.partition(":")[2] for name in models.available(library)]
+    names = [name for name in names if fnmatch.fnmatch(name, pattern)]
+    if not names:
+        raise ConfigError(
+            f"no model of {library} is called like {pattern!r}; see localgrad list models --library {library}"
+        )
+    if library != "timm":
+        return {name: name for name in names}
+    import timm
+
+    families: dict[str, list[str]] = {}
+    for family in timm.list_modules():
+        members = set(timm.list_models(module=family))
+        found = [name for name in names if name in members]
+        if chosen := found if every else [name for name in found if not name.startswith("test_")] or found:
+            families[family] = chosen
+    if every:
+        return {name: family for family, chosen in families.items() for name in chosen}
+    asked = {"timm": timm.__version__, "pattern": pattern}
+    if cache is not None and cache.exists() and (known := json.loads(cache.read_text())).items() >= asked.items():
+        return dict(known["models"])
+    selection = {
+        min(chosen, key=_parameters) if len(chosen) > 1 else chosen[0]: family for family, chosen in families.items()
+    }
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_text(json.dumps(asked | {"models": selection}, indent=2) + "\n")
+    return selection
+
+
+def _parameters(name: str) -> float:
+    """Parameters of one of timm's models; infinite if it cannot be built without memory."""
+    import timm
+
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return sum(p.numel() for p in timm.create_model(name, num_classes=NUM_CLASSES).parameters())
+    except Exception:  # a constructor may fail in any way on the meta device
+        return float("inf")
+
+
+Row = dict[str, Any]
+Build = Callable[[int | None], nn.Module]
+Check = Callable[[str], contextlib.AbstractContextManager[None]]
+
+
+def examine(name: str, build: Build, sizes: Sequence[int | None] = (*SIZES, None)) -> Row:
+    """The row of one model.
+
+    Args:
+        name: of the model.
+        build: makes it for images of a size in pixels, or of its own size for None.
+        sizes: tried in turn; the first one the model runs on counts.
+
+    Returns:
+        A dictionary for JSON: ``checks`` says for each of `CHECKS` whether it holds (None: not reached), ``reasons``
+        why not, ``cut_points`` how many places a block may begin at, ``block_losses`` the loss of each block at each
+        step, ``seconds`` how long it all took.
+    """
+    started = time.monotonic()
+    checks: dict[str, bool | None] = dict.fromkeys(CHECKS)
+    row: Row = {"model": name, "ok": False, "checks": checks, "reasons": {}}
+
+    @contextlib.contextmanager
+    def check(what: str) -> Iterator[None]:
+        row["reasons"].pop(what, None)
+        try:
+            yield
+        except Exception as error:  # models may fail in any way
+            row["reasons"][what] = _one_line(error)
+        checks[what] = what not in row["reasons"]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            _examine(row, check, build, sizes)
+        except Exception as error:
+            row["reasons"]["built"] = _one_line(error)
+    row["ok"] = all(checks.values())
+    row["seconds"] = round(time.monotonic() - started, 1)
+    return row
+
+
+def _examine(row: Row, check: Check, build: Build, sizes: Sequence[int | None]) -> None:
+    task = tasks.classification(NUM_CLASSES)
+    e2e, dgl = methods.e2e(task), methods.dgl(task)
+    model, size, inputs = _smallest(build, sizes)
+    targets = torch.arange(len(inputs)) % NUM_CLASSES
+    row |= {"image_size": inputs.shape[-1], "parameters": sum(p.numel() for p in model.parameters())}
+    checks = row["checks"]
+
+    with check("traced"):
+        row["cut_points"] = len(Partition(model, inputs).cuts)
+    if not checks["traced"]:
+        return
+    with check("cut"):
+        network = localize(model, e2e, num_blocks=NUM_BLOCKS, example=inputs)
+        row["cuts"] = [cut.name for cut in network.cuts]
+    if not checks["cut"]:
+        return
+
+    chained = partial(_chained, network)
+    for what, training in (("eval", False), ("training", True)):
+        with check(what):
+            _compare(what, *(partial(_outputs, model, run, inputs, training) for run in (model, chained)))
+
+    def plain() -> None:
+        torch.autograd.backward(nn.functional.cross_entropy(model(inputs), targets))
+
+    with check("gradients"):
+        alone = _gradients(model, plain)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in alone)  # what loss.backward() does not train, no local loss has to
+        row["without_gradient"] = [name for name, p in model.named_parameters() if not p.requires_grad]
+        del alone
+        _compare(
+            "gradients",
+            *(partial(_gradients, model, run) for run in (plain, partial(backward, network, inputs, targets))),
+        )
+    del network, chained
+    with check("isolated"):
+        assert_isolated(localize(model, dgl, num_blocks=NUM_BLOCKS, example=inputs), inputs, targets)
+    with check("man_pp"):
+        _train(localize(model, methods.man_pp(dgl), num_blocks=NUM_BLOCKS, example=inputs), inputs, targets, 1)
+    for rate in LEARNING_RATES:
+        with check("dgl"), seeded("survey"):
+            network = localize(build(size).train(), dgl, num_blocks=NUM_BLOCKS, example=inputs)
+            losses = _train(network, inputs, targets, STEPS, rate)
+            row |= {"learning_rate": rate, "block_losses": [[round(loss, 4) for loss in step] for step in losses]}
+        if not checks["dgl"]:
+            continue
+        with check("loss"):
+            _require_falling(losses, rate)
+        if checks["loss"]:
+            return
+
+
+def _smallest(build: Build, sizes: Sequence[int | None]) -> tuple[nn.Module, int | None, Tensor]:
+    """The model for the first of ``sizes`` that it runs on in both modes, that size, and a batch of such images."""
+    errors = []
+    for size in sizes:
+        try:
+            with seeded("survey"):
+                model = build(size).train()
+                side = size or _own_size(model)
+                inputs = torch.randn(BATCH_SIZE if side <= SIZES[-1] else LARGE_BATCH_SIZE, 3, side, side)
+                with untouched(model, training=True), torch.no_grad():
+                    for training in (True, False):
+                        _require_logits(model.train(training)(inputs), len(inputs), training)
+                return model, size, inputs
+        except Exception as error:  # models may fail in any way on a size that they are not made for
+            errors.append(f"{size or 'its own size'}: {_one_line(error)}")
+    raise ConfigError(f"it runs on none of the image sizes tried: {'; '.join(dict.fromkeys(errors))}")
+
+
+def _own_size(model: nn.Module) -> int:
+    """Side of the images a model is made for, in pixels; 224 where it does not say."""
+    settings = getattr(model, "pretrained_cfg", None) or {}
+    return int(settings.get("input_size", (3, 224, 224))[-1])
+
+
+def _require_logits(output: Any, batch: int, training: bool) -> None:
+    if not isinstance(output, Tensor) or output.shape != (batch, NUM_CLASSES):
+        what = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ConfigError(
+            f"in {'training' if training else 'eval'} mode it returns {what}, no logits (B, num_classes); wrap it in a "
+            "module that returns them, or write a task for what it returns"
+        )
+
+
+def _chained(network: LocalNetwork, inputs: Tensor) -> Any:
+    """What the blocks return one after the other."""
+    values: dict[str, Any] = {INPUTS: inputs}
+    for block in network.blocks:
+        values |= zip(block.outputs, block(*[values[name] for name in block.inputs]), strict=True)
+    return values[OUTPUT]
+
+
+def _outputs(model: nn.Module, run: Callable[[Tensor], Any], inputs: Tensor, training: bool) -> dict[str, Tensor]:
+    """Outputs and buffers after one forward in one mode; the model stays as it was."""
+    with untouched(model, training), torch.no_grad(), seeded("survey"):
+        found = {f"output {index}": value for index, value in enumerate(tree_leaves(run(inputs)))}
+        return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def _gradients(model: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
+    """Gradients after one forward and backward in training mode; the model stays as it was."""
+    with untouched(model, training=True), seeded("survey"):
+        run()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def _compare(what: str, original: Callable[[], dict[str, Tensor]], ours: Callable[[], dict[str, Tensor]]) -> None:
+    """Raise `AssertionError` unless both are the same, bit for bit."""
+    expected = original()
+    if wrong := _different(expected, ours()):
+        if _different(expected, original()):
+            raise AssertionError("two runs of the model itself with the same seed differ; turn its random part off")
+        raise AssertionError(f"{what}: {', '.join(wrong[:6])} of the blocks differ from the model's; {_REPORT}")
+
+
+def _different(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    names = dict.fromkeys((*expected, *found))
+    return [
+        name for name in names if name not in expected or name not in found or not _equal(expected[name], found[name])
+    ]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or (a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True))
+
+
+def _train(
+    network: LocalNetwork, inputs: Tensor, targets: Tensor, steps: int, rate: float = LEARNING_RATES[0]
+) -> list[list[float]]:
+    """The loss of each span at each step of SGD, whose gradients are clipped to norm 1 block by block.
+
+    Every step has the same batch and draws the same random numbers, so that losses of different steps compare.
+    """
+    optimizers = [torch.optim.SGD(network.block_parameters(k), rate) for k in range(len(network.blocks))]
+
+    def move(block: int) -> None:
+        torch.nn.utils.clip_grad_norm_(network.block_parameters(block), 1.0)
+        optimizers[block].step()
+        optimizers[block].zero_grad(set_to_none=True)
+
+    history = []
+    with keyed_randomness(0):
+        for index in range(steps):
+            losses = []
+            for span, loss in local_losses(network, inputs, targets, on_block_done=move):
+                losses.append(loss.item())
+                if not torch.isfinite(loss):
+                    raise TrainingError(
+                        f"the loss of span {span} is {loss.item()} at step {index + 1}, learning rate {rate}; "
+                        "lower it, or warm it up"
+                    )
+                torch.autograd.backward(loss)
+            exchange(network)
+            history.append(losses)
+    return history
+
+
+def _require_falling(losses: list[list[float]], rate: float) -> None:
+    first, last = sum(losses[0]), sum(losses[-1])
+    if not last < first:
+        raise TrainingError(
+            f"the losses add up to {first:.4f} at the first step and to {last:.4f} at step {len(losses)}, learning "
+            f"rate {rate}; lower it, or warm it up"
+        )
+
+
+_REPORT = "please report it, and keep the parts that differ in one block (cuts=...) meanwhile"
+
+
+def _one_line(error: BaseException) -> str:
+    message = " ".join(str(error).split())
+    message = message if len(message) <= 600 else message[:597] + "..."
+    if isinstance(error, (LocalgradError, AssertionError)) and message:
+        return message
+    return f"{type(error).__name__}: {message}"
+
+
+def examine_library(library: str, name: str) -> Row:
+    """The row of one model of ``timm`` or ``torchvision``, random weights, on one CPU thread."""
+    torch.set_num_threads(1)
+    full = f"{library}:{name}"
+
+    def build(size: int | None) -> nn.Module:
+        return models.create(full, num_classes=NUM_CLASSES, image_size=size)
+
+    versions = {package: importlib.metadata.version(package) for package in ("torch", library)}
+    return examine(full, build) | {"versions": versions}
+
+
+def survey(
+    library: str,
+    selection: Mapping[str, str],
+    out: Path,
+    *,
+    workers: int = 2,
+    timeout: float = 600.0,
+    retry: bool = False,
+) -> Iterator[tuple[Row, bool]]:
+    """The row of each selected model, those in the file first, and whether it is new; new ones are appended to it.
+
+    Args:
+        library: ``timm`` or ``torchvision``; ``selection`` from `select`.
+        out: a JSON-lines file, made if it is not there.
+        workers: processes at a time.
+        timeout: of one model, in seconds.
+        retry: run models again whose rows say that something failed.
+    """
+    known = {row["model"]: row for row in read(out) if row["ok"] or not retry}
+    jobs = {}
+    for name, family in selection.items():
+        if (row := known.get(f"{library}:{name}")) is not None:
+            yield row, False
+        else:
+            jobs[f"{library}:{name}"] = (partial(examine_library, library, name), family)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torn = out.exists() and not out.read_bytes().endswith(b"\n") and out.stat().st_size > 0
+    with out.open("a") as file:
+        file.write("\n" * torn)
+        for row in in_processes({name: job for name, (job, _) in jobs.items()}, workers, timeout, (library,)):
+            row["family"] = jobs[row["model"]][1]
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            yield row, True
+
+
+def read(path: Path) -> list[Row]:
+    """The rows in a file, the last one of each model; a line that was not written to its end is left out."""
+    rows: dict[str, Row] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows[row["model"]] = row
+    return list(rows.values())
+
+
+def in_processes(
+    jobs: Mapping[str, Callable[[], Row]], workers: int, timeout: float, preload: Iterable[str] = ()
+) -> Iterator[Row]:
+    """What each job returns, as it ends; each has a process of its own.
+
+    A job that takes longer than ``timeout`` seconds or whose process dies gives a row that says so. ``preload`` names
+    modules to import once for all of them.
+    """
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([__name__, *preload])
+    waiting = list(jobs.items())
+    running: dict[Connection, tuple[str, BaseProcess, float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                name, job = waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_send, args=(job, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = (name, process, time.monotonic())
+            next_limit = min(started for *_, started in running.values()) + timeout
+            ended = wait(list(running), max(0.0, next_limit - time.monotonic()))
+            for connection, (name, process, started) in list(running.items()):
+                seconds = time.monotonic() - started
+                if connection in ended:
+                    row = _received(connection, name, process, seconds)
+                elif seconds >= timeout:
+                    process.kill()
+                    row = _lost(name, f"it took longer than {timeout:g} s; give it more time (--timeout)", seconds)
+                else:
+                    continue
+                process.join()
+                connection.close()
+                del running[connection]
+                yield row
+    finally:
+        for _, process, _ in running.values():
+            process.kill()
+
+
+def _send(job: Callable[[], Row], connection: Connection) -> None:
+    connection.send(job())
+
+
+def _received(connection: Connection, name: str, process: BaseProcess, seconds: float) -> Row:
+    try:
+        row: Row = connection.recv()
+        return row
+    except EOFError:
+        process.join()
+        code = process.exitcode
+        why = "; it was killed, most likely for memory: run fewer --workers" if code == -9 else ""
+        return _lost(name, f"its process ended with code {code}{why}", seconds)
+
+
+def _lost(name: str, reason: str, seconds: float) -> Row:
+    return {
+        "model": name, "ok": False, "checks": dict.fromkeys(CHECKS), "reasons": {"process": reason},
+        "seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def table(rows: Iterable[Row]) -> Table:
+    """One line for each row."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    made.add_column("model", overflow="fold")
+    for heading in ("px", "cuts", "trace", "cut", "eval", "train", "grad", "isol.", "dgl", "man++", "loss", "s"):
+        made.add_column(heading, justify="right")
+    for row in rows:
+        marks = ({True: "yes", False: "NO", None: "-"}[row["checks"][name]] for name in CHECKS)
+        sizes = (str(row.get(key, "-")) for key in ("image_size", "cut_points"))
+        made.add_row(row["model"].partition(":")[2] or row["model"], *sizes, *marks, f"{row['seconds']:.0f}")
+    return made
+
+
+def failures(rows: Iterable[Row]) -> Iterator[str]:
+    """One line for each check that failed: model, check and reason."""
+    for row in rows:
+        for what, reason in row["reasons"].items():
+            yield f"{row['model']}: {what}: {reason}"

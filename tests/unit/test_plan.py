@@ -1,0 +1,171 @@
+"""Predicting what fits: bytes are exact, seconds are never asserted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import localgrad
+from localgrad import ConfigError, localize, methods, tasks
+from localgrad.bench.cost import run_step
+from localgrad.bench.memory import measure
+from localgrad.method import Method
+from localgrad.planning import EXACT, LOCAL, MICRO, Plan, Planner, Rates, Work, read_memory
+
+RATES = Rates(flops=1e11, bytes=1e10, start=0.0)
+TASK = tasks.classification(10)
+
+
+@pytest.fixture(scope="module")
+def resnet() -> Plan:
+    return localgrad.plan("resnet20", batch_size=64, image_size=32, num_classes=10, memory="20MiB", rates=RATES)
+
+
+def vit() -> nn.Module:
+    return localgrad.models.create("timm:vit_tiny_patch16_224", num_classes=10, image_size=64, depth=4)
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+@pytest.mark.parametrize(
+    ("method", "blocks"),
+    [
+        (methods.e2e(TASK), 1),
+        (methods.checkpointing(methods.e2e(TASK)), 4),
+        (methods.accumulation(methods.e2e(TASK), parts=2), 1),
+        (methods.dgl(TASK), 3),
+        (methods.checkpointing(methods.dgl(TASK), where="auxiliary"), 3),
+    ],
+    ids=lambda value: value.name if isinstance(value, Method) else str(value),
+)
+def test_a_step_without_data_needs_the_same_bytes(name: str, method: Method, blocks: int) -> None:
+    model, side = (localgrad.models.resnet20(), 32) if name == "resnet" else (vit(), 64)
+    planner = Planner(model, (3, side, side), 8, "fp32", RATES)
+    cuts = [cut.name for cut in planner.cuts(blocks, method)] if blocks > 1 else []
+    predicted = planner.step(planner.network(method, cuts), method, 8)
+    where = {"cuts": cuts} if cuts else {"num_blocks": 1}
+    x, y = torch.randn(8, 3, side, side), torch.randint(10, (8,))
+    network = localize(model, method, example=x[:2], **where).train()
+    trained = list(network.parameters())
+    assert predicted.tracked == measure(lambda: run_step(network, x, y), trained).peak_total
+    assert predicted.trained == sum(p.numel() * p.element_size() for p in trained)
+    assert predicted.weights == predicted.trained + sum(b.numel() * b.element_size() for b in network.buffers())
+
+
+def test_the_per_block_step_frees_gradients() -> None:
+    model, method = localgrad.models.resnet20(), methods.dgl(TASK)
+    planner = Planner(model, (3, 16, 16), 4, "fp32", RATES)
+    predicted = planner.step(planner.network(method, ["layer2", "layer3"]), method, 4)
+    x, y = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
+    network = localize(model, method, cuts=["layer2", "layer3"], example=x).train()
+
+    def step_block(block: int) -> None:
+        copies = [p.grad + 0 for p in network.block_parameters(block)]  # what an optimizer does at its fullest
+        del copies
+        for parameter in network.block_parameters(block):
+            parameter.grad = None
+
+    def step() -> None:
+        for _, loss in localgrad.local_losses(network, x, y, on_block_done=step_block):
+            loss.backward()
+
+    given = x.numel() * 4 + y.numel() * 8
+    measured = measure(step, list(network.parameters())).peak_total
+    assert sum(predicted.per_block) - given == pytest.approx(measured, abs=64)  # a scalar loss may still be alive
+    assert sum(predicted.per_block) < sum(predicted.peak)
+
+
+def test_a_linear_layer_by_hand() -> None:
+    with Work(RATES) as work:
+        torch.ones(4, 8) @ torch.ones(8, 2)
+    assert work.flops == 2 * 4 * 8 * 2
+    traffic = 4 * (32 + 16) + 4 * (32 + 16 + 8)  # what the two ones write, and the product reads and writes
+    assert work.seconds == pytest.approx(traffic / RATES.bytes)
+
+
+def test_what_is_planned(resnet: Plan) -> None:
+    plain = resnet.options[0]
+    assert (plain.name, plain.update, plain.time_ratio, plain.flops_ratio) == ("plain", EXACT, 1.0, 1.0)
+    model = localgrad.models.resnet20()
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    assert plain.optimizer == weights
+    assert plain.weights == weights + sum(b.numel() * b.element_size() for b in model.buffers())
+    kinds = {option.kind: option.update for option in resnet.options}
+    assert kinds == {"plain": EXACT, "accumulation": MICRO, "checkpointing": MICRO, "local": LOCAL}
+    assert {o.num_blocks for o in resnet.options if o.kind == "local"} == {2, 4, 8, 11}
+    for option in resnet.options:
+        assert option.peak == option.weights + option.optimizer + option.gradients + option.activations
+        assert option.fits == (option.peak <= 0.9 * 20 * 2**20)
+    assert resnet.recommended is not None
+    assert resnet.recommended.fits
+    assert "Local learning is not needed" in resnet.verdict
+
+
+def test_recommendations(resnet: Plan) -> None:
+    from dataclasses import replace
+
+    def fitting(*names: str) -> Plan:
+        return replace(resnet, options=tuple(replace(o, fits=o.name in names) for o in resnet.options))
+
+    assert "you need none of this" in fitting("plain", "local K=4").verdict
+    assert fitting("plain", "local K=2").recommended == replace(resnet.options[0], fits=True)
+    best = fitting("accumulation x4", "local K=2").recommended
+    assert best is not None and best.name == "accumulation x4"  # as fast within 5 %, and the gradients are better
+    only = fitting("local K=4")
+    assert only.recommended is not None and only.recommended.kind == "local"
+    assert "Neither accumulation nor checkpointing fits" in only.verdict
+    assert fitting().recommended is None and fitting().code == ""
+    assert "Nothing fits" in fitting().verdict
+    assert replace(resnet, memory=None, options=resnet.options[:1]).verdict.startswith("No memory was given")
+
+
+def test_the_code_runs(resnet: Plan) -> None:
+    loader = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,)))] * 2
+    for kind in ("plain", "accumulation", "checkpointing", "local"):
+        for option in [o for o in resnet.options if o.kind == kind][-1:]:
+            model = localgrad.models.resnet20()
+            before = model.fc.weight.detach().clone()
+            names = {"model": model, "loader": loader, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+            exec(compile(resnet.code_of(option), option.name, "exec"), names)  # noqa: S102
+            assert not torch.equal(before, model.fc.weight)
+
+
+def test_the_model_is_left_as_it_was_and_the_picture_drawn(tmp_path: Path) -> None:
+    model = localgrad.models.resnet8().eval()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    found = localgrad.plan(model, batch_size=8, image_size=16, method=methods.dgl(TASK), precision="bf16", rates=RATES)
+    assert not model.training
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert found.num_classes == 10 and found.recommended is None
+    assert "accumulation(method" in next(o.method for o in found.options if o.kind == "local" and o.micro_batches > 1)
+    found.picture(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("text", "count"), [("8GiB", 2**33), ("7.5 GB", 7_500_000_000), ("1024", 1024), (7, 7)])
+def test_memory_is_read(text: str | int, count: int) -> None:
+    assert read_memory(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "8 apples", "-1GiB", "0", "GiB"])
+def test_memory_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="for instance 8GiB"):
+        read_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 1}, "batch_size=1; it must be at least 2"),
+        ({"headroom": 1.0}, "below 1"),
+        ({"optimizer": "adam"}, "did you mean 'adamw'"),
+        ({"precision": "fp16"}, "did you mean 'bf16' or 'fp32'|did you mean 'fp32'"),
+        ({"method": "e2e"}, "no auxiliary heads"),
+    ],
+)
+def test_settings_are_refused(settings: dict[str, object], message: str) -> None:
+    given: dict[str, object] = {"batch_size": 4, "image_size": 32, "num_classes": 10, "rates": RATES, **settings}
+    with pytest.raises(ConfigError, match=message):
+        localgrad.plan("resnet8", **given)  # type: ignore[arg-type]
