@@ -37,9 +37,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print which plug-in works on which base, as tests/contract/test_composition.py found it."""
     reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, ())]
     found = {
-        (plugin, base): ("failed" if report.failed else "refused" if reason else "trains", reason)
+        tuple(value[:2]): ("failed" if report.failed else "refused" if value[2] else "trains", value[2])
         for report in reports
-        for key, (plugin, base, reason) in getattr(report, "user_properties", ())
+        for key, value in getattr(report, "user_properties", ())
         if key == "composition"
     }
     if not found:

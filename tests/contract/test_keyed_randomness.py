@@ -30,7 +30,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @EVERY
-@pytest.mark.parametrize("model", ["cnn"])
+@pytest.mark.parametrize("model", ["residual"])
 def test_gradients_depend_on_the_keys_alone(name: str, model: str) -> None:
     network = build(model, METHODS[name], 3)
     first = run(network, before=1)
