@@ -272,3 +272,43 @@ def test_the_last_layout_is_that_of_the_last_maps() -> None:
     layout = Partition(vit, x).final_layout
     assert (layout.kind, layout.channels, layout.grid, layout.prefix) == ("tokens", 192, (2, 2), 1)
     assert cut_names(vit, x) == ["blocks", "blocks.1", "head"]
+
+
+class Sized(nn.Module):
+    """Needs the grid its tokens form besides the tokens, and returns both."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.project, self.factor = nn.Linear(8, 8 * factor), factor
+
+    def forward(self, x: Tensor, size: tuple[int, int], *, scale: float) -> tuple[Tensor, tuple[int, int]]:
+        assert x.shape[1] == size[0] * size[1]
+        x = self.project(x).unflatten(2, (8, self.factor)).mean(3)
+        return x + scale * F.relu(x), size
+
+
+class Grid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.blocks = nn.ModuleList(Sized(k) for k in (1, 2, 3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        size = (x.shape[2], x.shape[3])
+        x = x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x, size = block(x, size, scale=0.5)
+        return self.head(x.mean(1))
+
+
+def test_copies_of_units_get_the_sizes_that_the_units_are_called_with() -> None:
+    model, images = Grid(), torch.randn(6, 3, 16, 16)
+    network = localize(model, localgrad.methods.man_pp(DGL), num_blocks=4, example=images[:2])
+    losses = localgrad.backward(network, images, Y)
+    assert len(losses) == 4 and all(p.grad is not None for p in model.parameters())
+    unit = network.twins[0].source
+    features = torch.randn(6, 16, 8)
+    assert unit.module is model.blocks[1]
+    assert torch.equal(unit(features), model.blocks[1](features, (4, 4), scale=0.5)[0])

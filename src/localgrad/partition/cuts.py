@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from localgrad.errors import PartitionError, nearest
 from localgrad.layout import Layout, layout_of
@@ -49,6 +51,23 @@ class Unit:
     def changes_form(self) -> bool:
         """Whether it begins a stage: another width or resolution leaves it than enters it."""
         return self.reads != self.returns
+
+
+class Called(nn.Module):
+    """A module that needs more than the features, with the other arguments of the example; returns the features only.
+
+    Args:
+        module: a module of the model.
+        arguments: the positional arguments behind the features; ``named`` the keyword arguments.
+    """
+
+    def __init__(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        super().__init__()
+        self.module, self.arguments, self.named = module, arguments, named
+
+    def forward(self, features: Tensor) -> Tensor:
+        result = self.module(features, *self.arguments, **self.named)
+        return next(value for value in tree_leaves(result) if isinstance(value, Tensor))
 
 
 def is_unit(module: nn.Module) -> bool:
@@ -207,9 +226,23 @@ class Partition:
         ends = [*layouts[1:], layouts[0] if cut.tail else self.final_layout]
         paths = [self._unit_path(one) for one in units]
         return tuple(
-            Unit(path, self.modules[path], reads, returns)
+            Unit(path, self._callable(path), reads, returns)
             for path, reads, returns in zip(paths, layouts, ends, strict=True)
         )
+
+    def _callable(self, path: str) -> nn.Module:
+        """A module, such that it can be called with the features alone if what else it needs holds no tensor."""
+        module, traced = self.modules[path], self.traced
+        arguments, named = traced.calls.get(path, ((), {}))
+        if not arguments or arguments[0] not in traced.differentiable:
+            return module
+        signature = inspect.signature(module.forward).parameters.values()
+        needed = [p for p in signature if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        others = fx.node.map_arg((arguments[1:], named), lambda node: traced.plain.get(node, node))
+        computed = any(isinstance(value, fx.Node) for value in tree_leaves(others))
+        if computed or (len(needed) < 2 and path not in traced.structured):
+            return module
+        return Called(module, *others)  # type: ignore[misc]
 
     @property
     def num_units(self) -> int:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from localgrad.errors import PartitionError
 
@@ -63,6 +64,7 @@ class _Tracer(fx.Tracer):
         self.entered: dict[str, int] = {}
         self.returned: dict[str, fx.Node] = {}
         self.structured: set[str] = set()
+        self.calls: dict[str, tuple[Any, Any]] = {}
         self.inside: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -74,6 +76,7 @@ class _Tracer(fx.Tracer):
         caller = self.inside[-1] if self.inside else ""
         if not caller or path.startswith(caller + "."):  # else it is shared, and called where its path does not lead
             self.entered.setdefault(path, len(self.graph.nodes))
+            self.calls.setdefault(path, fx.node.map_aggregate((args, kwargs), _node_of))  # type: ignore[arg-type]
         if self.is_leaf_module(m, name):
             result = super().call_module(m, forward, args, kwargs)
         else:
@@ -87,6 +90,10 @@ class _Tracer(fx.Tracer):
         return result
 
 
+def _node_of(value: Any) -> Any:
+    return value.node if isinstance(value, fx.Proxy) else value
+
+
 @dataclass
 class Trace:
     """A traced model.
@@ -96,7 +103,9 @@ class Trace:
         entered: module path -> number of nodes before its first call began.
         returned: module path -> the node it returned.
         structured: paths of modules that returned several values; torch.fx must see each, so they are never kept whole.
+        calls: module path -> positional and keyword arguments of its first call, nodes for computed ones.
         differentiable: nodes whose values carry gradient, once `note_values` has run.
+        plain: values of nodes that hold no tensor (sizes, say), once `note_values` has run.
     """
 
     root: nn.Module
@@ -104,7 +113,9 @@ class Trace:
     entered: dict[str, int]
     returned: dict[str, fx.Node]
     structured: set[str] = field(default_factory=set)
+    calls: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     differentiable: set[fx.Node] = field(default_factory=set)
+    plain: dict[fx.Node, Any] = field(default_factory=dict)
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -197,7 +208,7 @@ def trace(
                 "has to be traced, so every step would see the same draw. Move the draw into a module of its own, or "
                 "pass modules=[...], a list of modules that run one after the other."
             )
-        return Trace(root, graph, tracer.entered, tracer.returned, tracer.structured)
+        return Trace(root, graph, tracer.entered, tracer.returned, tracer.structured, tracer.calls)
 
 
 def _untraceable(model: nn.Module, path: str, error: Exception) -> str:
@@ -234,6 +245,8 @@ class _Values(fx.Interpreter):
         result = super().run_node(n)
         if isinstance(result, Tensor):
             n.meta["shape"] = tuple(result.shape)
+        elif not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            self.traced.plain[n] = result
         floating = any(
             isinstance(t, Tensor) and t.is_floating_point()
             for t in (result if isinstance(result, (tuple, list)) else [result])
