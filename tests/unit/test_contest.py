@@ -136,7 +136,7 @@ def test_what_the_gradients_are(found: Contest) -> None:
 
 def test_recomputing_inside_blocks_changes_no_gradient() -> None:
     x, y = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
-    way = Way("dgl", "local", methods.infopro(TASK), 3)
+    way = Way("dgl", "local", methods.dgl(TASK), 3)
     gradients = []
     for inside in (False, True):
         torch.manual_seed(0)

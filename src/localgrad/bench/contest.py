@@ -52,7 +52,7 @@ class Way:
         method: what trains the blocks.
         num_blocks: K; None for as many as the model has units.
         per_block: whether each block steps, and frees its gradients, as soon as its backward pass is done.
-        inside: recompute the units inside a block in its backward pass, all but the last.
+        inside: recompute the units inside a block in its backward pass, all but the last. Ramps then count units.
         variant: ``fp32`` or ``bf16`` (autocast), then any of ``channels_last`` and ``compile``, joined by ``+``.
     """
 
