@@ -122,6 +122,7 @@ def test_what_the_gradients_are(found: Contest) -> None:
         "dgl K=3, per-block step": "local",
         "dgl K=3, per-block step, checkpointing inside": "local",
         "dgl K=3, x2": "local",
+        "dgl K=3, checkpointing inside, x2": "local",
         "end-to-end, bf16+channels_last": "exact",
     }
     assert row(found, "checkpointing every unit").num_blocks == 5  # stem, three units, classifier

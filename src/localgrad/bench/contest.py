@@ -283,7 +283,9 @@ def standard_ways(
             if combinations:
                 ways.append(replace(stepping, name=f"{stepping.name}, checkpointing inside", inside=True))
                 several = methods.accumulation(method, parts=parts)
-                ways.append(replace(way, name=f"{way.name}, x{parts}", method=several))
+                accumulated = replace(way, name=f"{way.name}, x{parts}", method=several)
+                recomputed = replace(accumulated, name=f"{way.name}, checkpointing inside, x{parts}", inside=True)
+                ways += [accumulated, recomputed]
     return [replace(way, variant=variant) for variant in variants for way in ways]
 
 
