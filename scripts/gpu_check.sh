@@ -53,10 +53,13 @@ limited() {
 note() { printf '%4ds  %s\n' "$SECONDS" "$*" | tee -a "$out/stages.log"; }
 wants() { case " $stages " in *" $1 "*) true ;; *) false ;; esac }
 
-"$python" -m localgrad doctor >"$out/machine.txt" 2>&1
+if ! "$python" -m localgrad doctor >"$out/machine.txt" 2>&1; then
+  echo "gpu_check: localgrad does not start: $(tail -n 1 "$out/machine.txt")" >&2 # the newest typer imports pydantic
+  exit 2
+fi
 { git rev-parse --short HEAD 2>/dev/null && git status --short 2>/dev/null | head -20; } >>"$out/machine.txt"
 [ "$device" = cpu ] || nvidia-smi >>"$out/machine.txt" 2>&1
-note "call: $stages; device $device, $budget s, $(head -c 60 "$out/machine.txt" | head -1)"
+note "call of $(date '+%F %H:%M'): $stages; $name, $budget s"
 
 if [ "$device" = cpu ]; then small=1 epochs=1; else small= epochs=4; fi
 if "$python" -c "import xdist" 2>/dev/null; then workers="-n ${GPU_CHECK_WORKERS:-$([ $small ] && echo 1 || echo 8)}"; else workers=; fi
@@ -78,30 +81,30 @@ if wants suite && [ ! -f "$out/suite.txt" ]; then
   note "suite: $(tail -n 1 "$out/suite.txt")"
 fi
 
-# name, model, images in a step, pixels, classes, blocks
+# name, model, images in a step, pixels, classes, blocks, whether methods are combined with the other ways
 bench_list() {
   if [ $small ]; then
-    echo "resnet8 resnet8 8 16 10 3"
-    echo "vit_tiny timm:vit_tiny_patch16_224 2 32 10 4"
+    echo "resnet8 resnet8 8 16 10 3 combinations"
+    echo "vit_tiny timm:vit_tiny_patch16_224 2 32 10 4 no-combinations"
     return
   fi
-  echo "resnet32 resnet32 1024 32 10 16"
-  echo "resnet50 torchvision:resnet50 128 224 1000 4"
-  echo "vit_small timm:vit_small_patch16_224 128 224 1000 4"
-  echo "swin_t torchvision:swin_t 128 224 1000 4"
-  echo "resnet101 torchvision:resnet101 128 224 1000 4"
-  echo "vit_base timm:vit_base_patch16_224 128 224 1000 4"
-  echo "resnet152 torchvision:resnet152 128 224 1000 4"
+  echo "resnet32 resnet32 1024 32 10 16 combinations"
+  echo "resnet50 torchvision:resnet50 128 224 1000 4 combinations"
+  echo "vit_small timm:vit_small_patch16_224 128 224 1000 4 combinations"
+  echo "swin_t torchvision:swin_t 128 224 1000 4 no-combinations"
+  echo "resnet101 torchvision:resnet101 128 224 1000 4 no-combinations"
+  echo "vit_base timm:vit_base_patch16_224 128 224 1000 4 no-combinations"
+  echo "resnet152 torchvision:resnet152 128 224 1000 4 no-combinations"
 }
 if wants bench; then
   # Half of what is left, so that speed and accuracy get their turn in the same call.
   until=$((SECONDS + $(left) * 6 / 10))
-  while read -r title model batch side classes blocks; do
+  while read -r title model batch side classes blocks combined; do
     [ -f "$out/bench-$title.json" ] && continue
     [ $SECONDS -ge $until ] && { note "bench: $title and later ones are left for the next call"; break; }
     limited "bench-$title.md" $((until - SECONDS + 20)) "$python" -m localgrad bench "$model" --batch-size "$batch" \
       --image-size "$side" --num-classes "$classes" --num-blocks "$blocks" --method '[{dgl: {head: linear}}]' \
-      --balance bytes --variant fp32 --variant bf16+channels_last --device "$device" \
+      --balance bytes --$combined --variant fp32 --variant bf16+channels_last --device "$device" \
       --rounds $([ $small ] && echo 1 || echo 7) --out "$out/bench-$title.json" --picture "$out/bench-$title.png" \
       --timeline "$out/bench-$title-timeline.png" </dev/null # else it could read the list of this loop
     note "bench $title: $([ -f "$out/bench-$title.json" ] && echo done || tail -n 1 "$out/bench-$title.md")"

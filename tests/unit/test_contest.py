@@ -158,6 +158,15 @@ def test_batchnorm_is_looked_for() -> None:
     assert only.flops == 2 * 4 * (2 * 48 * 10 + 3 * 10 * 10)  # the first layer's input needs no gradient
 
 
+def test_gradients_of_any_step_count() -> None:
+    ways = [
+        Way("p", "local", methods.pgl(methods.dgl(TASK), every=10), 2),
+        Way("d", "local", methods.deep_supervision(TASK), 2),
+    ]
+    rows = contest("resnet8", ways, **SETTINGS, rounds=1).rows
+    assert [r.gradients for r in rows] == ["local", "exact"]  # step 0 of the first is guided by back-propagation
+
+
 def test_a_module_is_left_alone() -> None:
     model = localgrad.models.resnet8().eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}

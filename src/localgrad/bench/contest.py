@@ -351,8 +351,9 @@ class _Contestant:
             optimizer.zero_grad(set_to_none=True)
 
     def gradients(self) -> str:
-        """What a step's gradients are, compared with back-propagation through the whole network."""
-        if any(span.start > 0 for span in self.network.spans(0)):
+        """What the gradients of training are, compared with back-propagation through the whole network."""
+        patterns = self.network.method.spans.patterns(len(self.network.blocks))
+        if any(span.start > 0 for pattern in patterns for span in pattern):
             return LOCAL
         normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
         return MICRO if self.network.method.micro_batches > 1 and normed else EXACT
