@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from localgrad import methods, models
-from localgrad.bench.memory import measure
+from localgrad.bench.memory import Memory, measure
 from localgrad.config import MethodSpec, build_method, method_name, parse_method
 from localgrad.engine import local_losses
 from localgrad.errors import ConfigError, MethodError, nearest
@@ -358,21 +358,23 @@ class _Contestant:
         normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
         return MICRO if self.network.method.micro_batches > 1 and normed else EXACT
 
+    def _peak(self, step: Callable[[], None]) -> int | None:
+        return _allocated(step) if self.inputs.is_cuda else _resident_growth(step)
+
     def row(self, timeline: bool) -> Row:
-        """Everything but the times, from three steps."""
-        self.step()  # the optimizer makes its state, libraries take their workspaces
-        peak = _allocated(self.step) if self.inputs.is_cuda else _resident_growth(self.step)
+        """Everything but the times, from the second step: in the first the optimizer makes its state."""
+        self.step()
         activations = total = flops = None
         ops: tuple[tuple[float, int, int], ...] = ()
-        if not self.way.has("compile"):
-            with _Moments() as moments:
-                memory = measure(self.step, self.trained, timeline)
-            activations, total = memory.peak_activations, memory.peak_total
+        if self.way.has("compile"):
+            peak = self._peak(self.step)
+        else:
+            seen: list[Memory] = []
+            with Work(Rates(1.0, 1.0, 0.0)) as work, _Moments() as moments:
+                peak = self._peak(lambda: seen.append(measure(self.step, self.trained, timeline)))
+            activations, total, flops = seen[0].peak_activations, seen[0].peak_total, work.flops
             if timeline:
-                ops = tuple((at, *alive) for at, alive in zip(moments.seconds, memory.timeline, strict=True))
-            with Work(Rates(1.0, 1.0, 0.0)) as work:
-                self.step()
-            flops = work.flops
+                ops = tuple((at, *alive) for at, alive in zip(moments.seconds, seen[0].timeline, strict=True))
         way = self.way
         network = self.network
         auxiliary = sum(p.numel() for p in network.auxiliary.parameters() if p.requires_grad)

@@ -81,8 +81,10 @@ def pareto_picture(found: Contest, path: Path, accuracies: Mapping[str, float] |
     keys += [Line2D([], [], color="#777777", marker=MARKERS[f], linestyle="", fillstyle="none", label=f) for f in forms]
     legend = axis.legend(handles=keys, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     axis.add_artist(legend)
-    names = "not dominated (filled)\n" + "\n".join(f"{k + 1:2d}  {_short(row.label)}" for k, row in enumerate(frontier))
-    axis.text(1.03, 0.0, names, transform=axis.transAxes, fontsize=7.5, va="bottom", linespacing=1.45)
+    blank = [Line2D([], [], linestyle="", label=f"{k + 1}  {_short(row.label)}") for k, row in enumerate(frontier)]
+    axis.legend(handles=blank, fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(1.01, -0.02),
+                title="not dominated (filled)", title_fontsize=8, alignment="left", handlelength=0)  # fmt: skip
+    figure.tight_layout()  # legends outside the axes need it twice
     _save(figure, path)
 
 
