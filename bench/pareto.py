@@ -1,4 +1,4 @@
-"""The ways that matter for ResNet-101 and ResNet-50 at 224 pixels, fewer than `localgrad bench` runs: steps are long there.
+"""The ways that matter for ResNet-50 and ResNet-101 at 224 pixels, whose steps are too long for `localgrad bench`.
 
 python bench/pareto.py resnet101 results/bench-2026-11-21    # batch 4; or resnet50; writes .json, .md and two pictures
 """

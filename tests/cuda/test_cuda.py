@@ -54,11 +54,10 @@ def images(count: int = 8, side: int = 16) -> tuple[Tensor, Tensor]:
 
 
 def network_on(device: torch.device, method: Method, dtype: torch.dtype = torch.float64) -> localgrad.LocalNetwork:
-    """The same weights on any device: made on the CPU."""
+    """The same weights on any device: modules draw theirs on the CPU."""
     torch.manual_seed(0)
-    example = images(2)[0].to(dtype)
-    network = localgrad.localize(localgrad.models.resnet8().to(dtype), method, num_blocks=4, example=example)
-    return network.to(device).train()
+    model, example = localgrad.models.resnet8().to(device, dtype), images(2)[0].to(device, dtype)
+    return localgrad.localize(model, method, num_blocks=4, example=example).train()
 
 
 def trained(network: localgrad.LocalNetwork, dtype: torch.dtype = torch.float64, steps: int = 2) -> list[Tensor]:
@@ -86,11 +85,14 @@ def test_two_steps_end_where_they_do_on_a_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_equal_runs_are_equal_bit_for_bit(name: str) -> None:
+def test_equal_runs_end_alike(name: str) -> None:
     first, second = (trained(network_on(DEVICE, METHODS[name](), torch.float32), torch.float32) for _ in range(2))
     assert all(torch.isfinite(t.float()).all() for t in first)
-    if name not in ("hpff", "infopro", "predsim"):  # resizing and some losses add in any order on CUDA
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for a, b in zip(first, second, strict=True):
+        if DEVICE.type == "cpu" or name in ("e2e", "checkpointing"):
+            assert torch.equal(a, b)
+        else:  # backward passes of pooling and resizing in heads add in any order on CUDA
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
