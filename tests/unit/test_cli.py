@@ -284,10 +284,10 @@ def test_a_full_disk_is_reported_and_loses_nothing(call: Call, copy: Path, monke
     from localgrad.bench import plots
 
     with monkeypatch.context() as patch:
-        patch.setattr(plots, "_save", no_room)
+        patch.setattr(plots, "save_figure", no_room)
         refused(call("train", "--resume", str(copy)), "No space left")
         patch.setattr(
-            plots, "_save", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied", "x.png"))
+            plots, "save_figure", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied", "x.png"))
         )
         refused(call("train", "--resume", str(copy)), "x.png: Permission denied")
     assert not list(copy.glob("*.partial"))
