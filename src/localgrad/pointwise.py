@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# Below that, the bookkeeping costs more time than the memory is worth.
+LEAST_BYTES = 1 << 19
+
 _aten = torch.ops.aten
 
 # Their backward pass keeps their input, from which their output follows.
@@ -108,7 +111,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         noted = None
-        if func in _KEEP_INPUT and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        if func in _KEEP_INPUT and _worth_it(args):
             noted = self._noted(func, args, kwargs)
         elif func in _FOLLOW and self._result_of(args[0]) is not None:
             noted = self._noted(_FOLLOW[func], args, kwargs)
@@ -155,6 +158,11 @@ class _Watch(TorchDispatchMode):
             source.result.readers += 1
             source.result.left += 1
         return source
+
+
+def _worth_it(arguments: Any) -> bool:
+    kept = any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    return kept and arguments[0].nbytes >= LEAST_BYTES
 
 
 def _unpack(source: _Kept | _View) -> Tensor:

@@ -14,11 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad
-from localgrad import methods
+from localgrad import methods, pointwise
 from localgrad.bench.memory import LiveBytes, measure, saved_storages
 from localgrad.pointwise import pointwise_recomputed
 
 TASK = localgrad.tasks.classification(10)
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise, "LEAST_BYTES", 0)
 
 
 def pair(inplace: bool, function: Callable[..., nn.Module] = nn.ReLU) -> nn.Module:
