@@ -65,7 +65,8 @@ class OptimConfig:
     ``schedule``: ``cosine`` falls to 0 step by step after ``warmup_epochs`` of linear warm-up; ``paper`` is the
     per-epoch cosine of the papers with their warm-up from 0.01; ``constant`` stays.
     ``clip_grad`` limits the gradient norm of each group of blocks that share a span: one block in local learning, all
-    of them in end-to-end training. ``per_block`` steps a block as soon as its last span ran and frees its gradients.
+    of them in end-to-end training. ``per_block`` steps a block as soon as its last span ran and frees its gradients;
+    ``offload`` then keeps the optimizer's state of all but two blocks on the host.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -78,6 +79,7 @@ class OptimConfig:
     warmup_epochs: int = 0
     clip_grad: float | None = None
     per_block: bool = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         _require(self.lr > 0 and math.isfinite(self.lr), f"optim.lr={self.lr}; it must be a positive number")
