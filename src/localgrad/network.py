@@ -14,7 +14,7 @@ from localgrad.errors import MethodError, PartitionError, nearest
 from localgrad.method import Auxiliary, Method, Probe, Site
 from localgrad.partition import INPUTS, OUTPUT, Block, Chain, Cut, Partition, by_bytes, by_count
 from localgrad.partition.balance import Stem, module_bytes
-from localgrad.partition.trace import check_runs, untouched
+from localgrad.partition.trace import Taps, check_runs, untouched
 from localgrad.spans import Span, check
 from localgrad.twins import Twin
 
@@ -151,7 +151,7 @@ def localize(
     modules: Sequence[nn.Module] | None = None,
     balance: Balance = "count",
     stem: Stem = "unit",
-    taps: Sequence[str] = (),
+    taps: Taps = (),
 ) -> LocalNetwork:
     """Cut ``model`` into blocks and put the auxiliary networks of ``method`` on the boundaries.
 
@@ -166,7 +166,8 @@ def localize(
         modules: K modules that run one after the other and together are the model, for what cannot be traced.
         balance: ``count`` for equally many units per block, ``bytes`` for the smallest largest activation bytes.
         stem: what runs before the first cut point: a ``unit``, its ``own`` block, or ``merged`` with the first unit.
-        taps: paths of modules whose outputs later heads read; they cross boundaries detached.
+        taps: paths of modules whose outputs later heads read; they cross boundaries detached. ``auto`` lets whatever
+            the features at a boundary are computed from cross, as ``num_blocks`` does where it finds no other way.
 
     Raises:
         PartitionError: the model cannot be cut so; the message says where it can.
@@ -192,6 +193,8 @@ def localize(
         chosen = partition.measured([tuple(f.shape) for f in features])
     else:
         partition = Partition(model, example, taps)
+        if not taps and num_blocks is not None and num_blocks > len(partition.cuts) + 1:
+            partition = Partition(model, example, "auto")
         if cuts is not None:
             patterns = method.spans.patterns(len(cuts) + 1)
             chosen = partition.named(cuts, spans_wider_than_one=any(s.stop - s.start > 1 for p in patterns for s in p))

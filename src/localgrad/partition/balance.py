@@ -35,7 +35,7 @@ def by_count(partition: Partition, num_blocks: int, stem: Stem = "unit") -> tupl
     if num_blocks < 1 or num_blocks > found + 1:
         raise PartitionError(
             f"num_blocks={num_blocks}, but this {name} has {found} cut points; use 1 to {found + 1} blocks or pass "
-            "cuts=(...)"
+            f"cuts=(...){partition.kept_whole}"
         )
     if stem == "own" and num_blocks < 2:
         raise PartitionError("num_blocks=1 with stem='own': the stem and the rest are two blocks; use num_blocks=2")
@@ -76,7 +76,7 @@ def by_bytes(
     if num_blocks < 1 or num_blocks > len(cuts) + 1:
         raise PartitionError(
             f"num_blocks={num_blocks}, but this {type(partition.model).__name__} has {len(cuts)} cut points; use 1 to "
-            f"{len(cuts) + 1} blocks or pass cuts=(...)"
+            f"{len(cuts) + 1} blocks or pass cuts=(...){partition.kept_whole}"
         )
     saved = unit_storages(partition) if saved is None else saved
     heads = [auxiliary_bytes(cut) if auxiliary_bytes else 0 for cut in cuts] + [0]

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from localgrad.errors import PartitionError
-from localgrad.partition.trace import ROOT, Trace, note_values, trace
+from localgrad.partition.trace import ROOT, Taps, Trace, note_values, trace
 
 INPUTS = "inputs"
 OUTPUT = "output"
@@ -94,7 +94,7 @@ def ancestors(paths: Iterable[str]) -> set[str]:
 
 
 def split(
-    model: nn.Module, example: Any, points: Sequence[str], taps: Sequence[str] = (), structured: Collection[str] = ()
+    model: nn.Module, example: Any, points: Sequence[str], taps: Taps = (), structured: Collection[str] = ()
 ) -> list[Block]:
     """Blocks that begin with the modules ``points`` (and one before them), in the order they run.
 
@@ -102,7 +102,7 @@ def split(
         model: shared with the blocks.
         example: a tensor, or a tuple of them for several inputs.
         points: paths of modules.
-        taps: paths of modules whose outputs may cross boundaries besides the features.
+        taps: paths of modules whose outputs may cross boundaries besides the features, or ``auto``.
         structured: paths of modules that return several values.
 
     Raises:
@@ -134,11 +134,11 @@ def _split_one(
     model: nn.Module,
     example: Any,
     points: Sequence[str],
-    taps: Sequence[str],
+    taps: Taps,
     structured: Collection[str],
     training: bool,
 ) -> list[tuple[fx.GraphModule, tuple[str, ...], tuple[str, ...]]]:
-    watched = [*points, *taps]
+    watched = [*points, *(() if taps == "auto" else taps)]
     num_inputs = len(example) if isinstance(example, (tuple, list)) else None
     through = {"", *ancestors(watched)}
     traced = trace(model, num_inputs, training=training, through=through, structured=structured)

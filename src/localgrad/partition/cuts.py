@@ -14,7 +14,16 @@ from torch.utils._pytree import tree_leaves
 from localgrad.errors import PartitionError, nearest
 from localgrad.layout import Layout, layout_of
 from localgrad.partition.blocks import Block, chain, split
-from localgrad.partition.trace import ROOT, attribute, channels_hint, check_runs, note_values, trace, writes_in_place
+from localgrad.partition.trace import (
+    ROOT,
+    Taps,
+    attribute,
+    channels_hint,
+    check_runs,
+    note_values,
+    trace,
+    writes_in_place,
+)
 
 
 @dataclass(frozen=True)
@@ -93,15 +102,16 @@ class Partition:
     Args:
         model: traced in eval mode, left as it was.
         example: a batch shaped as in training: a tensor, or a tuple of tensors for several positional inputs.
-        taps: paths of modules whose outputs may cross boundaries detached because a later head reads them.
+        taps: paths of modules whose outputs may cross boundaries detached because a later head reads them; or ``auto``
+            for every value that the features at a boundary are themselves computed from.
     """
 
-    def __init__(self, model: nn.Module, example: Any, taps: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module, example: Any, taps: Taps = ()) -> None:
         self.model = model
         self.example = example
-        self.taps = tuple(taps)
+        self.taps: Taps = taps if taps == "auto" else tuple(taps)
         self.modules = dict(model.named_modules())
-        for name in self.taps:
+        for name in () if taps == "auto" else taps:
             if name not in self.modules:
                 raise PartitionError(f"taps: {nearest(name, self.modules, 'module')}")
         check_runs(model, example)
@@ -149,7 +159,8 @@ class Partition:
             if len(crossing) != 1 or not 2 <= len(crossing[0].meta.get("shape", ())) <= 4:
                 continue
             cut = self._cut(position, names, crossing[0])
-            if cut.overwritten is None:
+            inside = any(cut.name.startswith(other.name + ".") for other in cuts)
+            if cut.overwritten is None and not (inside and self.taps == "auto"):
                 cuts.append(cut)
         return tuple(cuts)
 
@@ -232,7 +243,7 @@ class Partition:
             raise PartitionError(
                 f"cuts: {name!r} is no cut point: {len(crossing)} tensors with gradient cross there ({values}). Blocks "
                 f"may begin with {valid}. If a later head reads the earlier one, name the module that returns it in "
-                "taps=(...)."
+                'taps=(...), or write taps="auto".'
             )
         cut = self._cut(position, [name], crossing[0])
         if cut.overwritten is not None and spans_wider_than_one:
@@ -299,6 +310,18 @@ class Partition:
         if computed or (len(needed) < 2 and path not in traced.structured):
             return module
         return Called(module, *others)  # type: ignore[misc]
+
+    @property
+    def kept_whole(self) -> str:
+        """The end of an error message: which modules hide cut points because they cannot be traced, and the way out."""
+        hidden = {path: why for path, why in self.traced.opaque.items() if is_unit(self.modules[path])}
+        if not hidden:
+            return ""
+        path = max(hidden, key=lambda path: sum(p.numel() for p in self.modules[path].parameters()))
+        return (
+            f". It is cut around {path!r}, which cannot be traced: {hidden[path]}. To cut inside, pass modules=[...], "
+            "modules that run one after the other"
+        )
 
     @property
     def num_units(self) -> int:
