@@ -31,7 +31,7 @@ def summarize(config: Config, image_shape: tuple[int, int, int], num_classes: in
     """
     device = device_of(config.train.device)
     channels = image_shape[0]
-    task = build_task(config, num_classes, (0.5,) * channels, (0.25,) * channels)
+    task = build_task(config, "classification", num_classes, mean=(0.5,) * channels, std=(0.25,) * channels)
     network = build_network(config, task, image_shape, device)
     generator = torch.Generator(device).manual_seed(0)
     inputs = torch.randn(batch_size, *image_shape, device=device, generator=generator)

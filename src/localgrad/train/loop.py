@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from localgrad.engine import local_losses, num_samples, rows
 from localgrad.method import Term
+from localgrad.models import freeze_batchnorm
 from localgrad.randomness import keyed_randomness, seeded
 from localgrad.spans import Span
 from localgrad.train.experiment import Experiment, explained
@@ -34,6 +35,8 @@ def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch
     with keyed_randomness(config.train.seed):
         while run.epoch < config.train.epochs:
             network.train()
+            if config.model.batchnorm == "frozen":
+                freeze_batchnorm(network.model)
             started = time.perf_counter()
             for inputs, targets in run.data.train.epoch(run.epoch, start=run.batch):
                 inputs, targets = tree_map_only(Tensor, lambda t: t.to(network.device), (inputs, targets))
