@@ -41,6 +41,8 @@ def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int)
     if config.schedule == "constant":
         return config.lr
     share = (done - config.warmup_epochs) / max(1e-9, epochs - config.warmup_epochs)
+    if config.schedule == "poly":
+        return (config.lr - config.min_lr) * (1 - min(1.0, share)) ** 0.9 + config.min_lr
     return 0.5 * config.lr * (1 + math.cos(math.pi * min(1.0, share)))
 
 
