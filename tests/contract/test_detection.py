@@ -34,10 +34,10 @@ class Body(nn.Module):
     def __init__(self, dropout: float) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        self.layer1 = nn.Sequential(ResidualUnit(8, 8, 2, dropout))
-        self.layer2 = nn.Sequential(ResidualUnit(8, 16, 2, dropout))
-        self.layer3 = nn.Sequential(ResidualUnit(16, 16, 2, dropout), ResidualUnit(16, 16, 1, dropout))
-        self.layer4 = nn.Sequential(ResidualUnit(16, 32, 2, dropout))
+        self.layer1 = nn.Sequential(ResidualUnit(8, 12, 2, dropout))
+        self.layer2 = nn.Sequential(ResidualUnit(12, 16, 2, dropout))
+        self.layer3 = nn.Sequential(ResidualUnit(16, 24, 2, dropout), ResidualUnit(24, 24, 1, dropout))
+        self.layer4 = nn.Sequential(ResidualUnit(24, 32, 2, dropout))
 
 
 def torchvision_detector(kind: str, dropout: float = 0.1) -> nn.Module:
@@ -51,7 +51,7 @@ def torchvision_detector(kind: str, dropout: float = 0.1) -> nn.Module:
         torch.manual_seed(0)
         extra = LastLevelP6P7(32, 32)
         stages = {"layer2": "0", "layer3": "1", "layer4": "2"}
-        backbone = BackboneWithFPN(Body(dropout), stages, [16, 16, 32], 32, extra)
+        backbone = BackboneWithFPN(Body(dropout), stages, [16, 24, 32], 32, extra)
         if kind == "fcos":
             return FCOS(backbone, CLASSES, **IDENTITY)
         anchors = AnchorGenerator(((8, 12), (16, 24), (24, 32), (32, 48), (64, 72)), ((0.5, 1.0, 2.0),) * 5)
@@ -100,18 +100,16 @@ ON_EVERY_METHOD = pytest.mark.parametrize("name", [name for name in METHODS if n
 @ON_EVERY_METHOD
 def test_every_method_trains_a_detector(name: str) -> None:
     network = build("retinanet", METHODS[name])
-    before = {path: value.clone() for path, value in network.named_parameters()}
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.01)
     inputs, targets = batch()
     for step in range(2):
         for _, loss in localgrad.local_losses(network, inputs, targets, step):
             assert loss.isfinite()
             loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in network.model.parameters())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         localgrad.exchange(network)
-    moved = {path for path, value in network.named_parameters() if not torch.equal(value, before[path])}
-    assert {path for path, p in network.named_parameters() if p.requires_grad and path.startswith("model.")} <= moved
     assert_transparent(network.model, network, inputs)
 
 
@@ -303,7 +301,7 @@ def test_map_is_the_evaluators() -> None:
         area = (boxes[:, 2:] - boxes[:, :2]).prod(1) * 0.7
         found = (boxes + 4 * torch.randn(count, 4, generator=generator)).clamp(min=0)
         found[:, 2:] = torch.maximum(found[:, 2:], found[:, :2] + 1)
-        output = answered(found / 2, labels.roll(image == 5), torch.randn(count, generator=generator))
+        output = answered(found / 2, labels.roll(int(image == 5)), torch.randn(count, generator=generator))
         sizes = {"size": torch.tensor([64, 64]), "original_size": torch.tensor([128, 128])}
         target = {"boxes": boxes / 2, "labels": labels, "iscrowd": crowd, "area": area, **sizes}
         metric.update(output, [target])
@@ -347,9 +345,8 @@ def test_patches_together_are_the_whole() -> None:
     with torch.no_grad():
         for convolution in head.modules():
             if isinstance(convolution, nn.Conv2d) and convolution.kernel_size == (3, 3):
-                centre = convolution.weight[:, :, 1:2, 1:2].clone()
                 convolution.weight.zero_()
-                convolution.weight[:, :, 1:2, 1:2] = centre
+                convolution.weight[:, :, 1, 1].normal_(std=0.2)
     for module in list(head.modules()):  # normalisation looks at all positions
         for name, child in list(module.named_children()):
             if isinstance(child, nn.GroupNorm):
@@ -375,21 +372,26 @@ def test_heads_answer_for_the_levels_of_their_stride_and_coarser_ones() -> None:
     found = [output["grids"] for _, term, output in localgrad.local_outputs(network, batch()[0]) if term is not None]
     whole = [(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)]
     assert found == [whole, whole, whole[1:], whole[1:]]
-    wide = localgrad.localize(model, dgl(localgrad.tasks.detection(3, head_width=40)), num_blocks=2, example=batch(2)[0])
-    assert wide.auxiliary["0-1"].heads[0].backbone.conv.out_channels == 64  # the next multiple of 32
+    wide = localgrad.localize(model, dgl(localgrad.tasks.detection(3, head_width=70)), num_blocks=2, example=batch(2)[0])
+    assert wide.auxiliary["0-1"].heads[0].backbone.conv.out_channels == 96  # the next multiple of 32
 
 
-def test_peak_activations_fall_and_gradients_of_checkpointing_agree() -> None:
-    inputs, targets = batch()
+def test_peak_activations_fall_with_local_losses() -> None:
+    inputs, targets = batch(2)
 
-    def peak(method: Method, blocks: int) -> int:
-        network = build("retinanet", method, blocks, dropout=0.0)
+    def peak(method: Method, num_blocks: int) -> int:
+        torch.manual_seed(0)
+        model = localgrad.models.retinanet(CLASSES, backbone="resnet18", width=64)
+        network = localgrad.localize(model, method, num_blocks=num_blocks, balance="bytes", example=inputs)
         return measure(lambda: localgrad.backward(network, inputs, targets), network.parameters()).peak_activations
 
-    assert peak(dgl(TASK), 4) < peak(e2e(TASK), 1)
+    assert peak(dgl(TASK), 4) < 0.7 * peak(e2e(TASK), 1)
+
+
+def test_checkpointing_changes_no_gradient() -> None:
     plain, checkpointed = (build("retinanet", m, 4, dropout=0.0) for m in (e2e(TASK), checkpointing(e2e(TASK))))
     for network in (plain, checkpointed):
-        localgrad.backward(network, inputs, targets)
+        localgrad.backward(network, *batch())
     for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
 
@@ -439,9 +441,9 @@ def test_what_is_no_detector_is_refused() -> None:
         localgrad.localize(plain, dgl(TASK), num_blocks=2, example=batch(2)[0])
     with pytest.raises(localgrad.TrainingError, match="detection needs localgrad.models"):
         TASK.loss(torch.zeros(2, 3), Batch(None, [], 0))
-    output = Detector(torchvision_detector("fcos")).eval()(batch(1)[0])
+    output = Detector(torchvision_detector("fcos")).eval()(batch(2)[0])
     with pytest.raises(localgrad.TrainingError, match=r"answers for 3 classes, but this is detection\(7\)"):
-        localgrad.tasks.detection(7).loss(output, Batch(None, batch(1)[1], 0))
+        localgrad.tasks.detection(7).loss(output, Batch(None, batch(2)[1], 0))
     for wrong in ({"num_classes": 0}, {"num_classes": 2, "classes": ("a",)}, {"num_classes": 2, "std": (0.0,)}):
         with pytest.raises(localgrad.ConfigError):
             localgrad.tasks.detection(**wrong)

@@ -28,7 +28,7 @@ class Detection:
 
     Args:
         width: channels of the head; None for half of those of the model's pyramid. Rounded up to a multiple of 32, the
-            groups of its GroupNorm.
+            groups of its GroupNorm, and to 64, so that even a single position can be normalised.
 
     Source: a detection loss on each block is MAN++'s (Su et al., arXiv:2507.16279; released ``retinanet.py``).
     Differs: theirs has one level and the model's width; GroupNorm in the head also where the model's has none, since
@@ -63,7 +63,7 @@ class Detection:
         if site.patches > 1:  # the grids of patches must make up the grid of the whole
             sides = [-(-side // step) for side in site.layout.grid]
             levels = next(n for n in range(1, levels + 1) if n == levels or any(s % 2**n for s in sides))
-        width = 32 * -(-(self.width or model.detector.backbone.out_channels // 2) // 32)
+        width = max(64, 32 * -(-(self.width or model.detector.backbone.out_channels // 2) // 32))
         adapter = _Levels(site, width, step, levels)
         return _Local(_restricted(model.detector, adapter, width, first, levels))
 
