@@ -1,6 +1,7 @@
 """CamVid: test mIoU of several methods with equal data, seeds, data order and epochs; one row a run, kept in a file.
 
-python bench/camvid.py --rows results/camvid-2026-11-21/rows.jsonl e2e dgl dgl+man_pp dgl+mlaan infopro e2e+checkpointing
+python bench/camvid.py --rows results/camvid-2026-11-21/rows.jsonl \\
+    e2e dgl dgl+man_pp dgl+mlaan infopro e2e+checkpointing
 
 A method is written as on the command line. Rows that the file holds are not run again, so a stopped command continues
 where it was. The table is made from the file alone (--table).
@@ -26,7 +27,7 @@ from localgrad.train.meters import evaluate
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="+")
-    parser.add_argument("--recipe", default="segmentation/camvid_unet")
+    parser.add_argument("--recipe", default="camvid_unet")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.NAME=VALUE", help="settings to change")
     parser.add_argument("--rows", type=Path, required=True)

@@ -73,7 +73,9 @@ def available(root: str | Path | None = None) -> list[Found]:
             lines.append(Found(name, found[0].title or source.title, True, str(found[1].resolve())))
         else:
             lines.append(Found(name, source.title, False, "not in " + "; ".join(found)))
-    return lines
+    from localgrad.data import masks
+
+    return [*lines, *masks.available(base)]
 
 
 def load(

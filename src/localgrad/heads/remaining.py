@@ -22,6 +22,8 @@ class Remaining:
     weights are the head's own. Towards the output of the model heads become shallower, the pyramid:
     ``d = max(1, round(depth * (1 - pyramid * t) + pyramid * t))``, t from 0 at the first boundary to 1 at the last.
 
+    Where no later unit can be copied (`localgrad.method.Site.next_units`) the read-out stands alone.
+
     Args:
         read_out: builds what stands behind the units, a linear layer in the paper.
         depth: units at the first boundary.
@@ -68,7 +70,7 @@ def picked(units: tuple[Unit, ...], depth: int, passed: int) -> list[Unit]:
     offsets = sorted({max(1, round(passed + len(units) / depth * i) - passed) for i in range(1, depth + 1)})
     chain: list[Unit] = []
     done = 0
-    for offset in offsets:
+    for offset in offsets if units else ():
         between = units[done:offset]
         changing = [unit for unit in between if unit.changes_form]
         chain += changing or [between[-1]]

@@ -212,16 +212,20 @@ def load_data(config: Config, device: torch.device) -> data.Data:
     return data.load(settings.name, image_size=size, **shared)
 
 
-def build_task(config: Config, kind: str, num_classes: int, **known: Any) -> Task:
-    """The task of a run: its function in `localgrad.tasks`, with the options ``config.task``.
-
-    Args:
-        kind: of the data, ``classification`` for instance.
-        known: what follows from the data, such as ``mean`` and ``std``.
+def build_task(
+    config: Config,
+    num_classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    kind: str = "classification",
+    classes: tuple[str, ...] = (),
+) -> Task:
+    """The task of a run: the function of `localgrad.tasks` that ``kind`` names, with the options ``config.task``.
 
     Raises:
         ConfigError: an option that the task does not have.
     """
+    known: dict[str, Any] = {"mean": mean, "std": std, "classes": classes}
     make = getattr(tasks, kind)
     allowed = list(inspect.signature(make).parameters)[1:]
     known = {name: value for name, value in known.items() if name in allowed}
@@ -332,7 +336,7 @@ def build(config: Config) -> Experiment:
     loaded = load_data(config, device)
     network = build_network(
         config,
-        build_task(config, loaded.kind, loaded.num_classes, classes=loaded.classes, mean=loaded.mean, std=loaded.std),
+        build_task(config, loaded.num_classes, loaded.mean, loaded.std, loaded.kind, loaded.classes),
         loaded.image_shape,
         device,
         len(loaded.train),
