@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import math
 import re
@@ -43,10 +44,11 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """As `localgrad.data.load` takes it, or `localgrad.data.masks.load` for images with masks.
+    """As `localgrad.data.load` takes it, `localgrad.data.masks.load` for masks, `localgrad.data.boxes.load` for boxes.
 
     ``validation`` is the share of training images that select the best epoch. ``image_size`` is the side of square
-    images, or [height, width] with masks; ``crop_size``, ``scale`` and ``on_damage`` are for masks only.
+    images, [height, width] with masks, either that or the shorter side with boxes; ``crop_size`` and ``scale`` are for
+    masks only, ``longest_side`` for boxes, ``on_damage`` for both.
     """
 
     name: str = "cifar10"
@@ -54,6 +56,7 @@ class DataConfig:
     image_size: int | tuple[int, int] | None = None
     crop_size: tuple[int, int] | None = None
     scale: tuple[float, float] = (1.0, 1.0)
+    longest_side: int | None = None
     on_damage: Literal["raise", "skip"] = "raise"
     validation: float = 0.1
     limit: int | None = None
@@ -77,7 +80,7 @@ class OptimConfig:
 
     ``schedule``: ``cosine`` falls to 0 step by step after ``warmup_epochs`` of linear warm-up; ``paper`` is the
     per-epoch cosine of the papers with their warm-up from 0.01; ``poly`` falls to ``min_lr`` as ``(1 - share) ** 0.9``,
-    step by step; ``constant`` stays.
+    step by step; ``step`` is divided by 10 at each of the ``milestones``, shares of the run; ``constant`` stays.
     ``clip_grad`` limits the gradient norm of each group of blocks that share a span: one block in local learning, all
     of them in end-to-end training. ``per_block`` steps a block as soon as its last span ran and frees its gradients;
     ``offload`` then keeps the optimizer's state of all but two blocks on the host.
@@ -89,8 +92,9 @@ class OptimConfig:
     nesterov: bool = True
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
-    schedule: Literal["cosine", "paper", "poly", "constant"] = "cosine"
+    schedule: Literal["cosine", "paper", "poly", "step", "constant"] = "cosine"
     min_lr: float = 0.0
+    milestones: tuple[float, ...] = (2 / 3, 8 / 9)
     warmup_epochs: int = 0
     clip_grad: float | None = None
     per_block: bool = False
@@ -109,6 +113,10 @@ class OptimConfig:
         _require(
             self.min_lr == 0 or (0 < self.min_lr < self.lr and self.schedule == "poly"),
             f"optim.min_lr={self.min_lr}; a rate below optim.lr, with optim.schedule=poly only",
+        )
+        _require(
+            all(0 < a < b <= 1 for a, b in itertools.pairwise((*self.milestones, 1))),
+            f"optim.milestones={list(self.milestones)}; write rising shares of the run, between 0 and 1",
         )
         _require(self.warmup_epochs >= 0, f"optim.warmup_epochs={self.warmup_epochs}; it must be at least 0")
         _require(

@@ -6,6 +6,7 @@ from localgrad.heads.attention_map import AttentionMap
 from localgrad.heads.conv import Conv
 from localgrad.heads.critic import Critic
 from localgrad.heads.decoder import Decoder
+from localgrad.heads.detection import Detection
 from localgrad.heads.fcn import FCN
 from localgrad.heads.linear import Linear, PooledLinear
 from localgrad.heads.mlp import MLP
@@ -21,6 +22,7 @@ __all__ = [
     "Conv",
     "Critic",
     "Decoder",
+    "Detection",
     "Linear",
     "Patches",
     "PooledLinear",

@@ -58,7 +58,8 @@ class Remaining:
         chain = picked(units, depth, site.units_passed - 1)
         body = Parts(*(copied(unit.module, "fresh") for unit in chain))
         beyond = site.beyond(body)
-        read_out = list(self.read_out(beyond).children())
+        head = self.read_out(beyond)
+        read_out = list(head) if isinstance(head, nn.Sequential) else [head]
         if depth == 1 and isinstance(self.read_out, Linear):
             read_out.insert(-1, nn.BatchNorm1d(beyond.channels))
         return nn.Sequential(body, *read_out).train()

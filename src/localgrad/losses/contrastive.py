@@ -33,9 +33,9 @@ class Contrastive:
 
     def __call__(self, output: Tensor, batch: Batch) -> Tensor:
         labels = batch.targets
-        if labels.dim() != 1:
+        if not isinstance(labels, Tensor) or labels.dim() != 1:
             raise TrainingError(
-                "the contrastive loss needs one class per image: switch mixup and cutmix off; masks have none"
+                "the contrastive loss needs one class per image: switch mixup and cutmix off; masks and boxes have none"
             )
         z = F.normalize(widened(output), dim=1)
         logits = z @ z.T / self.temperature

@@ -45,8 +45,10 @@ class Similarity:
 
     def __call__(self, output: Tensor, batch: Batch) -> Tensor:
         targets = batch.targets
-        if targets.dim() > 2:
-            raise TrainingError("similarity matching needs one class for each image, not masks; use another method")
+        if not isinstance(targets, Tensor) or targets.dim() > 2:
+            raise TrainingError(
+                "similarity matching needs one class for each image, not masks or boxes; use another method"
+            )
         onehot = targets if targets.dim() == 2 else F.one_hot(targets, self.num_classes)
         values = widened(output)
         return F.mse_loss(similarity_matrix(values), similarity_matrix(onehot.to(values.dtype)))

@@ -10,13 +10,16 @@ from torch import nn
 
 from localgrad.errors import ConfigError, nearest
 from localgrad.models.batchnorm import freeze_batchnorm
+from localgrad.models.detection import Detector, fcos, retinanet
 from localgrad.models.pretrained import load_pretrained
 from localgrad.models.resnet_cifar import CifarResNet, resnet8, resnet20, resnet32, resnet56, resnet110
 
 __all__ = [
     "CifarResNet",
+    "Detector",
     "available",
     "create",
+    "fcos",
     "freeze_batchnorm",
     "load_pretrained",
     "resnet110",
@@ -24,9 +27,12 @@ __all__ = [
     "resnet32",
     "resnet56",
     "resnet8",
+    "retinanet",
 ]
 
-OWN: dict[str, Callable[..., nn.Module]] = {f.__name__: f for f in (resnet8, resnet20, resnet32, resnet56, resnet110)}
+OWN: dict[str, Callable[..., nn.Module]] = {
+    f.__name__: f for f in (resnet8, resnet20, resnet32, resnet56, resnet110, retinanet, fcos)
+}
 LIBRARIES = ("timm", "torchvision", "smp")
 
 

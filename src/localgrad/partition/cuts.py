@@ -301,7 +301,7 @@ class Partition:
                 self._callable(path),
                 layouts[k],
                 ends[k],
-                self._reads_taps(one.position, edges[k]),
+                self._reads_taps(one.position, min(edges[k], self.traced.left.get(path, edges[k]))),
                 one is units[-1] or self._returned_channels(path, one) in (None, ends[k].channels),
             )
             for k, (one, path) in enumerate(zip(units, paths, strict=True))

@@ -188,13 +188,20 @@ def load_data(config: Config, device: torch.device) -> data.Data:
         "device": device,
     }
     size = settings.image_size
+    dense = data.masks.knows(settings.name) or data.boxes.knows(settings.name)
+    if dense and (config.train.mixup or config.train.cutmix):
+        raise ConfigError(f"mixup and cutmix mix classes of whole images; switch them off for {settings.name!r}")
+    if data.boxes.knows(settings.name):
+        if settings.crop_size is not None or settings.scale != (1.0, 1.0):
+            raise ConfigError(f"data.crop_size and data.scale need masks, not {settings.name!r}")
+        return data.boxes.load(
+            settings.name, image_size=size, longest_side=settings.longest_side, on_damage=settings.on_damage, **shared
+        )
     if data.masks.knows(settings.name):
         if isinstance(size, int):
             raise ConfigError(
                 f"data.image_size={size}; with masks write [height, width], for instance [{size}, {size}]"
             )
-        if config.train.mixup or config.train.cutmix:
-            raise ConfigError(f"mixup and cutmix mix classes of whole images; switch them off for {settings.name!r}")
         return data.masks.load(
             settings.name, image_size=size, crop_size=settings.crop_size, scale=settings.scale,
             on_damage=settings.on_damage, **shared,
