@@ -84,8 +84,9 @@ def by_bytes(
         auxiliary: what a method puts on a cut point; None for nothing.
         saved: what `unit_storages` returned, if it is known already.
         gradients: which stay beside the activations: ``none`` counts activations only, ``own`` is for an optimizer that
-            steps each block as soon as it is done, ``earlier`` for one that steps at the end, so that those of the
-            blocks before are alive too (of their units; their auxiliary networks are left out).
+            steps each block as soon as it is done (and makes one copy of its gradients meanwhile), ``earlier`` for one
+            that steps at the end, so that those of the blocks before are alive too (of their units; their auxiliary
+            networks are left out).
         share: the example's part of a training batch; gradients do not grow with the batch, activations do.
 
     Raises:
@@ -119,6 +120,8 @@ def by_bytes(
             moments = [moment + trained[j - 1] for moment in (*moments, total)]
             end = ends[j - 1]
             cost[i][j] = before + max(total + end.saved, max(moments) + end.gradients)
+            if gradients == "own":
+                cost[i][j] = max(cost[i][j], 2 * (sum(trained[i:j]) + end.gradients))
     return tuple(cuts[start - 1] for start in _smallest_largest(cost, num_blocks) if start > 0)
 
 
