@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from localgrad.bench.contest import REFERENCE, Contest, Row
-from localgrad.bench.plots import INK, _figure, _save
+from localgrad.bench.plots import INK, new_figure, save_figure
 from localgrad.errors import ConfigError
 
 COLORS = {REFERENCE: INK, "checkpointing": "#16a085", "accumulation": "#2980b9", "local": "#d35400"}
@@ -42,7 +42,7 @@ def pareto_picture(found: Contest, path: Path, accuracies: Mapping[str, float] |
     unknown = sorted(set(accuracies) - {row.label for row in found.rows})
     if unknown:
         raise ConfigError(f"accuracy of {unknown[0]!r}, but the ways are {', '.join(row.label for row in found.rows)}")
-    figure, (axis,) = _figure(1, 5.2)
+    figure, (axis,) = new_figure(1, 5.2)
     figure.set_size_inches(9.2, 5.2)
     reference = found.rows[0].memory or 1
     rows = [row for row in found.rows if row.memory is not None]
@@ -85,7 +85,7 @@ def pareto_picture(found: Contest, path: Path, accuracies: Mapping[str, float] |
     axis.legend(handles=blank, fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(1.01, -0.02),
                 title="not dominated (filled)", title_fontsize=8, alignment="left", handlelength=0)  # fmt: skip
     figure.tight_layout()  # legends outside the axes need it twice
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _form(row: Row) -> str:
@@ -107,7 +107,7 @@ def timeline_picture(found: Contest, path: Path) -> None:
         found: with timelines.
     """
     rows = timeline_rows(found)
-    figure, axes = _figure(len(rows), 3.2)
+    figure, axes = new_figure(len(rows), 3.2)
     figure.set_size_inches(3.7 * len(rows) + 0.4, 3.2)
     highest = max(live for row in rows for _, live, _ in row.timeline) / 2**20
     for axis, row in zip(axes, rows, strict=True):
@@ -132,7 +132,7 @@ def timeline_picture(found: Contest, path: Path) -> None:
     axes[-1].legend(fontsize=8, frameon=False, loc="center right")
     shape = "x".join(map(str, found.image_shape))
     figure.suptitle(f"{found.model}, {found.batch_size} images of {shape}", fontsize=10.5)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def timeline_rows(found: Contest) -> list[Row]:
