@@ -97,7 +97,10 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """The loop. ``checkpoint_every`` counts steps; a checkpoint is also written after each epoch."""
+    """The loop. ``checkpoint_every`` counts steps; a checkpoint is also written after each epoch.
+
+    ``capture`` records a step as a CUDA graph and replays it; dropout then draws from torch's own generators.
+    """
 
     epochs: int = 10
     batch_size: int = 128
@@ -109,6 +112,7 @@ class TrainConfig:
     cutmix: float = 0.0
     ema_decay: float | None = None
     compile: bool = False
+    capture: bool = False
     channels_last: bool = False
     seed: int = 0
     deterministic: bool = False

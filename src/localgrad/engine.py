@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from localgrad.errors import PartitionError, TrainingError
 from localgrad.method import Batch, Followed, Term
 from localgrad.partition import INPUTS, OUTPUT
+from localgrad.pointwise import pointwise_recomputed
 from localgrad.randomness import draws_of
 from localgrad.recompute import recomputed
 from localgrad.spans import Span
@@ -208,10 +209,19 @@ class _Pass:
         waits = any(span.covers(index) and span.stop > index + 1 for span in self.spans)
         device = self.network.device
         run = self.network.probed(index)
-        with draws_of("block", self.batch.step, self.part, index, device), precision(device, autocast):
+        with (
+            draws_of("block", self.batch.step, self.part, index, device),
+            precision(device, autocast),
+            self._lean(),
+        ):
             if self.network.method.checkpoint and waits and torch.is_grad_enabled():
                 return recomputed(run, *arguments)
             return run(*arguments)
+
+    def _lean(self) -> contextlib.AbstractContextManager[None]:
+        if self.network.method.checkpoint_pointwise and torch.is_grad_enabled():
+            return pointwise_recomputed()
+        return contextlib.nullcontext()
 
     def loss(self, span: Span, autocast: torch.dtype | None, on_output: OnOutput | None) -> Tensor:
         """The weighted loss of a span; its backward pass stops at the boundary."""
@@ -222,7 +232,11 @@ class _Pass:
         if self.answers is not None and self.answers[0] < span.stop:
             self.previous, self.answers = self.answers[1], None
         batch = replace(self.batch, boundary=span.stop, previous=self.previous)
-        with draws_of("auxiliary", batch.step, self.part, str(span), device), precision(device, autocast):
+        with (
+            draws_of("auxiliary", batch.step, self.part, str(span), device),
+            precision(device, autocast),
+            self._lean(),
+        ):
             if span.stop == len(network.blocks):
                 total = (network.method.final_loss or network.method.task.loss)(features, batch)
                 observed: list[tuple[Term | None, Any]] = [(None, features)]

@@ -115,7 +115,16 @@ class LocalNetwork(nn.Module):
         return self._last_reader[self.model.training].get(name, -1)
 
     def compile_blocks(self, **options: Any) -> None:
-        """``torch.compile`` each block and auxiliary network, in place; ``options`` as for ``nn.Module.compile``."""
+        """``torch.compile`` each block and auxiliary network, in place; ``options`` as for ``nn.Module.compile``.
+
+        Raises:
+            MethodError: the method recomputes pointwise operations one by one, which a compiler cannot see through.
+        """
+        if self.method.checkpoint_pointwise:
+            raise MethodError(
+                f"{self.method.name} recomputes pointwise operations one by one, and torch.compile does so by itself: "
+                "leave out either checkpointing(where='pointwise') or the compiler"
+            )
         for block in self.blocks:
             block.compile_graphs(**options)
         for auxiliary in self.auxiliary.values():

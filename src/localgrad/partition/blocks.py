@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -144,7 +145,7 @@ def _tensor_links(graph: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _device(model: nn.Module) -> torch.device | None:
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
 
 
 def _relink(graph: nn.Module, path: str, model: nn.Module) -> None:
