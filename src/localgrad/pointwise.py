@@ -23,9 +23,12 @@ _aten = torch.ops.aten
 # Their backward pass keeps their input, from which their output follows.
 _NORMS = {_aten.native_batch_norm.default, _aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default}
 _KEEP_INPUT = _NORMS | {
-    _aten.native_layer_norm.default, _aten.native_group_norm.default, _aten._fused_rms_norm.default,
-    _aten.gelu.default, _aten.silu.default, _aten.hardswish.default, _aten.mish.default, _aten.leaky_relu.default,
-    _aten.hardtanh.default, _aten.hardsigmoid.default,
+    getattr(_aten, name).default
+    for name in (
+        "native_layer_norm", "native_group_norm", "_fused_rms_norm",
+        "gelu", "silu", "hardswish", "mish", "leaky_relu", "hardtanh", "hardsigmoid",
+    )
+    if hasattr(_aten, name)  # older versions of torch have no fused RMSNorm
 }  # fmt: skip
 # They keep their output or nothing at all: worth computing again only from what is itself computed again.
 _FOLLOW = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from localgrad.config import OptimConfig
 from localgrad.errors import ConfigError
 from localgrad.network import LocalNetwork
 from localgrad.spans import groups
+from localgrad.train.offload import Offload
 
 
 def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int) -> float:
@@ -38,7 +40,11 @@ def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int)
         return config.lr * (done + 1e-2) / config.warmup_epochs
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "step":
+        return config.lr * 0.1 ** sum(done >= milestone * epochs for milestone in config.milestones)
     share = (done - config.warmup_epochs) / max(1e-9, epochs - config.warmup_epochs)
+    if config.schedule == "poly":
+        return (config.lr - config.min_lr) * (1 - min(1.0, share)) ** 0.9 + config.min_lr
     return 0.5 * config.lr * (1 + math.cos(math.pi * min(1.0, share)))
 
 
@@ -94,6 +100,12 @@ class Stepper:
             )
         self.rate = torch.tensor(config.lr, device=network.device) if capture else None
         self.optimizers = [build(config, parameters, self.rate) for parameters in self.parameters]
+        if config.offload and (not config.per_block or capture):
+            raise ConfigError(
+                "optim.offload keeps the state of blocks that are not stepping on the host: set optim.per_block=true "
+                "and train.capture=false, or optim.offload=false"
+            )
+        self.offload = Offload(self.optimizers, network.device) if config.offload else None
         patterns = network.method.spans.patterns(len(network.blocks))
         if config.per_block and config.clip_grad and any(s.stop - s.start > 1 for p in patterns for s in p):
             raise ConfigError(
@@ -115,7 +127,8 @@ class Stepper:
                 group["lr"] = value if self.rate is None else self.rate
 
     def _step_block(self, block: int) -> None:
-        self._step(self.optimizers[block], [self.parameters[block]])
+        with self.offload.at_hand(block) if self.offload is not None else contextlib.nullcontext():
+            self._step(self.optimizers[block], [self.parameters[block]])
 
     def _step(self, optimizer: torch.optim.Optimizer, clipped_together: list[list[nn.Parameter]]) -> None:
         if self.config.clip_grad is not None:
@@ -135,10 +148,14 @@ class Stepper:
 
     def state_dict(self) -> dict[str, Any]:
         """State of every optimizer and of the scaler."""
+        if self.offload is not None:
+            self.offload.settle()
         return {"optimizers": [o.state_dict() for o in self.optimizers], "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put `state_dict` back."""
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        if self.offload is not None:
+            self.offload = Offload(self.optimizers, self.network.device)
         self.scaler.load_state_dict(state["scaler"])
