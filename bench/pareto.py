@@ -56,6 +56,10 @@ ways = [
     eight,
     local_way(4, "none"),
     local_way(8, "none"),
+    *(
+        replace(way, name=f"{way.name}, pointwise recomputed", method=methods.checkpointing(local, where="pointwise"))
+        for way in (local_way(4, "none"), local_way(8, "none"))
+    ),
     replace(eight, name=f"{eight.name}, checkpointing inside", inside=True),
 ]
 if arguments.only:
