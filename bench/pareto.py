@@ -10,26 +10,43 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from localgrad import methods, tasks
+from localgrad import methods, models, tasks
 from localgrad.bench.contest import REFERENCE, UNITS, Way, contest
 from localgrad.bench.contest_plots import pareto_picture, timeline_picture
+from localgrad.network import auxiliary_bytes
+from localgrad.partition import Partition, by_bytes
+from localgrad.partition.balance import unit_storages
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", choices=("resnet50", "resnet101"))
 parser.add_argument("out", type=Path)
 parser.add_argument("--batch-size", type=int, default=4)
 parser.add_argument("--rounds", type=int, default=2)
+parser.add_argument("--only", choices=("local",), help="only local learning and the reference")
 arguments = parser.parse_args()
 
 torch.set_num_threads(1)
 task = tasks.classification(1000)
 e2e = methods.e2e(task)
 local = methods.dgl(task, head="linear")
-four = Way("dgl(head=linear) K=4, per-block step", "local", local, 4, per_block=True)
-eight = replace(four, name="dgl(head=linear) K=8, per-block step", num_blocks=8)
+model = models.create(f"torchvision:{arguments.model}", num_classes=1000)
+partition = Partition(model, torch.randn(2, 3, 224, 224))
+saved = unit_storages(partition)
+
+
+def local_way(num_blocks: int, held: Literal["own", "none"] = "own") -> Way:
+    """Balanced by activations and the gradients a block has by itself, as it steps alone; or by activations only."""
+    auxiliary = auxiliary_bytes(local, partition, num_blocks)
+    cuts = by_bytes(partition, num_blocks, auxiliary, saved, gradients=held, share=2 / arguments.batch_size)
+    name = f"dgl(head=linear) K={num_blocks}{' by activations' * (held == 'none')}, per-block step"
+    return Way(name, "local", local, num_blocks, per_block=True, cuts=tuple(cut.name for cut in cuts))
+
+
+four, eight = local_way(4), local_way(8)
 ways = [
     Way(REFERENCE, REFERENCE, e2e),
     Way(UNITS, "checkpointing", methods.checkpointing(e2e), None),
@@ -37,17 +54,25 @@ ways = [
     Way(f"{UNITS}, x4", "checkpointing", methods.accumulation(methods.checkpointing(e2e)), None),
     four,
     eight,
+    local_way(4, "none"),
+    local_way(8, "none"),
+    *(
+        replace(way, name=f"{way.name}, pointwise recomputed", method=methods.checkpointing(local, where="pointwise"))
+        for way in (local_way(4, "none"), local_way(8, "none"))
+    ),
     replace(eight, name=f"{eight.name}, checkpointing inside", inside=True),
 ]
+if arguments.only:
+    ways = [way for way in ways if way.kind in (REFERENCE, "local") and not way.inside]
 found = contest(
-    f"torchvision:{arguments.model}",
+    model,
     ways,
     batch_size=arguments.batch_size,
-    balance="bytes",
     rounds=arguments.rounds,
     timeline=True,
     progress=lambda what: print(what, file=sys.stderr, flush=True),
 )
+found = replace(found, model=f"torchvision:{arguments.model}")
 arguments.out.mkdir(exist_ok=True)
 (arguments.out / f"{arguments.model}.json").write_text(json.dumps(found.as_dict(), indent=1) + "\n")
 (arguments.out / f"{arguments.model}.md").write_text(f"{found}\n")

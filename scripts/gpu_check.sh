@@ -40,8 +40,8 @@ mkdir -p "$out" || exit 2
 if [ -n "$archive" ] && [ -f "$archive" ]; then tar -xzf "$archive" -C "$out" || exit 2; fi
 
 left() { echo $((budget - SECONDS)); }
-# Runs a command for at most so many seconds, or until the budget is spent; its output goes to a log and, but for the
-# progress, to the terminal. TERM makes training save and stop.
+# Runs a command for at most so many seconds, or until the budget is spent, its output in a log. TERM makes training save
+# and stop.
 limited() {
   local log="$1" seconds="$2" rest
   shift 2
@@ -66,7 +66,10 @@ if "$python" -c "import xdist" 2>/dev/null; then workers="-n ${GPU_CHECK_WORKERS
 tested() { limited "$1" "$2" "$python" -m pytest -q -ra -o addopts= -p no:cacheprovider -W default "${@:3}"; }
 
 if wants tests && ! grep -qs "^passed" "$out/tests.status"; then
-  tested tests.txt 120 tests/cuda
+  files=tests/cuda
+  [ "$device" = cpu ] || files="tests/cuda tests/unit/test_capture.py tests/unit/test_checkpoint.py::test_cuda"
+  # shellcheck disable=SC2086
+  tested tests.txt 120 $files
   status=$?
   [ $status = 0 ] && echo passed >"$out/tests.status" || echo "failed ($status)" >"$out/tests.status"
   note "tests on $device: $(cat "$out/tests.status"): $(tail -n 1 "$out/tests.txt")"
@@ -131,27 +134,31 @@ fi
 fast=(train.precision=bf16 train.channels_last=true)
 [ $small ] && fast=()
 
-# Seconds of an epoch once everything is warm, and what the 400 epochs of the papers would take.
+# Seconds of an epoch once everything is warm, and what the 400 epochs of the papers would take; also as CUDA graphs.
 if wants speed && [ ! -f "$out/speed.json" ]; then
-  for method in e2e dgl; do
-    limited "speed-$method.txt" 120 "$python" -m localgrad train "${common[@]}" --method $method --epochs $epochs \
-      --device "$device" --run-dir "$out/speed-$method" --overwrite "${fast[@]}"
-    note "speed of $method: exit $?"
+  speeds=(e2e dgl)
+  [ "$device" = cpu ] || speeds+=(e2e-captured dgl-captured)
+  for kind in "${speeds[@]}"; do
+    capture=()
+    [ "${kind#*-}" = captured ] && capture=(train.capture=true)
+    limited "speed-$kind.txt" 60 "$python" -m localgrad train "${common[@]}" --method "${kind%-captured}" \
+      --epochs $epochs --device "$device" --run-dir "$out/speed-$kind" --overwrite "${fast[@]}" "${capture[@]}"
+    note "speed of $kind: exit $?"
   done
-  "$python" - "$out" "$data" <<'PY'
-import csv, json, sys
+  "$python" - "$out" "$data" "${speeds[@]}" <<'PY'
+import csv, json, shutil, sys
 from pathlib import Path
 out, rows = Path(sys.argv[1]), {}
-for method in ("e2e", "dgl"):
-    path = out / f"speed-{method}" / "metrics.csv"
+for kind in sys.argv[3:]:
+    path = out / f"speed-{kind}" / "metrics.csv"
     if path.is_file():
         seconds = [float(row["seconds"]) for row in csv.DictReader(path.open())]
-        rows[method] = {"epochs": seconds, "best": min(seconds), "minutes_of_400_epochs": min(seconds) * 400 / 60}
+        rows[kind] = {"epochs": seconds, "best": min(seconds), "minutes_of_400_epochs": min(seconds) * 400 / 60}
+    shutil.rmtree(out / f"speed-{kind}", ignore_errors=True)
 if rows:
     (out / "speed.json").write_text(json.dumps({"data": sys.argv[2], **rows}, indent=1) + "\n")
-    print(json.dumps({name: round(row["best"], 3) for name, row in rows.items()}))
+    print(json.dumps({kind: round(row["best"], 3) for kind, row in rows.items()}))
 PY
-  rm -rf "$out/speed-e2e" "$out/speed-dgl"
 fi
 
 # One run after the other until the time is up; the next call continues each where it stopped.

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from localgrad.method import Method
 from localgrad.network import Balance, LocalNetwork, localize
 from localgrad.partition import Partition
 from localgrad.planning import EXACT, LOCAL, MICRO, Rates, Work
-from localgrad.spans import Grouped
 from localgrad.twins import exchange
 
 VARIANTS = {"fp32": None, "bf16": torch.bfloat16}
@@ -50,9 +50,9 @@ class Way:
         name: in tables.
         kind: ``end-to-end``, ``checkpointing``, ``accumulation`` or ``local``; pictures draw each in its own color.
         method: what trains the blocks.
-        num_blocks: K; None for as many as the model has units.
+        num_blocks: K; None for as many as the model has units. ``cuts``, paths of modules, say where instead.
         per_block: whether each block steps, and frees its gradients, as soon as its backward pass is done.
-        inside: recompute the units inside a block in its backward pass, all but the last. Ramps then count units.
+        inside: recompute the units inside a block in its backward pass, all but the last.
         variant: ``fp32`` or ``bf16`` (autocast), then any of ``channels_last`` and ``compile``, joined by ``+``.
     """
 
@@ -63,6 +63,7 @@ class Way:
     per_block: bool = False
     inside: bool = False
     variant: str = "fp32"
+    cuts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         precision, *options = self.variant.split("+")
@@ -317,7 +318,7 @@ class _Contestant:
 
     def __init__(self, way: Way, model: nn.Module, inputs: Tensor, targets: Tensor, balance: Balance) -> None:
         self.way, self.inputs, self.targets = way, inputs, targets
-        self.network = network = _cut(way, model, inputs[:2], balance).train()
+        self.network = network = _cut(way, model, inputs[:2], balance, len(inputs)).train()
         if way.has("channels_last"):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if way.has("compile"):
@@ -399,19 +400,29 @@ class _Moments(TorchDispatchMode):
         return result
 
 
-def _cut(way: Way, model: nn.Module, example: Tensor, balance: Balance) -> LocalNetwork:
-    """The model cut as a way asks for."""
-    units = [cut.name for cut in Partition(model, example).cuts]
-    if way.num_blocks is None:
+def _cut(way: Way, model: nn.Module, example: Tensor, balance: Balance, batch_size: int) -> LocalNetwork:
+    """The model cut as a way asks for; raises `MethodError` if there is nothing inside its blocks to recompute."""
+    if way.cuts:
+        network = localize(model, way.method, cuts=way.cuts, example=example)
+    elif way.num_blocks is None:
+        units = [cut.name for cut in Partition(model, example).cuts]
         return localize(model, way.method, cuts=units, example=example)
-    network = localize(model, way.method, num_blocks=way.num_blocks, balance=balance, example=example)
+    elif balance == "bytes":
+        network = localize(
+            model, way.method, num_blocks=way.num_blocks, balance=balance, example=example, batch_size=batch_size
+        )
+    else:
+        network = localize(model, way.method, num_blocks=way.num_blocks, example=example)
     if not way.inside:
         return network
-    if way.method.reconcile is not None:
-        raise MethodError(f"{way.method.name} reconciles gradients of blocks that are run once; inside=False")
-    starts = [units.index(cut.name) + 1 for cut in network.cuts]
-    spans = Grouped(way.method.spans, (0, *starts, len(units) + 1))
-    return localize(model, replace(way.method, spans=spans, checkpoint=True), cuts=units, example=example)
+    units = [cut.name for cut in Partition(model, example).cuts]
+    cuts = [cut.name for cut in network.cuts]
+    starts = [0, *(units.index(name) + 1 for name in cuts), len(units) + 1]
+    several = [k for k, (start, stop) in enumerate(pairwise(starts)) if stop - start > 1]
+    if not several:
+        raise MethodError("every block is a single unit already, with nothing inside to recompute")
+    where: dict[str, Any] = {"cuts": cuts} if cuts else {"num_blocks": 1}
+    return localize(model, way.method, example=example, recompute=several, **where)
 
 
 def _allocated(step: Callable[[], None]) -> int:

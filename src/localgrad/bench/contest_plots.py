@@ -35,6 +35,7 @@ def pareto_picture(found: Contest, path: Path, accuracies: Mapping[str, float] |
         found: its first row is (1, 1).
         accuracies: test accuracy in per cent by name of a row, written beside its point.
     """
+    from matplotlib import pyplot
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -84,8 +85,8 @@ def pareto_picture(found: Contest, path: Path, accuracies: Mapping[str, float] |
     blank = [Line2D([], [], linestyle="", label=f"{k + 1}  {_short(row.label)}") for k, row in enumerate(frontier)]
     axis.legend(handles=blank, fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(1.01, -0.02),
                 title="not dominated (filled)", title_fontsize=8, alignment="left", handlelength=0)  # fmt: skip
-    figure.tight_layout()  # legends outside the axes need it twice
-    save_figure(figure, path)
+    figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.25)  # with the legends outside the axes
+    pyplot.close(figure)
 
 
 def _form(row: Row) -> str:
@@ -97,7 +98,7 @@ def _form(row: Row) -> str:
 
 
 def _short(name: str) -> str:
-    return name.replace("checkpointing", "ckpt.").replace("per-block", "per block")
+    return name.replace("checkpointing", "ckpt.").replace("per-block step", "per block")
 
 
 def timeline_picture(found: Contest, path: Path) -> None:
