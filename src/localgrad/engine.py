@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.errors import PartitionError, TrainingError
 from localgrad.method import Batch, Followed, Term
-from localgrad.partition import INPUTS, OUTPUT, Block
+from localgrad.partition import INPUTS, OUTPUT
 from localgrad.pointwise import pointwise_recomputed
 from localgrad.randomness import draws_of
 from localgrad.recompute import recomputed
@@ -180,7 +180,7 @@ class _Pass:
         arguments = [self._argument(name, index) for name in block.inputs]
         crossing = [t for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad]
         versions = [t._version for t in crossing]
-        outputs = self._call(index, block, arguments, autocast)
+        outputs = self._call(index, arguments, autocast)
         if any(t._version != version for t, version in zip(crossing, versions, strict=True)):
             raise PartitionError(
                 f"block {index} overwrites its input in place, but a span that starts before it still needs those "
@@ -205,7 +205,7 @@ class _Pass:
             return self.seam.entered(value)
         return value
 
-    def _call(self, index: int, block: Block, arguments: list[Any], autocast: torch.dtype | None) -> Any:
+    def _call(self, index: int, arguments: list[Any], autocast: torch.dtype | None) -> Any:
         waits = any(span.covers(index) and span.stop > index + 1 for span in self.spans)
         device = self.network.device
         run = self.network.probed(index)

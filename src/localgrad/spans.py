@@ -172,6 +172,33 @@ class Periodic:
         return (*(() if always else self.base.patterns(num_blocks)), *self.guide.patterns(num_blocks))
 
 
+@dataclass(frozen=True)
+class Grouped:
+    """``base``, but each of its blocks is a run of blocks: its block ``k`` is ``edges[k] .. edges[k + 1] - 1``.
+
+    With `localgrad.methods.checkpointing` a run is recomputed block by block: checkpointing inside what trains alone.
+    """
+
+    base: Schedule
+    edges: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.edges) < 2 or self.edges[0] != 0 or any(a >= b for a, b in pairwise(self.edges)):
+            raise MethodError(f"edges={self.edges}; write rising boundaries from 0 to the number of blocks, (0, 3, 8)")
+
+    def _grouped(self, spans: tuple[Span, ...], num_blocks: int) -> tuple[Span, ...]:
+        if self.edges[-1] != num_blocks:
+            raise MethodError(f"edges={self.edges} end at {self.edges[-1]}, but the network has {num_blocks} blocks")
+        return tuple(Span(self.edges[s.start], self.edges[s.stop], s.weight) for s in spans)
+
+    def __call__(self, num_blocks: int, step: int) -> tuple[Span, ...]:
+        return self._grouped(self.base(len(self.edges) - 1, step), num_blocks)
+
+    def patterns(self, num_blocks: int) -> tuple[tuple[Span, ...], ...]:
+        """Those of the base, each span over its runs."""
+        return tuple(self._grouped(spans, num_blocks) for spans in self.base.patterns(len(self.edges) - 1))
+
+
 def check(spans: Sequence[Span], num_blocks: int) -> None:
     """Raise `MethodError` unless ``spans`` are distinct, lie inside the network and train every block."""
     for span in spans:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from localgrad.errors import MethodError
-from localgrad.spans import EndToEnd, FromInput, Local, Overlapping, Periodic, Span, check, groups
+from localgrad.spans import EndToEnd, FromInput, Grouped, Local, Overlapping, Periodic, Span, check, groups
 
 
 def triples(spans: tuple[Span, ...]) -> list[tuple[int, int, float]]:
@@ -34,6 +34,20 @@ def test_overlapping_windows() -> None:
     assert triples(Overlapping(5, 1.0, 2.0)(2, 0)) == [(0, 1, 1.0), (0, 2, 2.0), (1, 2, 1.0)]
     assert triples(Overlapping(2, 1.0, 2.0)(1, 0)) == [(0, 1, 1.0)]  # one block alone is trained end to end
     assert triples(Overlapping(2, 0.25, 0.75, tail=2)(3, 0)) == [(0, 1, 0.25), (0, 3, 0.75), (1, 3, 0.25)]
+
+
+def test_grouped() -> None:
+    assert triples(Grouped(Local(), (0, 2, 3, 7))(7, 0)) == [(0, 2, 1.0), (2, 3, 1.0), (3, 7, 1.0)]
+    wide = Grouped(Overlapping(2, 0.25, 0.75), (0, 1, 4, 6))
+    assert triples(wide(6, 5)) == [(0, 1, 0.25), (0, 4, 0.75), (1, 4, 0.25), (1, 6, 0.75), (4, 6, 0.25)]
+    periodic = Grouped(Periodic(Local(), every=3), (0, 2, 4))
+    assert [triples(periodic(4, step)) for step in (0, 1)] == [[(0, 4, 1.0)], [(0, 2, 1.0), (2, 4, 1.0)]]
+    assert periodic.patterns(4) == (periodic(4, 1), periodic(4, 0))
+    with pytest.raises(MethodError, match="end at 7, but the network has 6"):
+        Grouped(Local(), (0, 2, 7))(6, 0)
+    for edges in ((0,), (1, 3), (0, 2, 2)):
+        with pytest.raises(MethodError, match="rising boundaries"):
+            Grouped(Local(), edges)
 
 
 def test_windows_may_lie_side_by_side() -> None:
