@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import time
 from typing import Any
 
@@ -21,21 +22,50 @@ import torch
 
 from localgrad.bench.cost import Cost, cost
 from localgrad.config import COSTS, Config, read_recipe, recipe_costs, recipes, validate
+from localgrad.data import masks
 from localgrad.data.sources import SOURCES
 from localgrad.train.experiment import build_network, build_task
 
 IMAGES = {"digits": 1437, "cifar10": 50_000, "svhn": 73_257, "stl10": 5_000, "imagefolder": 1_281_167}  # to train on
+IMAGES |= {"camvid": 367, "cityscapes": 2975}
+CLASSES = {"camvid": 11, "cityscapes": 19}
 BATCH = 2
 
 
 def entry(config: Config) -> dict[str, Any]:
     """One recipe in numbers: FLOPs per image, bytes of 2 images, PFLOPs of the whole run."""
+    if masks.knows(config.data.name):
+        return dense_entry(config)
     source = SOURCES[config.data.name]
     size = (source.shape, len(source.classes) or 1000)
     kept = {key: value for key, value in dataclasses.asdict(config).items() if key in ("model", "blocks", "method")}
     num_blocks, found = measured(*size, json.dumps(kept))
     _, reference = measured(*size, json.dumps(kept | {"method": ["e2e"], "blocks": {"num_blocks": 1}}))
-    images = round(min(IMAGES[config.data.name], config.data.limit or 10**9) * (1 - config.data.validation))
+    return row(config, num_blocks, found, reference)
+
+
+def dense_entry(config: Config) -> dict[str, Any]:
+    """The same of a recipe with masks, crops of more than 100,000 pixels measured at a quarter of their sides."""
+    sides = config.data.crop_size or config.data.image_size
+    assert isinstance(sides, tuple)
+    small = tuple(side // 4 for side in sides) if math.prod(sides) > 100_000 else sides
+    ratio = math.prod(sides) / math.prod(small)
+    kept = {"data": {"name": config.data.name}, "task": config.task}
+    kept |= {key: value for key, value in dataclasses.asdict(config).items() if key in ("model", "blocks", "method")}
+    found, reference = (
+        measured((3, *small), CLASSES[config.data.name], json.dumps(kept | changes))
+        for changes in ({}, {"method": ["e2e"], "blocks": {"num_blocks": 1}})
+    )
+    scaled = (
+        dataclasses.replace(c, flops=round(c.flops * ratio), activation_bytes=round(c.activation_bytes * ratio))
+        for _, c in (found, reference)
+    )
+    return row(config, found[0], *scaled)
+
+
+def row(config: Config, num_blocks: int, found: Cost, reference: Cost) -> dict[str, Any]:
+    held_out = 0.0 if config.data.name == "camvid" else config.data.validation  # CamVid has a split for it
+    images = round(min(IMAGES[config.data.name], config.data.limit or 10**9) * (1 - held_out))
     return {
         "blocks": num_blocks,
         "flops": found.flops // BATCH,
@@ -55,11 +85,13 @@ def measured(shape: tuple[int, int, int], classes: int, settings: str) -> tuple[
     """The number of blocks and the cost of a step of ``settings`` (JSON) on images of ``shape``."""
     config = validate(json.loads(settings), "recipe")
     channels = shape[0]
-    task = build_task(config, classes, (0.5,) * channels, (0.25,) * channels)
+    kind = "segmentation" if masks.knows(config.data.name) else "classification"
+    task = build_task(config, classes, (0.5,) * channels, (0.25,) * channels, kind)
     network = build_network(config, task, shape, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(BATCH, *shape, generator=generator)
-    return len(network.blocks), cost(network, inputs, torch.randint(classes, (BATCH,), generator=generator))
+    size = (BATCH, *shape[1:]) if kind == "segmentation" else (BATCH,)
+    return len(network.blocks), cost(network, inputs, torch.randint(classes, size, generator=generator))
 
 
 def main() -> None:

@@ -255,8 +255,10 @@ def _show_results(console: Console, results: list[dict[str, Any]]) -> None:
     reference = next((r for r in results if r["method"] == "e2e"), None)
     title = f"{first['model']} in {first['blocks']} blocks on {first['data']}, {first['epochs']} epochs"
     title += f", seed {first['seed']}"
+    score_name = next(iter(first["last"]["metrics"]))
     console.print(
-        f"\n{title}\nTest accuracy, and cost of a training step of {first['cost']['batch_size']} images", style="bold"
+        f"\n{title}\nTest {score_name}, and cost of a training step of {first['cost']['batch_size']} images",
+        style="bold",
     )
     table = _table("method", "last\nepoch", "best\nepoch*", "activa-\ntions", "time", "FLOPs", "auxiliary\nparameters")
 
@@ -284,7 +286,7 @@ def _show_results(console: Console, results: list[dict[str, Any]]) -> None:
         heads = {name: score for name, score in result["last"]["test"].items() if name != "model"}
         if heads:
             console.print(
-                f"{result['method']}: test accuracy of every head: "
+                f"{result['method']}: test {score_name} of every head: "
                 + ", ".join(f"{name} {score:.1%}" for name, score in heads.items())
                 + f", model {result['last']['test']['model']:.1%}",
             )
@@ -334,12 +336,46 @@ def evaluate_command(
         print(json.dumps(result, indent=2))
         return
     title = f"{experiment.data.title}, {split} split, {batches.num_images} images, weights after epoch {epoch}"
-    table = _table("head", "accuracy")
+    score_name, *others = result["metrics"]
+    table = _table("head", score_name)
     for name, score in result["score"].items():
         table.add_row(name, f"{score:.2%}")
     console = _console()
     console.print(title, style="bold")
     console.print(table)
+    for name in others:
+        console.print(f"{name} {result['metrics'][name]:.2%}")
+
+
+@app.command("predict")
+def predict_command(
+    run_dir: Annotated[Path, typer.Argument(help="A directory that `localgrad train` wrote.")],
+    images: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
+    out: Annotated[Path, typer.Option(help="Where pictures go.")] = Path("predictions"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show pictures to a trained network: their classes, or their masks laid over them.
+
+    [bold]localgrad predict runs/RUN street.jpg --out predictions[/bold]
+    """
+    from localgrad.data.masks import IMAGE_SUFFIXES
+    from localgrad.predict import load_trained, predict, write
+
+    files = []
+    for path in images:
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        if not found:
+            raise ConfigError(f"{path} holds no picture; known endings: {', '.join(IMAGE_SUFFIXES)}")
+        files += found
+    rows = []
+    for prediction in predict(load_trained(run_dir, device), files):
+        written = [str(path) for path in write(prediction, out)]
+        rows.append({"image": str(prediction.image), "answer": prediction.summary, "written": written})
+        if not as_json:
+            _console().print(f"{prediction.image}: {prediction.summary}", *written, sep="\n  ", soft_wrap=True)
+    if as_json:
+        print(json.dumps(rows, indent=2))
 
 
 @app.command("list")
@@ -513,19 +549,19 @@ def summary(
     from localgrad.data.sources import SOURCES
 
     known = SOURCES.get(settings.data.name if recipe is not None else "")
-    if image_size is None:
-        image_size = settings.data.image_size or (known.shape[1] if known else 32)
+    sides = settings.data.crop_size or settings.data.image_size or (known.shape[1] if known else 32)
+    height, width = (image_size or sides,) * 2 if image_size or isinstance(sides, int) else sides
     if channels is None:
         channels = known.shape[0] if known else 3
-    if min(image_size, channels, batch_size) < 1:
+    if min(height, width, channels, batch_size) < 1:
         raise ConfigError(
-            f"--image-size {image_size}, --channels {channels}, --batch-size {batch_size}: all are at least 1"
+            f"--image-size {height}, --channels {channels}, --batch-size {batch_size}: all are at least 1"
         )
-    result = summarize(settings, (channels, image_size, image_size), num_classes, batch_size)
+    result = summarize(settings, (channels, height, width), num_classes, batch_size)
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    title = f"{result['model']}, {result['method']}, batch of {batch_size} images {channels}x{image_size}x{image_size}"
+    title = f"{result['model']}, {result['method']}, batch of {batch_size} images {channels}x{height}x{width}"
     table = _table("block", "begins at", "features", "parameters", "MFLOPs", "MiB saved", left=3)
     for row in result["blocks"]:
         parameters = row["head_parameters"] + row["twin_parameters"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import math
 import re
@@ -29,19 +30,34 @@ MethodSpec = list[str | dict[str, dict[str, Any] | None]]
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """``name`` as `localgrad.models.create` takes it, ``options`` for the constructor."""
+    """``name`` as `localgrad.models.create` takes it, ``options`` for the constructor.
+
+    ``weights`` is a local file with pretrained weights, see `localgrad.models.load_pretrained`. BatchNorm is
+    ``learned``, ``frozen``, or takes its statistics over all processes (``sync``).
+    """
 
     name: str = "resnet32"
+    weights: str | None = None
+    batchnorm: Literal["learned", "frozen", "sync"] = "learned"
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """As `localgrad.data.load` takes it. ``validation`` is the share of training images that select the best epoch."""
+    """As `localgrad.data.load` takes it, `localgrad.data.masks.load` for masks, `localgrad.data.boxes.load` for boxes.
+
+    ``validation`` is the share of training images that select the best epoch. ``image_size`` is the side of square
+    images, [height, width] with masks, either that or the shorter side with boxes; ``crop_size`` and ``scale`` are for
+    masks only, ``longest_side`` for boxes, ``on_damage`` for both.
+    """
 
     name: str = "cifar10"
     root: str | None = None
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
+    crop_size: tuple[int, int] | None = None
+    scale: tuple[float, float] = (1.0, 1.0)
+    longest_side: int | None = None
+    on_damage: Literal["raise", "skip"] = "raise"
     validation: float = 0.1
     limit: int | None = None
     augment: bool = True
@@ -63,7 +79,8 @@ class OptimConfig:
     """The optimizer, its schedule, clipping, and when it steps.
 
     ``schedule``: ``cosine`` falls to 0 step by step after ``warmup_epochs`` of linear warm-up; ``paper`` is the
-    per-epoch cosine of the papers with their warm-up from 0.01; ``constant`` stays.
+    per-epoch cosine of the papers with their warm-up from 0.01; ``poly`` falls to ``min_lr`` as ``(1 - share) ** 0.9``,
+    step by step; ``step`` is divided by 10 at each of the ``milestones``, shares of the run; ``constant`` stays.
     ``clip_grad`` limits the gradient norm of each group of blocks that share a span: one block in local learning, all
     of them in end-to-end training. ``per_block`` steps a block as soon as its last span ran and frees its gradients;
     ``offload`` then keeps the optimizer's state of all but two blocks on the host.
@@ -75,7 +92,9 @@ class OptimConfig:
     nesterov: bool = True
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
-    schedule: Literal["cosine", "paper", "constant"] = "cosine"
+    schedule: Literal["cosine", "paper", "poly", "step", "constant"] = "cosine"
+    min_lr: float = 0.0
+    milestones: tuple[float, ...] = (2 / 3, 8 / 9)
     warmup_epochs: int = 0
     clip_grad: float | None = None
     per_block: bool = False
@@ -90,6 +109,14 @@ class OptimConfig:
         )
         _require(
             all(0 <= b < 1 for b in self.betas), f"optim.betas={list(self.betas)}; both must be at least 0 and below 1"
+        )
+        _require(
+            self.min_lr == 0 or (0 < self.min_lr < self.lr and self.schedule == "poly"),
+            f"optim.min_lr={self.min_lr}; a rate below optim.lr, with optim.schedule=poly only",
+        )
+        _require(
+            all(0 < a < b <= 1 for a, b in itertools.pairwise((*self.milestones, 1))),
+            f"optim.milestones={list(self.milestones)}; write rising shares of the run, between 0 and 1",
         )
         _require(self.warmup_epochs >= 0, f"optim.warmup_epochs={self.warmup_epochs}; it must be at least 0")
         _require(
@@ -157,9 +184,13 @@ class About:
 
 @dataclass(kw_only=True)
 class Config:
-    """One run. ``beside`` lists methods trained with the same settings for comparison."""
+    """One run. ``beside`` lists methods trained with the same settings for comparison.
+
+    ``task`` are options of the task that the data are for, as its function in `localgrad.tasks` takes them.
+    """
 
     method: MethodSpec
+    task: dict[str, Any] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
@@ -351,7 +382,8 @@ def dump(config: Config) -> str:
     import yaml
 
     settings = dataclasses.asdict(config)
-    settings["optim"]["betas"] = list(settings["optim"]["betas"])
+    for section in ("optim", "data"):
+        settings[section] = {k: list(v) if isinstance(v, tuple) else v for k, v in settings[section].items()}
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 

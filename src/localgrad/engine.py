@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -328,13 +328,26 @@ def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abs
 
 def _parts(inputs: Any, targets: Any, parts: int) -> list[tuple[Any, Any, float]]:
     """Micro-batches, each with its share of the batch; fewer than ``parts`` if there are fewer samples."""
-    size = len(tree_leaves(inputs)[0])
+    inputs = tuple(inputs) if isinstance(inputs, list) else inputs  # of a model with several, not one for each sample
+    size = num_samples(inputs)
     edges = [size * k // parts for k in range(parts + 1)]
-
-    def rows(value: Any, start: int, stop: int) -> Any:
-        return tree_map_only(Tensor, lambda t: t[start:stop], value)
-
     return [(rows(inputs, a, b), rows(targets, a, b), (b - a) / size) for a, b in pairwise(edges) if b > a]
+
+
+def num_samples(values: Any) -> int:
+    """Samples of a batch, given as a tensor of B rows, a list of B entries, or tuples and mappings of these."""
+    while isinstance(values, (tuple, Mapping)):
+        values = next(iter(values.values() if isinstance(values, Mapping) else values))
+    return len(values)
+
+
+def rows(values: Any, start: int, stop: int) -> Any:
+    """Samples ``start`` to ``stop`` of such a batch, in the same form."""
+    if isinstance(values, (Tensor, list)):
+        return values[start:stop]
+    if isinstance(values, Mapping):
+        return {name: rows(value, start, stop) for name, value in values.items()}
+    return tuple(rows(value, start, stop) for value in values) if isinstance(values, tuple) else values
 
 
 def local_losses(
@@ -357,7 +370,8 @@ def local_losses(
     Args:
         network: from `localize`.
         inputs: a batch, (B, C, H, W) for images, or a tuple of tensors for models with several inputs.
-        targets: what the task expects, (B,) class indices or (B, num_classes) probabilities for classification.
+        targets: what the task expects, (B,) class indices or (B, num_classes) probabilities for classification; a nest
+            of tensors with B rows, lists with B entries, tuples and mappings of these.
         step: optimizer steps done so far; schedules and, under `keyed_randomness`, random draws depend on it.
         autocast: run blocks, heads and losses under autocast to this dtype; backward passes stay outside.
         on_output: called with (span, term, detached output) of each head, term None for the model's own.

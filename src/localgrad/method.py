@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +27,8 @@ class Batch:
 
     Args:
         inputs: what the network was given, ``(B, C, H, W)`` for images, normalised.
-        targets: what the task expects, ``(B,)`` class indices or ``(B, num_classes)`` probabilities for classification.
+        targets: what the task expects: ``(B,)`` class indices or ``(B, num_classes)`` probabilities for classification,
+            ``(B, H, W)`` class indices for segmentation; any nest of tensors with B rows and of lists with B entries.
         step: optimizer steps done so far.
         boundary: the one whose loss is computed, counted from 1; K for the model's own.
         previous: what the first scored head answered at the boundary before, detached; None before any has.
@@ -48,18 +50,40 @@ class Context(Hashable, Protocol):
         """What losses find in ``batch.context[self]``."""
 
 
+class Metric(Protocol):
+    """Scores a whole split: one object for each head, fed batch by batch."""
+
+    def update(self, output: Any, targets: Any) -> None:
+        """Count one batch: what the head answered in eval mode, and the targets as the loader gave them."""
+
+    def compute(self) -> dict[str, float]:
+        """Figures by name; the first, in [0, 1], is the score that is reported and selects the best epoch."""
+
+
 class Task(Protocol):
-    """What the network is trained to do: the loss and the score of an output, the model's own or an auxiliary one."""
+    """What the network is trained to do. Methods and engine know a task by these members only.
+
+    An output is what the model, or an auxiliary head, answers to a batch: a tensor, or a nest of them.
+    """
 
     @property
     def num_outputs(self) -> int:
-        """Width of the output of an auxiliary head."""
+        """Width of what an auxiliary head answers: classes."""
+
+    def head(self, proposed: HeadBuilder) -> HeadBuilder:
+        """The auxiliary head for this task, given the classifier that a method would put there.
+
+        Its output is one that ``loss``, ``score`` and ``metric`` read as they read the model's own.
+        """
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """The scalar loss of an output, averaged over the batch."""
 
     def score(self, output: Any, targets: Any) -> Tensor:
-        """The score of each sample, ``(B,)`` float32 in [0, 1]; its mean is what is reported."""
+        """What is shown while training: the score of each sample, ``(B,)`` float32 in [0, 1]."""
+
+    def metric(self) -> Metric:
+        """A fresh evaluator of a split."""
 
     def pixels(self, inputs: Tensor) -> Tensor:
         """The images behind normalised ``inputs``, ``(B, C, H, W)`` in [0, 1]."""
@@ -111,7 +135,9 @@ class Site:
     def next_units(self) -> tuple[Unit, ...]:
         """The model's own modules that run next, from the first one that reads features of this width on.
 
-        That is the one right after the boundary, unless a bridge has already led past it.
+        That is the one right after the boundary, unless a bridge has already led past it. None where what runs next
+        also reads earlier features (a decoder with skips): a copy would need those too. They end where they cannot run
+        one behind the other.
 
         Raises:
             MethodError: no later unit reads features of this width.
@@ -119,13 +145,16 @@ class Site:
         units = self.partition.units_after(self.cut)
         form = (self.layout.kind, self.layout.channels)
         start = next((k for k, unit in enumerate(units) if (unit.reads.kind, unit.reads.channels) == form), None)
+        if units[0].reads_taps:
+            return ()
         if start is None:
             raise MethodError(
                 f"after block {self.span.stop - 1} a copy of a later unit should read features of shape "
                 f"{tuple(self.features.shape)}, but none of {', '.join(unit.name for unit in units)} reads "
                 f"{self.layout.channels} channels; leave out one of the plug-ins that look through later units"
             )
-        return units[start:]
+        alone = tuple(itertools.takewhile(lambda unit: not unit.reads_taps, units[start:]))
+        return alone[: next((k for k, unit in enumerate(alone, start=1) if not unit.whole), len(alone))]
 
     @property
     def units_passed(self) -> int:

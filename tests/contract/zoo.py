@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad
-from localgrad.method import Method
+from localgrad.method import Method, Task
 
 CLASSES = 4
 TASK = localgrad.tasks.classification(CLASSES, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -117,19 +117,24 @@ def _teacher() -> nn.Module:
 
 # What a method cannot do without, besides its task or base.
 REQUIRED: dict[str, dict[str, object]] = {"feature_distillation": {"teacher": _teacher()}}
-BASES: dict[str, Method] = {
-    name: getattr(localgrad.methods, name)(TASK, **REQUIRED.get(name, {}))
-    for name in localgrad.methods.__all__
-    if is_base(name)
-}
 
 
-def _composed() -> tuple[dict[str, Method], dict[tuple[str, str], str]]:
-    accepted, refused = dict(BASES), {}
+def bases(task: Task) -> dict[str, Method]:
+    """Every base on a task, by its name."""
+    return {
+        name: getattr(localgrad.methods, name)(task, **REQUIRED.get(name, {}))
+        for name in localgrad.methods.__all__
+        if is_base(name)
+    }
+
+
+def composed(bases: dict[str, Method]) -> tuple[dict[str, Method], dict[tuple[str, str], str]]:
+    """The bases and every plug-in on each of them; what is refused, with the reason."""
+    accepted, refused = dict(bases), {}
     for name in localgrad.methods.__all__:
         if is_base(name):
             continue
-        for base in BASES.values():
+        for base in bases.values():
             try:
                 method = getattr(localgrad.methods, name)(base)
             except localgrad.MethodError as error:
@@ -140,7 +145,8 @@ def _composed() -> tuple[dict[str, Method], dict[tuple[str, str], str]]:
 
 
 # Every plug-in on every base, for test_composition.py; the contract is tested on the bases and on plug-ins over DGL.
-COMPOSED, REFUSED = _composed()
+BASES = bases(TASK)
+COMPOSED, REFUSED = composed(BASES)
 METHODS = {name: method for name, method in COMPOSED.items() if name in BASES or name.endswith("(dgl)")}
 METHODS |= {name: COMPOSED[name] for name in ("checkpointing(e2e)", "accumulation(e2e)")}
 

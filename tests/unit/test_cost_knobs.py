@@ -189,11 +189,12 @@ def test_a_head_that_is_not_known(spec: object, message: str) -> None:
 
 
 def test_heads_by_name() -> None:
-    assert heads.named("mlp", 7) == heads.MLP(7)
-    assert heads.named("linear", 7) == heads.Linear(7)
-    assert heads.named("2c2f", 7) == heads.Conv(7, "2c2f")
-    assert heads.named({"mlp": {"hidden": 16}}, 7) == heads.MLP(7, hidden=16)
-    assert heads.named(heads.Critic(3), 7) == heads.Critic(3)
+    task = localgrad.tasks.classification(7)
+    assert heads.named("mlp", task) == heads.MLP(7)
+    assert heads.named("linear", task) == heads.Linear(7)
+    assert heads.named("2c2f", task) == heads.Conv(7, "2c2f")
+    assert heads.named({"mlp": {"hidden": 16}}, task) == heads.MLP(7, hidden=16)
+    assert heads.named(heads.Critic(3), task) == heads.Critic(3)
 
 
 def test_the_head_of_man_pp_has_the_released_size() -> None:

@@ -86,6 +86,9 @@ def test_losses_see_the_micro_batch_and_the_step() -> None:
     class Watching:
         num_outputs: int = 3
 
+        def head(self, proposed: localgrad.method.HeadBuilder) -> localgrad.method.HeadBuilder:
+            return proposed
+
         def loss(self, output: Tensor, batch: localgrad.Batch) -> Tensor:
             seen.append((len(batch.inputs), len(batch.targets), batch.step))
             return output.square().mean()

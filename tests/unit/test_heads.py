@@ -82,7 +82,7 @@ HEADS = {
     if name not in ("Spec", "named")
 }
 HEADS["Patches"] = lambda: heads.Patches(heads.MLP(OUTPUTS))
-HEADS["Remaining"] = lambda: heads.Remaining(OUTPUTS, tail=1)
+HEADS["Remaining"] = lambda: heads.Remaining(heads.Linear(OUTPUTS), tail=1)
 ON_EVERY_LAYOUT = pytest.mark.parametrize("kind", MODELS)
 
 
@@ -125,6 +125,7 @@ def test_every_head_reads_every_layout(name: str, kind: str) -> None:
     expected = {
         "AttentionMap": (7, 1, *layout.grid),
         "Decoder": (7, 3, 12, 8),
+        "FCN": (7, OUTPUTS, *layout.grid),
         "Projection": (7, 8) if kind == "vector" else (7, 8, 6, 4),
     }
     assert tuple(output.shape) == expected.get(name, (7, OUTPUTS))

@@ -33,20 +33,22 @@ def recipe(name: str) -> Config:
 
 
 @functools.cache
-def partition(model: str) -> Partition:
+def partition(model: str, options: tuple[tuple[str, Any], ...]) -> Partition:
     """The cut points of a network, found on one that is as deep but as thin as its constructor allows."""
     thin: dict[str, Any] = {"embed_dim": 12, "num_heads": 3} if "vit" in model else {}
     if model in ("torchvision:resnet101", "torchvision:resnet152"):
         thin = {"width_per_group": 1}
     size = 64 if ":" in model else 32  # a grid of at least 2x2 is left at the end
-    network = localgrad.models.create(model, image_size=size, **thin)
+    network = localgrad.models.create(model, image_size=size, **thin, **dict(options))
     return Partition(network, torch.randn(2, 3, size, size))
 
 
 @functools.cache
-def starts(model: str, num_blocks: int | None, cuts: tuple[str, ...] | None, stem: Any) -> list[str]:
+def starts(
+    model: str, options: tuple[tuple[str, Any], ...], num_blocks: int | None, cuts: tuple[str, ...] | None, stem: Any
+) -> list[str]:
     """What the blocks after the first begin with: names as short as they come."""
-    found = partition(model)
+    found = partition(model, options)
     chosen = by_count(found, num_blocks, stem) if num_blocks else found.named(cuts or (), spans_wider_than_one=True)
     return [cut.name for cut in chosen]
 
@@ -54,7 +56,10 @@ def starts(model: str, num_blocks: int | None, cuts: tuple[str, ...] | None, ste
 def starts_of(one: Config) -> list[str]:
     blocks = one.blocks
     model = re.sub(r"vit_(small|base)", "vit_tiny", one.model.name.replace("resnext101_32x8d", "resnet101"))
-    return starts(model, blocks.num_blocks, tuple(blocks.cuts) if blocks.cuts else None, blocks.stem)
+    dense = one.task or one.data.crop_size or one.data.image_size
+    options = {name: tuple(v) if isinstance(v, list) else v for name, v in one.model.options.items()} if dense else {}
+    cuts = tuple(blocks.cuts) if blocks.cuts else None
+    return starts(model, tuple(options.items()), blocks.num_blocks, cuts, blocks.stem)
 
 
 def blocks_in_name(name: str) -> int:
@@ -150,6 +155,13 @@ def test_segments_are_the_published_ones(name: str) -> None:
     assert ends(one) == (["stem"] if alone else []) + expected
 
 
+def test_infopro_cuts_deeplab_after_13_of_23_units() -> None:
+    one = recipe("infopro/cityscapes_deeplabv3_resnet101_k2")
+    assert starts_of(one) == ["backbone.layer3.13"]
+    ((_, options),) = one.method[0].items()  # type: ignore[union-attr]
+    assert options == {"network": "imagenet", "image": [1.5, 1.5], "label": [1.0, 1.0]}
+
+
 def test_sizes_of_imagenet_segments() -> None:
     """6, 10, 8, 9 and 10, 15, 12, 13 residual units."""
     for name, sizes in (("resnet101", [6, 10, 8, 9]), ("resnet152", [10, 15, 12, 13])):
@@ -206,7 +218,13 @@ def test_weights_are_those_the_released_code_reaches(name: str, label: int) -> N
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_training_is_the_published_one(name: str) -> None:
     one = recipe(name)
-    assert one.optim.momentum == 0.9 and one.optim.nesterov and one.data.validation == 0 and one.data.augment
+    assert one.optim.momentum == 0.9 and one.data.validation == 0 and one.data.augment
+    if one.data.name == "cityscapes":
+        assert (one.optim.lr, one.optim.min_lr, one.optim.weight_decay) == (0.01, 1e-4, 5e-4)
+        assert one.optim.schedule == "poly" and not one.optim.nesterov and one.data.crop_size == (512, 1024)
+        assert abs(one.train.epochs * 2975 / one.train.batch_size - 40_000) < 200
+        return
+    assert one.optim.nesterov
     if one.data.name != "imagefolder":
         small = one.data.name == "stl10"
         assert (one.optim.lr, one.train.batch_size) == ((0.1, 128) if small else (0.8, 1024))

@@ -15,6 +15,7 @@ from localgrad import methods
 from localgrad.bench.cost import cost
 from localgrad.bench.memory import saved_storages
 from localgrad.config import Config
+from localgrad.data import masks
 from localgrad.network import LocalNetwork, block_infos
 from localgrad.train.experiment import build_network, build_task, device_of, explained
 
@@ -31,11 +32,13 @@ def summarize(config: Config, image_shape: tuple[int, int, int], num_classes: in
     """
     device = device_of(config.train.device)
     channels = image_shape[0]
-    task = build_task(config, num_classes, (0.5,) * channels, (0.25,) * channels)
+    kind = "segmentation" if masks.knows(config.data.name) else "classification"
+    task = build_task(config, num_classes, (0.5,) * channels, (0.25,) * channels, kind)
     network = build_network(config, task, image_shape, device)
     generator = torch.Generator(device).manual_seed(0)
     inputs = torch.randn(batch_size, *image_shape, device=device, generator=generator)
-    targets = torch.randint(num_classes, (batch_size,), device=device, generator=generator)
+    size = (batch_size, *image_shape[1:]) if kind == "segmentation" else (batch_size,)
+    targets = torch.randint(num_classes, size, device=device, generator=generator)
     with explained(inputs):
         total = cost(network, inputs, targets)
     blocks = _blocks(network, inputs)

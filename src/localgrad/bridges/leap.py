@@ -54,7 +54,8 @@ class Leap:
 
     The chain is the published one where there is one for this network, number of blocks and boundary. Otherwise: every
     later unit that changes width or resolution, since the others would not fit without them, then of the units after
-    the last of those the middle one and the last one.
+    the last of those the middle one and the last one. Nothing is built where no later unit can be copied
+    (`localgrad.method.Site.next_units`).
 
     Args:
         decay: of the moving average.
@@ -80,6 +81,8 @@ class Leap:
         if self.where == ("independent" if cascade else "cascade"):
             return None
         units = [unit.module for unit in published_chain(site) or chain_of(site.next_units)]
+        if not units:
+            return None
         settings = Momentum(self.decay, "sum", companion_init="source")
         if self.twins == "first":
             return MomentumBridge(units, settings)

@@ -33,7 +33,8 @@ class Momentum:
         twin_init: ``source`` copies the neighbour's weights, ``fresh`` draws new ones.
         companion_init: the same for the learnable copies.
         exchange, buffers: see `localgrad.twins.Twin`.
-        every: build it on boundaries every, 2 * every, ... only.
+        every: build it on boundaries every, 2 * every, ... only; and only where the next unit can be copied
+            (`localgrad.method.Site.next_units`).
 
     Source: Su et al., MAN, ECCV 2024, arXiv:2407.05623; MAN++, arXiv:2507.16279.
     """
@@ -62,7 +63,7 @@ class Momentum:
                 raise MethodError(nearest(value, get_args(known), name))
 
     def __call__(self, site: Site) -> nn.Module | None:
-        if site.span.stop % self.every:
+        if site.span.stop % self.every or not site.next_units:
             return None
         return MomentumBridge([unit.module for unit in site.next_units[: self.depth]], self)
 

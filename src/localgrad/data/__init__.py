@@ -1,4 +1,5 @@
-"""Image classification data: `load` gives the loaders of a set by its name, `available` says which sets lie where.
+"""Data sets: `load` gives the loaders of a set by its name, `available` says which sets lie where.
+`masks` is the same for images with a class for every pixel, `boxes` for images with boxes.
 
 Order and augmentation are functions of (seed, epoch, batch or image), so an epoch can be entered at any batch::
 
@@ -7,7 +8,8 @@ Order and augmentation are functions of (seed, epoch, batch or image), so an epo
         ...
 """
 
+from localgrad.data import boxes, masks
 from localgrad.data.catalogue import Data, Found, available, default_root, load
 from localgrad.data.loaders import Loader
 
-__all__ = ["Data", "Found", "Loader", "available", "default_root", "load"]
+__all__ = ["Data", "Found", "Loader", "available", "boxes", "default_root", "load", "masks"]

@@ -25,8 +25,9 @@ _LARGEST = 16 * 2**30  # bytes that the resized copy of a resident set may take
 class Data:
     """A data set ready to train on.
 
-    ``image_shape`` is (C, H, W) of a batch; ``mean`` and ``std`` (C floats, units of [0, 1]) are what inputs were
-    normalised by; ``validation`` is None where none was asked for.
+    ``image_shape`` is (C, H, W) of a training batch; ``mean`` and ``std`` (C floats, units of [0, 1]) are what inputs
+    were normalised by; ``validation`` is None where none was asked for; ``kind`` names the task its targets are for, as
+    `localgrad.tasks` does.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Data:
     train: Loader
     validation: Loader | None
     test: Loader
+    kind: str = "classification"
 
 
 class Found(NamedTuple):
@@ -71,7 +73,9 @@ def available(root: str | Path | None = None) -> list[Found]:
             lines.append(Found(name, found[0].title or source.title, True, str(found[1].resolve())))
         else:
             lines.append(Found(name, source.title, False, "not in " + "; ".join(found)))
-    return lines
+    from localgrad.data import masks
+
+    return [*lines, *masks.available(base)]
 
 
 def load(

@@ -6,6 +6,8 @@ from localgrad.heads.attention_map import AttentionMap
 from localgrad.heads.conv import Conv
 from localgrad.heads.critic import Critic
 from localgrad.heads.decoder import Decoder
+from localgrad.heads.detection import Detection
+from localgrad.heads.fcn import FCN
 from localgrad.heads.linear import Linear, PooledLinear
 from localgrad.heads.mlp import MLP
 from localgrad.heads.named import Spec, named
@@ -14,11 +16,13 @@ from localgrad.heads.projection import Projection
 from localgrad.heads.remaining import Remaining
 
 __all__ = [
+    "FCN",
     "MLP",
     "AttentionMap",
     "Conv",
     "Critic",
     "Decoder",
+    "Detection",
     "Linear",
     "Patches",
     "PooledLinear",

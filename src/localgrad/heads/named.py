@@ -10,7 +10,7 @@ from localgrad.errors import MethodError, nearest
 from localgrad.heads.conv import Conv
 from localgrad.heads.linear import Linear
 from localgrad.heads.mlp import MLP
-from localgrad.method import HeadBuilder
+from localgrad.method import HeadBuilder, Task
 
 # A name, or a name with options: "linear", "2c2f", {"mlp": {"hidden": 128}}.
 Spec = str | dict[str, dict[str, Any]]
@@ -18,18 +18,21 @@ Spec = str | dict[str, dict[str, Any]]
 _KINDS: dict[str, Any] = {"linear": Linear, "mlp": MLP}
 
 
-def named(spec: Spec | HeadBuilder, outputs: int) -> HeadBuilder:
-    """The head builder that ``spec`` names, with ``outputs`` outputs; one that is a builder already is returned.
+def named(spec: Spec | HeadBuilder, task: Task) -> HeadBuilder:
+    """The head that ``task`` has where a classifier would have the one that ``spec`` names.
 
     Args:
-        spec: ``linear``, ``mlp``, ``<n>c<m>f`` (see `localgrad.heads.Conv`), or a mapping of ``mlp`` to its options.
-        outputs: width of the last linear layer.
+        spec: ``linear``, ``mlp``, ``<n>c<m>f`` (see `localgrad.heads.Conv`), or a mapping of ``mlp`` to its options; a
+            builder is returned as it is.
+        task: says what its heads are and how wide their outputs.
 
     Raises:
         MethodError: an unknown head or option.
     """
-    if callable(spec):
-        return spec
+    return spec if callable(spec) else task.head(_classifier(spec, task.num_outputs))
+
+
+def _classifier(spec: Spec, outputs: int) -> HeadBuilder:
     entries = {spec: {}} if isinstance(spec, str) else spec
     if len(entries) != 1:
         raise MethodError(f"head={spec!r}; write one head, as in 'linear' or {{'mlp': {{'hidden': 128}}}}")

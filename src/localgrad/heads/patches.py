@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -52,14 +53,24 @@ class Patches:
         return nn.Sequential(to_maps, _Patched(self.head(inner), count))
 
 
+@runtime_checkable
+class JoinsPatches(Protocol):
+    """A head whose answers are neither vectors nor maps."""
+
+    def joined(self, answers: Any, count: int) -> Any:
+        """Answers for ``count x count`` patches of each image, row by row, as those for whole images."""
+
+
 class _Patched(nn.Module):
     def __init__(self, head: nn.Module, count: int) -> None:
         super().__init__()
         self.head, self.count = head, count
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, maps: Tensor) -> Any:
         answers = self.head(_split(maps, self.count))
         n = self.count
+        if isinstance(self.head, JoinsPatches):
+            return self.head.joined(answers, n)
         if answers.dim() == 2:
             return answers.unflatten(0, (-1, n * n)).mean(1)
         rows = answers.unflatten(0, (-1, n, n))  # B, row, column, C, h, w

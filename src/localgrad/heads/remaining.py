@@ -9,21 +9,23 @@ from torch import nn
 from localgrad.bridges.copies import copied
 from localgrad.errors import MethodError
 from localgrad.heads.linear import Linear
-from localgrad.method import Site
+from localgrad.method import HeadBuilder, Site
 from localgrad.partition import Unit
 from localgrad.recompute import Parts
 
 
 @dataclass(frozen=True)
 class Remaining:
-    """Units built like ``depth`` of those that follow, evenly spread up to the last one, then a linear read-out.
+    """Units built like ``depth`` of those that follow, evenly spread up to the last one, then a read-out.
 
     ``offsets = round(l + n / d * i) - l`` for i = 1 .. d, with l units before the boundary's last and n after it. The
     weights are the head's own. Towards the output of the model heads become shallower, the pyramid:
     ``d = max(1, round(depth * (1 - pyramid * t) + pyramid * t))``, t from 0 at the first boundary to 1 at the last.
 
+    Where no later unit can be copied (`localgrad.method.Site.next_units`) the read-out stands alone.
+
     Args:
-        outputs: width of the read-out.
+        read_out: builds what stands behind the units, a linear layer in the paper.
         depth: units at the first boundary.
         pyramid: how much of ``depth`` is gone at the last boundary; 0 keeps it everywhere.
         tail: blocks trained together at the end of the model; they have no heads.
@@ -33,7 +35,7 @@ class Remaining:
     the right width and stride; theirs builds a unit anew, and skips a stage in one unit where the pick does.
     """
 
-    outputs: int
+    read_out: HeadBuilder
     depth: int = 2
     pyramid: float = 0.5
     tail: int = 2
@@ -56,8 +58,9 @@ class Remaining:
         chain = picked(units, depth, site.units_passed - 1)
         body = Parts(*(copied(unit.module, "fresh") for unit in chain))
         beyond = site.beyond(body)
-        read_out = list(Linear(self.outputs)(beyond).children())
-        if depth == 1:
+        head = self.read_out(beyond)
+        read_out = list(head) if isinstance(head, nn.Sequential) else [head]
+        if depth == 1 and isinstance(self.read_out, Linear):
             read_out.insert(-1, nn.BatchNorm1d(beyond.channels))
         return nn.Sequential(body, *read_out).train()
 
@@ -67,7 +70,7 @@ def picked(units: tuple[Unit, ...], depth: int, passed: int) -> list[Unit]:
     offsets = sorted({max(1, round(passed + len(units) / depth * i) - passed) for i in range(1, depth + 1)})
     chain: list[Unit] = []
     done = 0
-    for offset in offsets:
+    for offset in offsets if units else ():
         between = units[done:offset]
         changing = [unit for unit in between if unit.changes_form]
         chain += changing or [between[-1]]

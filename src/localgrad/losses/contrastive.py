@@ -24,7 +24,7 @@ class Contrastive:
         temperature: t.
 
     Raises:
-        TrainingError: for mixed targets (mixup, cutmix), which have no one class.
+        TrainingError: for mixed targets (mixup, cutmix) and masks, which have no one class.
 
     Source: Khosla et al., 2020, arXiv:2004.11362, as used by InfoPro, ICLR 2021, arXiv:2101.10832.
     """
@@ -33,8 +33,10 @@ class Contrastive:
 
     def __call__(self, output: Tensor, batch: Batch) -> Tensor:
         labels = batch.targets
-        if labels.dim() != 1:
-            raise TrainingError("the contrastive loss needs one class per image; switch mixup and cutmix off")
+        if not isinstance(labels, Tensor) or labels.dim() != 1:
+            raise TrainingError(
+                "the contrastive loss needs one class per image: switch mixup and cutmix off; masks and boxes have none"
+            )
         z = F.normalize(widened(output), dim=1)
         logits = z @ z.T / self.temperature
         others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,30 +16,43 @@ from localgrad.losses.precision import widened
 from localgrad.method import Batch, Context, Loss
 
 
-def soft_cross_entropy(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``T ** 2 * KL(softmax(teacher / T) || softmax(logits / T))``, both (B, num_classes), averaged over the batch.
+def divergence(logits: Tensor, other: Tensor, temperature: float = 1.0, reverse: bool = False) -> Tensor:
+    """``KL(softmax(other / T) || softmax(logits / T))``, or the ``reverse``, averaged over samples and positions.
 
-    Source: Hinton et al., 2015, arXiv:1503.02531.
+    Both are (B, num_classes) or (B, num_classes, h, w), maps of ``other`` resized to the grid of ``logits``.
     """
+    if logits.shape[2:] != other.shape[2:]:
+        other = F.interpolate(widened(other), size=logits.shape[2:], mode="bilinear", align_corners=False)
     ours = F.log_softmax(widened(logits) / temperature, 1)
-    theirs = F.log_softmax(widened(teacher) / temperature, 1)
-    return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    theirs = F.log_softmax(widened(other) / temperature, 1)
+    pair = (theirs, ours) if reverse else (ours, theirs)
+    return F.kl_div(*pair, reduction="batchmean", log_target=True) / math.prod(logits.shape[2:])
 
 
-def check_logits(output: Any) -> None:
-    """Raise `TrainingError` unless ``output`` is (B, num_classes)."""
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise TrainingError(f"soft targets need logits (B, num_classes), but the network answers with {found}")
+def logits_of(output: Any) -> Tensor:
+    """The logits (B, num_classes) or (B, num_classes, h, w) that an output is, or that it holds as ``out``.
+
+    Raises:
+        TrainingError: it holds none.
+    """
+    logits = output.get("out") if isinstance(output, Mapping) else output
+    if not isinstance(logits, Tensor) or logits.dim() not in (2, 4):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise TrainingError(
+            f"soft targets need logits (B, num_classes) or (B, num_classes, h, w), but the network answers with {found}"
+        )
+    return logits
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """``(1 - weight) * loss + weight * soft_cross_entropy`` where the teacher answered, ``loss`` where it did not.
+    """``(1 - weight) * loss + weight * T ** 2 * divergence`` where the teacher answered, ``loss`` where it did not.
+
+    Source: Hinton et al., 2015, arXiv:1503.02531.
 
     Args:
         loss: of the labels.
-        teacher: the context whose logits (B, num_classes), or None, `localgrad.method.Batch` holds.
+        teacher: the context whose answer, or None, `localgrad.method.Batch` holds; see `logits_of`.
         weight: of the soft targets.
         temperature: T.
     """
@@ -50,8 +66,7 @@ class Distilled:
         answer = batch.context[self.teacher]
         if answer is None:
             return self.loss(output, batch)
-        check_logits(output)
-        soft = soft_cross_entropy(output, answer, self.temperature)
+        soft = self.temperature**2 * divergence(logits_of(output), logits_of(answer), self.temperature)
         return (1.0 - self.weight) * self.loss(output, batch) + self.weight * soft
 
 
@@ -66,9 +81,7 @@ class Consistent:
     share: float
 
     def __call__(self, output: Any, batch: Batch) -> Tensor:
-        check_logits(output)
-        ours = F.log_softmax(widened(output), 1)
-        before = output.new_zeros(output.shape) if batch.previous is None else batch.previous
-        theirs = F.log_softmax(widened(before), 1)
-        divergence = F.kl_div(theirs, ours, reduction="batchmean", log_target=True)
-        return self.share * self.loss(output, batch) + (1.0 - self.share) * divergence
+        logits = logits_of(output)
+        before = torch.zeros_like(logits) if batch.previous is None else logits_of(batch.previous)
+        apart = divergence(logits, before, reverse=True)
+        return self.share * self.loss(output, batch) + (1.0 - self.share) * apart

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from localgrad.errors import TrainingError
 from localgrad.losses.precision import widened
 from localgrad.method import Batch
 
@@ -34,6 +35,9 @@ class Similarity:
     Args:
         num_classes: width of the one-hot labels; mixed targets are used as they are.
 
+    Raises:
+        TrainingError: for masks, which have no one class.
+
     Source: Nokland & Eidnes, ICML 2019, arXiv:1901.06656, eq. 1 and released code.
     """
 
@@ -41,6 +45,10 @@ class Similarity:
 
     def __call__(self, output: Tensor, batch: Batch) -> Tensor:
         targets = batch.targets
+        if not isinstance(targets, Tensor) or targets.dim() > 2:
+            raise TrainingError(
+                "similarity matching needs one class for each image, not masks or boxes; use another method"
+            )
         onehot = targets if targets.dim() == 2 else F.one_hot(targets, self.num_classes)
         values = widened(output)
         return F.mse_loss(similarity_matrix(values), similarity_matrix(onehot.to(values.dtype)))

@@ -31,5 +31,5 @@ def auglocal(task: Task, *, depth: int = 2, tail: int | None = None, pyramid: fl
     Differs: see `localgrad.heads.Remaining`; ``tail`` counts blocks where theirs counts units.
     """
     tail = depth if tail is None else tail
-    head = heads.Remaining(task.num_outputs, depth, pyramid, tail)
+    head = heads.Remaining(task.head(heads.Linear(task.num_outputs)), depth, pyramid, tail)
     return Method("auglocal", task, terms=(Term(head, task.loss),), spans=Local(tail))

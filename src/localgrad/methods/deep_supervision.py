@@ -30,6 +30,5 @@ def deep_supervision(task: Task, *, weight: float = 0.3) -> Method:
     """
     if not weight > 0:
         raise MethodError(f"weight={weight}; deep supervision needs a positive weight, or use e2e(task)")
-    return Method(
-        "deep_supervision", task, terms=(Term(heads.Linear(task.num_outputs), task.loss),), spans=FromInput(weight)
-    )
+    head = task.head(heads.Linear(task.num_outputs))
+    return Method("deep_supervision", task, terms=(Term(head, task.loss),), spans=FromInput(weight))

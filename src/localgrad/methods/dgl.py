@@ -14,7 +14,8 @@ def dgl(task: Task, *, head: heads.Spec | HeadBuilder = "mlp") -> Method:
 
     Args:
         task: from `localgrad.tasks`.
-        head: a head builder, or what `localgrad.heads.named` knows: ``mlp``, ``linear`` (greedy learning), ``2c2f``.
+        head: a head builder, or what `localgrad.heads.named` knows: ``mlp``, ``linear`` (greedy learning), ``2c2f``;
+            tasks other than classification have heads of their own instead of those.
 
     Example:
         >>> import localgrad
@@ -24,4 +25,4 @@ def dgl(task: Task, *, head: heads.Spec | HeadBuilder = "mlp") -> Method:
     Source: Belilovsky et al., ICML 2020, arXiv:1901.08164.
     Differs: the synchronous form, all blocks in one step.
     """
-    return Method("dgl", task, terms=(Term(heads.named(head, task.num_outputs), task.loss),), spans=Local())
+    return Method("dgl", task, terms=(Term(heads.named(head, task), task.loss),), spans=Local())

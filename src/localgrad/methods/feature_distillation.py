@@ -57,7 +57,7 @@ def feature_distillation(
     maps = Teacher(teacher, None if layers is None else tuple(layers))
     terms = [Term(heads.AttentionMap(), AttentionTransfer(maps), scored=False)]
     if label > 0:
-        terms.append(Term(heads.MLP(task.num_outputs), task.loss, label))
+        terms.append(Term(task.head(heads.MLP(task.num_outputs)), task.loss, label))
     return Method("feature_distillation", task, terms=tuple(terms), spans=Local(), contexts=(maps,))
 
 

@@ -69,7 +69,12 @@ def infopro(
         "infopro",
         task,
         terms=(
-            Term(head, task.loss if softmax else losses.Contrastive(), Ramp(*label), scored=softmax),
+            Term(
+                task.head(head) if softmax else head,
+                task.loss if softmax else losses.Contrastive(),
+                Ramp(*label),
+                scored=softmax,
+            ),
             Term(decoder, losses.Reconstruction(task), Ramp(*image), scored=False, every=image_every),
         ),
         spans=Local(),

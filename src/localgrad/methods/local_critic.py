@@ -25,5 +25,5 @@ def local_critic(task: Task, *, head: heads.Spec | HeadBuilder | None = None) ->
     Source: Lee et al., Local Critic Training, arXiv:2102.01963.
     Differs: critics share the blocks' optimizer (theirs: Adam, 1e-4); the distance is that of the batch's mean losses.
     """
-    critic = heads.Critic(task.num_outputs) if head is None else heads.named(head, task.num_outputs)
+    critic = task.head(heads.Critic(task.num_outputs)) if head is None else heads.named(head, task)
     return Method("local_critic", task, terms=(Term(critic, task.loss, follows=True),), spans=Local())

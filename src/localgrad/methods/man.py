@@ -17,6 +17,7 @@ def man(
     mix: Literal["sum", "ema", "learnable", "pair"] = "sum",
     depth: int = 1,
     twin_init: Literal["source", "fresh"] = "source",
+    companion_init: Literal["source", "fresh"] = "fresh",
     exchange: When = "after",
     buffers: Buffers = "none",
     borders: int = 1,
@@ -32,6 +33,7 @@ def man(
         mix: ``sum``; for the ablation ``ema`` or ``learnable`` keep one of the two, ``pair`` has two learnable units.
         depth: units looked through; those after the first are learnable.
         twin_init: ``source`` starts the twin at its neighbour's weights, ``fresh`` draws new ones (released code).
+        companion_init: the same for the learnable copies; ``source`` suits pretrained networks.
         exchange: the moving average runs ``after`` the optimizer step, or ``before`` it (released code).
         buffers: BatchNorm statistics of the twin: ``none`` keeps its own (released code), ``copy`` and ``ema`` follow.
         borders: build the bridge on every so many boundaries only; the others keep plain heads, which costs less.
@@ -49,5 +51,5 @@ def man(
     twin_init="fresh"`` is the released code.
     """
     base.require_heads("man")
-    momentum = bridges.Momentum(decay, mix, depth, twin_init, "fresh", exchange, buffers, borders)
+    momentum = bridges.Momentum(decay, mix, depth, twin_init, companion_init, exchange, buffers, borders)
     return replace(base, name=f"man({base.name})", bridge=bridges.chain(base.bridge, momentum))

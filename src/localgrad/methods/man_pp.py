@@ -16,6 +16,7 @@ def man_pp(
     decay: float = 0.995,
     depth: int = 1,
     twin_init: Literal["source", "fresh"] = "source",
+    companion_init: Literal["source", "fresh"] = "fresh",
     exchange: When = "after",
     buffers: Buffers = "none",
     borders: int = 1,
@@ -28,7 +29,7 @@ def man_pp(
         base: a method with auxiliary heads.
         decay: of the moving average.
         depth: units looked through; 2 for vision transformers in the released code.
-        twin_init, exchange, buffers, borders: see `localgrad.methods.man`.
+        twin_init, companion_init, exchange, buffers, borders: see `localgrad.methods.man`.
 
     Raises:
         MethodError: if the base has no auxiliary heads, or for a value out of range.
@@ -42,5 +43,5 @@ def man_pp(
     Differs: as `localgrad.methods.man`.
     """
     base.require_heads("man_pp")
-    momentum = bridges.Momentum(decay, "scaled", depth, twin_init, "fresh", exchange, buffers, borders)
+    momentum = bridges.Momentum(decay, "scaled", depth, twin_init, companion_init, exchange, buffers, borders)
     return replace(base, name=f"man_pp({base.name})", bridge=bridges.chain(base.bridge, momentum))

@@ -36,7 +36,7 @@ def predsim(task: Task, *, beta: float = 0.99, size: int = 1024) -> Method:
         "predsim",
         task,
         terms=(
-            Term(heads.PooledLinear(task.num_outputs, size), task.loss, 1.0 - beta),
+            Term(task.head(heads.PooledLinear(task.num_outputs, size)), task.loss, 1.0 - beta),
             Term(heads.Projection(), losses.Similarity(task.num_outputs), beta, scored=False),
         ),
         spans=Local(),

@@ -1,4 +1,4 @@
-"""Networks: the papers' CIFAR ResNets, and anything of timm and torchvision by name."""
+"""Networks: the papers' CIFAR ResNets, and anything of timm, torchvision and segmentation_models_pytorch by name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,31 @@ from typing import Any
 from torch import nn
 
 from localgrad.errors import ConfigError, nearest
+from localgrad.models.batchnorm import freeze_batchnorm
+from localgrad.models.detection import Detector, fcos, retinanet
+from localgrad.models.pretrained import load_pretrained
 from localgrad.models.resnet_cifar import CifarResNet, resnet8, resnet20, resnet32, resnet56, resnet110
 
-__all__ = ["CifarResNet", "available", "create", "resnet110", "resnet20", "resnet32", "resnet56", "resnet8"]
+__all__ = [
+    "CifarResNet",
+    "Detector",
+    "available",
+    "create",
+    "fcos",
+    "freeze_batchnorm",
+    "load_pretrained",
+    "resnet110",
+    "resnet20",
+    "resnet32",
+    "resnet56",
+    "resnet8",
+    "retinanet",
+]
 
-OWN: dict[str, Callable[..., nn.Module]] = {f.__name__: f for f in (resnet8, resnet20, resnet32, resnet56, resnet110)}
-LIBRARIES = ("timm", "torchvision")
+OWN: dict[str, Callable[..., nn.Module]] = {
+    f.__name__: f for f in (resnet8, resnet20, resnet32, resnet56, resnet110, retinanet, fcos)
+}
+LIBRARIES = ("timm", "torchvision", "smp")
 
 
 def _library_names(library: str) -> list[str]:
@@ -24,6 +43,8 @@ def _library_names(library: str) -> list[str]:
         except ImportError as error:
             raise ConfigError("models from timm need it installed: pip install localgrad[timm]") from error
         return timm.list_models()
+    if library == "smp":
+        return sorted(type_.__name__ for type_ in _smp().MODEL_ARCHITECTURES_MAPPING.values())
     try:
         import torchvision
     except (ImportError, RuntimeError) as error:
@@ -34,8 +55,27 @@ def _library_names(library: str) -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
+def _smp() -> Any:
+    try:
+        import segmentation_models_pytorch
+    except ImportError as error:
+        raise ConfigError(
+            "models written smp:NAME need segmentation_models_pytorch: pip install localgrad[segmentation]"
+        ) from error
+    return segmentation_models_pytorch
+
+
+def _segmentation_names(library: str) -> list[str]:
+    """Those of torchvision's names that answer with a class for every pixel."""
+    if library != "torchvision":
+        return []
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models.segmentation)
+
+
 def available(library: str | None = None) -> list[str]:
-    """Names `create` accepts: our own, or those of ``timm`` or ``torchvision``, with the prefix."""
+    """Names `create` accepts: our own, or those of ``timm``, ``torchvision`` or ``smp``, with the prefix."""
     if library is None:
         return list(OWN)
     if library not in LIBRARIES:
@@ -49,7 +89,8 @@ def create(
     """Build a network with random weights.
 
     Args:
-        name: ``resnet32``, ``timm:vit_tiny_patch16_224``, ``torchvision:resnet50``.
+        name: ``resnet32``, ``timm:vit_tiny_patch16_224``, ``torchvision:resnet50``; for segmentation
+            ``torchvision:deeplabv3_resnet50``, or ``smp:Unet`` of segmentation_models_pytorch.
         num_classes: outputs.
         in_channels: of the images; torchvision's models take 3 only.
         image_size: passed on to models that are built for one size.
@@ -68,9 +109,10 @@ def create(
         raise ConfigError(nearest(library, LIBRARIES, "model library"))
     if not library and short not in OWN:
         raise ConfigError(
-            nearest(short, OWN, "model") + ". Models of timm and torchvision are written timm:NAME and torchvision:NAME"
+            nearest(short, OWN, "model") + ". Models of libraries are written timm:NAME, torchvision:NAME and smp:NAME"
         )
-    if library and short not in _library_names(library):
+    dense = library == "torchvision" and short in _segmentation_names(library)
+    if library and not dense and short not in _library_names(library):
         raise ConfigError(_unknown(short, library))
     if library == "torchvision" and in_channels != 3:
         raise ConfigError(f"{name} reads 3-channel images, the data has {in_channels}; look for one of timm's instead")
@@ -87,7 +129,15 @@ def create(
                 options.setdefault("aux_logits", False)
                 options.setdefault("init_weights", True)
             settings = {"weights": None, "num_classes": num_classes, **options}
+            if dense:  # else they ask for the weights of their backbone
+                return torchvision.models.get_model(short, **{"weights_backbone": None, **settings})
             return _sized(torchvision.models.get_model, short, "image_size", image_size, settings)
+        if library == "smp":
+            settings = {"encoder_weights": None, "in_channels": in_channels, "classes": num_classes, **options}
+            model = _smp().create_model(short, **settings)
+            # The check compares sizes with numbers, which tracing cannot; sizes that do not fit fail all the same.
+            model.requires_divisible_input_shape = False
+            return model
         return OWN[short](num_classes=num_classes, in_channels=in_channels, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"model {name!r} cannot be built with {options or 'these settings'}: {error}") from error

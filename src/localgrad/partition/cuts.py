@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +14,16 @@ from torch.utils._pytree import tree_leaves
 from localgrad.errors import PartitionError, nearest
 from localgrad.layout import Layout, layout_of
 from localgrad.partition.blocks import Block, RecomputedBlock, chain, join, split
-from localgrad.partition.trace import Taps, attribute, channels_hint, check_runs, note_values, trace, writes_in_place
+from localgrad.partition.trace import (
+    ROOT,
+    Taps,
+    attribute,
+    channels_hint,
+    check_runs,
+    note_values,
+    trace,
+    writes_in_place,
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,8 @@ class Cut:
         position: how many nodes of the full trace run before it.
         shape: of the example's features there.
         channels_hint: where the neighbouring layers look for channels.
-        tail: whether only a classifier follows: no layer with weight matrices whose output has positions.
+        tail: whether only the model's own head follows: a classifier, that is, no layer with weight matrices whose
+            output has positions; or, where the model's answers have positions, the modules that make them.
         overwritten: the module or function that overwrites the features in place, if one does.
     """
 
@@ -40,12 +51,19 @@ class Cut:
 
 @dataclass(frozen=True)
 class Unit:
-    """One of the model's own modules that run after a boundary, with the layouts of what it reads and returns."""
+    """One of the model's own modules that run after a boundary, with the layouts of what it reads and returns.
+
+    Args:
+        reads_taps: whether it reads earlier features besides those at its own beginning.
+        whole: whether the module makes all of what the next unit reads; branches that are joined later do not.
+    """
 
     name: str
     module: nn.Module
     reads: Layout
     returns: Layout
+    reads_taps: bool = False
+    whole: bool = True
 
     @property
     def changes_form(self) -> bool:
@@ -101,6 +119,7 @@ class Partition:
         note_values(self.traced, model, example)
         self._index = {node: index for index, node in enumerate(self.traced.nodes)}
         self._weighted = self._weighted_nodes()
+        self._head = self._head_position()
         self.cuts = self._find()
         self._units: list[Block] | None = None
 
@@ -123,7 +142,7 @@ class Partition:
             position,
             shape,
             channels_hint(node, self.traced),
-            not any(position <= index and _has_positions(node) for index, node in self._weighted),
+            position >= self._head or not any(position <= i and _has_positions(n) for i, n in self._weighted),
             None if overwriting is None else str(overwriting.target).removeprefix("model."),
         )
 
@@ -150,6 +169,31 @@ class Partition:
         root = self.traced.root
         calls = ((index, node) for node, index in self._index.items() if node.op == "call_module")
         return [(index, node) for index, node in calls if is_unit(root.get_submodule(str(node.target)))]
+
+    def _head_position(self) -> int:
+        """Where the model's own head begins if it answers with positions, as in segmentation; else the end.
+
+        The head are those parts of the model from which nothing goes on to another part.
+        """
+        end = len(self._index)
+        if not self._weighted or not _has_positions(self._weighted[-1][1]):
+            return end
+        paths = [str(node.target).removeprefix(f"{ROOT}.").split(".") for _, node in self._weighted]
+        # The least and the greatest path differ where any two do.
+        pairs = zip(min(paths)[:-1], max(paths)[:-1], strict=False)
+        shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        part_of = {node: ".".join(path[: shared + 1]) for (_, node), path in zip(self._weighted, paths, strict=True)}
+        going_on: set[str] = set()
+        for node, part in part_of.items():
+            queue, seen = list(node.users), set()
+            while queue and part not in going_on:
+                user = queue.pop()
+                if part_of.get(user, part) != part:
+                    going_on.add(part)
+                elif user not in seen:
+                    seen.add(user)
+                    queue += list(user.users)
+        return min(self.traced.entered.get(part, end) for part in {*part_of.values()} - going_on)
 
     def _shared_parameters(self) -> list[tuple[int, int]]:
         """First and last use of every parameter that is used more than once."""
@@ -249,11 +293,32 @@ class Partition:
         units = (cut, *(other for other in self.cuts if other.position > cut.position and not other.tail))
         layouts = [shape_layout(one.shape, self.example, one.channels_hint) for one in units]
         ends = [*layouts[1:], layouts[0] if cut.tail else self.final_layout]
+        edges = [*(one.position for one in units[1:]), self._head]
         paths = [self._unit_path(one) for one in units]
         return tuple(
-            Unit(path, self._callable(path), reads, returns)
-            for path, reads, returns in zip(paths, layouts, ends, strict=True)
+            Unit(
+                path,
+                self._callable(path),
+                layouts[k],
+                ends[k],
+                self._reads_taps(one.position, min(edges[k], self.traced.left.get(path, edges[k]))),
+                one is units[-1] or self._returned_channels(path, one) in (None, ends[k].channels),
+            )
+            for k, (one, path) in enumerate(zip(units, paths, strict=True))
         )
+
+    def _returned_channels(self, path: str, cut: Cut) -> int | None:
+        """Width of what a module returns; None if it is not known to return one tensor."""
+        node = self.traced.returned.get(path)
+        shape = () if node is None else node.meta.get("shape", ())
+        return shape_layout(shape, self.example, cut.channels_hint).channels if 2 <= len(shape) <= 4 else None
+
+    def _reads_taps(self, start: int, stop: int) -> bool:
+        """Whether what runs from ``start`` on up to ``stop`` reads more than the features that cross there."""
+        features = self.traced.features(start, self.taps)
+        inside = self.traced.nodes[start:stop]
+        early = {n for n in self.traced.crossing(start) if n in self.traced.differentiable} - set(features)
+        return any(value in early for node in inside for value in node.all_input_nodes)
 
     def _callable(self, path: str) -> nn.Module:
         """A module, such that it can be called with the features alone if what else it needs holds no tensor."""
@@ -294,8 +359,8 @@ class Partition:
 
     @property
     def final_layout(self) -> Layout:
-        """Layout of the last features before the model's last layer that still have positions."""
-        end = self._weighted[-1][0] if self._weighted else len(self._index)
+        """Layout of the last features before the model's last layer, or its own head, that still have positions."""
+        end = min(self._weighted[-1][0], self._head) if self._weighted else len(self._index)
         candidates = (
             n for n, index in reversed(self._index.items()) if index < end and n in self.traced.differentiable
         )

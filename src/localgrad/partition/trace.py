@@ -64,6 +64,7 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=autowrap)
         self._is_leaf = is_leaf
         self.entered: dict[str, int] = {}
+        self.left: dict[str, int] = {}
         self.returned: dict[str, fx.Node] = {}
         self.structured: set[str] = set()
         self.calls: dict[str, tuple[Any, Any]] = {}
@@ -85,6 +86,8 @@ class _Tracer(fx.Tracer):
             self.inside.append(path)
             result = super().call_module(m, forward, args, kwargs)
             self.inside.pop()
+        if path in self.entered:
+            self.left.setdefault(path, len(self.graph.nodes))
         if isinstance(result, fx.Proxy):
             self.returned.setdefault(path, result.node)
         else:
@@ -102,7 +105,7 @@ class Trace:
 
     Args:
         graph: nodes in the order they run.
-        entered: module path -> number of nodes before its first call began.
+        entered: module path -> number of nodes before its first call began; ``left`` before it had ended.
         returned: module path -> the node it returned.
         structured: paths of modules that returned several values; torch.fx must see each, so they are never kept whole.
         calls: module path -> positional and keyword arguments of its first call, nodes for computed ones.
@@ -114,6 +117,7 @@ class Trace:
     root: nn.Module
     graph: fx.Graph
     entered: dict[str, int]
+    left: dict[str, int]
     returned: dict[str, fx.Node]
     structured: set[str] = field(default_factory=set)
     calls: dict[str, tuple[Any, Any]] = field(default_factory=dict)
@@ -136,12 +140,56 @@ class Trace:
         ]
 
     def features(self, position: int, taps: Taps) -> list[fx.Node]:
-        """Values with gradient that cross ``position``, taps left out; the last tap if only taps cross."""
+        """Values with gradient that cross ``position``, taps left out; the last tap if only taps cross.
+
+        Taps are those that modules ``taps`` returned and those `_tapped` recognises; with ``auto`` whatever the
+        features are computed from.
+        """
         carrying = [node for node in self.crossing(position) if node in self.differentiable]
         if taps == "auto":
             return carrying[-1:] if carrying and set(carrying) <= _sources(carrying[-1]) else carrying
-        tapped = {self.returned.get(tap) for tap in taps}
-        return [node for node in carrying if node not in tapped] or carrying[-1:]
+        named = {self.returned.get(tap) for tap in taps}
+        left = [node for node in carrying if node not in named] or carrying[-1:]
+        return left[-1:] if len(left) > 1 and self._tapped(position, left[:-1], left[-1]) else left
+
+    def _tapped(self, position: int, others: list[fx.Node], features: fx.Node) -> bool:
+        """Whether ``others`` only wait for a later head, while all goes on from ``features``, the youngest value.
+
+        So it is in encoders whose stages are read again by a decoder or a feature pyramid: what runs next reads the
+        features, they were computed from each of the others, and each other one are maps of finer resolution, or
+        nothing reads it before the model's own child that runs at ``position`` has ended. The input of a module that is
+        still running, such as the shortcut of a residual unit, does not wait for a head.
+        """
+        nodes = self.nodes
+        index = {node: k for k, node in enumerate(nodes)}
+        running = [path for path, start in self.entered.items() if path and start < position < self.left[path]]
+        end = min((self.left[path] for path in running if "." not in path), default=position)
+
+        def reads_first(start: int, values: Collection[fx.Node]) -> list[fx.Node]:
+            reading = ([v for v in n.all_input_nodes if v in values] for n in nodes[start:] if n in self.differentiable)
+            return next(filter(None, reading), [])
+
+        if features not in reads_first(position, {*others, features}):
+            return False
+        sources = _sources(features)
+        for other in others:
+            uses = [index[user] for user in other.users if index[user] >= position]
+            finer = _side(other, self) > _side(features, self) > 0
+            if other not in sources or not (finer or (end > position and min(uses) >= end)):
+                return False
+            for path in running:
+                entry = self.entered[path]
+                if index[other] < entry and min(uses) < self.left[path]:
+                    entering = [n for n in self.crossing(entry) if n in self.differentiable]
+                    if other in reads_first(entry, entering):
+                        return False
+        return True
+
+
+def _side(node: fx.Node, traced: Trace) -> int:
+    """Height of maps in positions; 0 for other values."""
+    shape = node.meta.get("shape", ())
+    return 0 if len(shape) != 4 else shape[1] if channels_hint(node, traced) == "last" else shape[2]
 
 
 def _sources(node: fx.Node) -> set[fx.Node]:
@@ -225,7 +273,7 @@ def trace(
                 "has to be traced, so every step would see the same draw. Move the draw into a module of its own, or "
                 "pass modules=[...], a list of modules that run one after the other."
             )
-        return Trace(root, graph, tracer.entered, tracer.returned, tracer.structured, tracer.calls, opaque)
+        return Trace(root, graph, tracer.entered, tracer.left, tracer.returned, tracer.structured, tracer.calls, opaque)
 
 
 def _where(error: Exception) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from localgrad.errors import ConfigError, TrainingError
 from localgrad.losses.precision import widened
-from localgrad.method import Batch
+from localgrad.method import Batch, HeadBuilder
+from localgrad.tasks.normalisation import check_normalisation, pixels_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Classification:
         """Logits of an auxiliary head."""
         return self.num_classes
 
+    def head(self, proposed: HeadBuilder) -> HeadBuilder:
+        """What the method proposed."""
+        return proposed
+
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy of logits (B, num_classes) with indices (B,) or probabilities (B, num_classes)."""
         if output.dim() != 2 or output.shape[1] != self.num_classes:
@@ -40,11 +44,31 @@ class Classification:
         """Whether each sample's largest logit is its class, (B,) float32; the likelier class of mixed targets."""
         return (output.argmax(1) == hard_labels(targets)).float()
 
+    def metric(self) -> Accuracy:
+        """Accuracy over all images."""
+        return Accuracy(self)
+
     def pixels(self, inputs: Tensor) -> Tensor:
-        """``inputs * std + mean``, limited to [0, 1] because augmentation may leave it by rounding."""
-        mean = torch.tensor(self.mean, device=inputs.device, dtype=inputs.dtype)[:, None, None]
-        std = torch.tensor(self.std, device=inputs.device, dtype=inputs.dtype)[:, None, None]
-        return (inputs * std + mean).clamp(0.0, 1.0)
+        """See `localgrad.tasks.normalisation.pixels_of`."""
+        return pixels_of(inputs, self.mean, self.std)
+
+
+class Accuracy:
+    """A `localgrad.method.Metric`: the share of images that are classified rightly."""
+
+    def __init__(self, task: Classification) -> None:
+        self.task = task
+        self.right: Tensor | float = 0.0
+        self.images = 0
+
+    def update(self, output: Tensor, targets: Tensor) -> None:
+        """Count one batch: logits (B, num_classes), indices (B,) or probabilities (B, num_classes)."""
+        self.right = self.right + self.task.score(output, targets).sum()
+        self.images += len(targets)
+
+    def compute(self) -> dict[str, float]:
+        """``{"accuracy": ...}``."""
+        return {"accuracy": float(self.right) / max(1, self.images)}
 
 
 def hard_labels(targets: Tensor) -> Tensor:
@@ -78,6 +102,5 @@ def classification(
         raise ConfigError(f"num_classes={num_classes}; classification needs at least 2 classes")
     if not 0.0 <= label_smoothing < 1.0:
         raise ConfigError(f"label_smoothing={label_smoothing}; it must be at least 0 and below 1")
-    if len(mean) != len(std) or not all(s > 0 for s in std):
-        raise ConfigError(f"mean={mean}, std={std}; give one mean and one positive std for each channel")
+    check_normalisation(mean, std)
     return Classification(num_classes, label_smoothing, tuple(mean), tuple(std))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from localgrad import data, methods, models, tasks
 from localgrad.config import Config, MethodSpec, build_method
-from localgrad.errors import CheckpointError, ConfigError, TrainingError
-from localgrad.method import Method
+from localgrad.errors import CheckpointError, ConfigError, TrainingError, nearest
+from localgrad.method import Method, Task
+from localgrad.models import freeze_batchnorm, load_pretrained
 from localgrad.network import LocalNetwork, localize
 from localgrad.randomness import seeded
 from localgrad.spans import Constant
@@ -168,30 +170,79 @@ def set_up_torch(config: Config) -> torch.device:
 
 
 def load_data(config: Config, device: torch.device) -> data.Data:
-    """The data of a run."""
-    return data.load(
-        config.data.name,
-        root=config.data.root,
-        batch_size=config.train.batch_size,
-        eval_batch_size=config.train.eval_batch_size,
-        image_size=config.data.image_size,
-        validation=config.data.validation,
-        limit=config.data.limit,
-        seed=config.train.seed,
-        augment=config.data.augment,
-        workers=config.data.workers,
-        device=device,
-    )
+    """The data of a run.
+
+    Raises:
+        ConfigError: settings that these data have no use for.
+    """
+    settings = config.data
+    shared: dict[str, Any] = {
+        "root": settings.root,
+        "batch_size": config.train.batch_size,
+        "eval_batch_size": config.train.eval_batch_size,
+        "validation": settings.validation,
+        "limit": settings.limit,
+        "seed": config.train.seed,
+        "augment": settings.augment,
+        "workers": settings.workers,
+        "device": device,
+    }
+    size = settings.image_size
+    dense = data.masks.knows(settings.name) or data.boxes.knows(settings.name)
+    if dense and (config.train.mixup or config.train.cutmix):
+        raise ConfigError(f"mixup and cutmix mix classes of whole images; switch them off for {settings.name!r}")
+    if data.boxes.knows(settings.name):
+        if settings.crop_size is not None or settings.scale != (1.0, 1.0):
+            raise ConfigError(f"data.crop_size and data.scale need masks, not {settings.name!r}")
+        return data.boxes.load(
+            settings.name, image_size=size, longest_side=settings.longest_side, on_damage=settings.on_damage, **shared
+        )
+    if data.masks.knows(settings.name):
+        if isinstance(size, int):
+            raise ConfigError(
+                f"data.image_size={size}; with masks write [height, width], for instance [{size}, {size}]"
+            )
+        return data.masks.load(
+            settings.name, image_size=size, crop_size=settings.crop_size, scale=settings.scale,
+            on_damage=settings.on_damage, **shared,
+        )  # fmt: skip
+    if isinstance(size, tuple) or settings.crop_size is not None or settings.scale != (1.0, 1.0):
+        raise ConfigError(
+            f"data.crop_size, data.scale and a data.image_size of two sides need masks, not {settings.name!r}"
+        )
+    return data.load(settings.name, image_size=size, **shared)
 
 
 def build_task(
-    config: Config, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]
-) -> tasks.Classification:
-    """The task of a run."""
-    return tasks.classification(num_classes, label_smoothing=config.train.label_smoothing, mean=mean, std=std)
+    config: Config,
+    num_classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    kind: str = "classification",
+    classes: tuple[str, ...] = (),
+) -> Task:
+    """The task of a run: the function of `localgrad.tasks` that ``kind`` names, with the options ``config.task``.
+
+    Raises:
+        ConfigError: an option that the task does not have.
+    """
+    known: dict[str, Any] = {"mean": mean, "std": std, "classes": classes}
+    make = getattr(tasks, kind)
+    allowed = list(inspect.signature(make).parameters)[1:]
+    known = {name: value for name, value in known.items() if name in allowed}
+    for name in config.task:
+        if name not in allowed or name in (*known, "label_smoothing"):
+            free = [option for option in allowed if option not in (*known, "label_smoothing")]
+            raise ConfigError(f"task.{name}: " + (nearest(name, free, f"option of {kind}") if free else "no options"))
+    if "label_smoothing" in allowed:
+        known["label_smoothing"] = config.train.label_smoothing
+    try:
+        return make(num_classes, **known, **config.task)  # type: ignore[no-any-return]
+    except TypeError as error:
+        raise ConfigError(f"task: {config.task} does not suit {kind}: {error}") from error
 
 
-def trained_model(path: Path, task: tasks.Classification, image_shape: tuple[int, int, int]) -> nn.Module:
+def trained_model(path: Path, task: Task, image_shape: tuple[int, int, int]) -> nn.Module:
     """The model that a finished run left in ``path``, for data of the same form.
 
     Raises:
@@ -205,7 +256,7 @@ def trained_model(path: Path, task: tasks.Classification, image_shape: tuple[int
     config = read_config(path)
     model = models.create(
         config.model.name,
-        num_classes=task.num_classes,
+        num_classes=task.num_outputs,
         in_channels=image_shape[0],
         image_size=image_shape[1],
         **config.model.options,
@@ -222,7 +273,7 @@ def trained_model(path: Path, task: tasks.Classification, image_shape: tuple[int
 
 def build_network(
     config: Config,
-    task: tasks.Classification,
+    task: Task,
     image_shape: tuple[int, int, int],
     device: torch.device,
     steps_per_epoch: int | None = None,
@@ -248,11 +299,17 @@ def build_network(
     with seeded(config.train.seed, "weights"):
         model = models.create(
             config.model.name,
-            num_classes=task.num_classes,
+            num_classes=task.num_outputs,
             in_channels=channels,
             image_size=height,
             **config.model.options,
         )
+        if config.model.weights is not None:
+            load_pretrained(model, config.model.weights)
+        if config.model.batchnorm == "sync":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif config.model.batchnorm == "frozen":
+            freeze_batchnorm(model)
         memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         example = torch.randn(2, *image_shape, device=device)
@@ -280,7 +337,7 @@ def build(config: Config) -> Experiment:
     loaded = load_data(config, device)
     network = build_network(
         config,
-        build_task(config, loaded.num_classes, loaded.mean, loaded.std),
+        build_task(config, loaded.num_classes, loaded.mean, loaded.std, loaded.kind, loaded.classes),
         loaded.image_shape,
         device,
         len(loaded.train),

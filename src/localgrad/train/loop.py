@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from localgrad.capture import Captured, Record
-from localgrad.engine import local_losses
+from localgrad.engine import local_losses, num_samples, rows
 from localgrad.method import Term
+from localgrad.models import freeze_batchnorm
 from localgrad.randomness import keyed_randomness, seeded
 from localgrad.spans import Span
 from localgrad.train.experiment import Experiment, explained
@@ -39,9 +41,11 @@ def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch
     with keys:
         while run.epoch < config.train.epochs:
             network.train()
+            if config.model.batchnorm == "frozen":
+                freeze_batchnorm(network.model)
             started = time.perf_counter()
             for inputs, targets in run.data.train.epoch(run.epoch, start=run.batch):
-                inputs, targets = inputs.to(network.device), targets.to(network.device)
+                inputs, targets = tree_map_only(Tensor, lambda t: t.to(network.device), (inputs, targets))
                 if config.train.channels_last:
                     inputs = inputs.contiguous(memory_format=torch.channels_last)
                 run.stepper.set_learning_rate(rate_of(run, run.batch))
@@ -64,7 +68,7 @@ def rate_of(run: Experiment, batch: int) -> float:
     return learning_rate(run.config.optim, run.epoch, batch / len(run.data.train), run.config.train.epochs)
 
 
-def step(run: Experiment, inputs: Tensor, targets: Tensor) -> None:
+def step(run: Experiment, inputs: Tensor, targets: Any) -> None:
     """One optimizer step.
 
     Raises:
@@ -76,8 +80,8 @@ def step(run: Experiment, inputs: Tensor, targets: Tensor) -> None:
 
     def observe(span: Span, term: Term | None, output: Any) -> None:
         start = scored.get((span, id(term)), 0)
-        stop = scored[span, id(term)] = start + len(output)
-        run.meter.add_output(span, term, output, targets[start:stop])
+        stop = scored[span, id(term)] = start + num_samples(output)
+        run.meter.add_output(span, term, output, rows(targets, start, stop))
 
     losses = local_losses(
         run.network,
@@ -110,7 +114,7 @@ def captured_step(run: Experiment, record: Record | None = None) -> Callable[[Te
     return Captured(work, again=lambda: run.meter.count_again(*counted), record=record)
 
 
-def mixed(run: Experiment, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def mixed(run: Experiment, inputs: Tensor, targets: Any) -> tuple[Tensor, Any]:
     """Mixup and cutmix, as configured; one of them at random if both are."""
     settings = run.config.train
     if not (settings.mixup or settings.cutmix):

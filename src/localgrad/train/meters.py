@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from localgrad.engine import local_outputs
+from localgrad.engine import local_outputs, num_samples
 from localgrad.errors import TrainingError
-from localgrad.method import Batch, Task, Term
+from localgrad.method import Batch, Metric, Task, Term
 from localgrad.network import LocalNetwork
 from localgrad.spans import Span
 
@@ -45,8 +46,9 @@ class Meter:
         if term is not None and not term.scored:
             return
         name = self.name(span)
-        self._sum(self.scores, name, self.task.score(output, targets).sum())
-        self.samples[name] = self.samples.get(name, 0) + len(targets)
+        scores = self.task.score(output, targets)
+        self._sum(self.scores, name, scores.sum())
+        self.samples[name] = self.samples.get(name, 0) + len(scores)
 
     def _sum(self, sums: dict[str, Tensor], name: str, value: Tensor) -> None:
         # In place, so that a captured step adds to the same tensors at each replay.
@@ -71,10 +73,10 @@ class Meter:
         self.batches.clear()
         self.samples.clear()
 
-    def end_batch(self, weight: int = 1) -> None:
-        """Count one batch, or ``weight`` of them, for every head that had a loss."""
+    def end_batch(self) -> None:
+        """Count one batch for every head that had a loss."""
         for name in self._answered:
-            self.batches[name] = self.batches.get(name, 0) + weight
+            self.batches[name] = self.batches.get(name, 0) + 1
         self._answered.clear()
 
     def check_finite(self, step: int) -> None:
@@ -115,7 +117,7 @@ def _means(sums: dict[str, Tensor], counts: dict[str, int]) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(network: LocalNetwork, batches: Any, autocast: torch.dtype | None = None) -> dict[str, dict[str, float]]:
-    """Score every head and the model's own on a split, in eval mode.
+    """Score every head and the model's own on a split, in eval mode, by the task's metric.
 
     Args:
         network: left in the mode it was in.
@@ -123,20 +125,28 @@ def evaluate(network: LocalNetwork, batches: Any, autocast: torch.dtype | None =
         autocast: dtype, None for full precision.
 
     Returns:
-        ``{"loss": {"model": ...}, "score": {head: ...}}``; the loss is the model's own.
+        ``{"loss": {"model": ...}, "score": {head: ...}, "metrics": {...}}``; loss and metrics are the model's own, the
+        first of these being its score.
     """
     modes = {module: module.training for module in network.modules()}
     network.eval()
-    meter = Meter(network)
+    meter, metrics = Meter(network), dict[str, Metric]()
+    loss, samples = torch.zeros((), device=meter.device), 0
     try:
         for inputs, targets in batches.epoch(0) if hasattr(batches, "epoch") else batches:
-            inputs, targets = inputs.to(meter.device), targets.to(meter.device)
+            inputs, targets = tree_map_only(Tensor, lambda t: t.to(meter.device), (inputs, targets))
             for span, term, output in local_outputs(network, inputs, autocast=autocast, scored_only=True):
-                meter.add_output(span, term, output, targets)
+                metrics.setdefault(meter.name(span), meter.task.metric()).update(output, targets)
                 if term is None:
-                    meter.add_loss(span, meter.task.loss(output, Batch(inputs, targets, 0)) * len(targets))
-            meter.end_batch(len(targets))  # the loss above is a sum over samples
+                    size = num_samples(inputs)
+                    loss += meter.task.loss(output, Batch(inputs, targets, 0)).float() * size
+                    samples += size
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return meter.read()
+    found = {name: metric.compute() for name, metric in metrics.items()}
+    return {
+        "loss": {"model": loss.item() / max(1, samples)},
+        "score": {name: next(iter(figures.values())) for name, figures in found.items()},
+        "metrics": found["model"],
+    }

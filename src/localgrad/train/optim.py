@@ -40,7 +40,11 @@ def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int)
         return config.lr * (done + 1e-2) / config.warmup_epochs
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "step":
+        return config.lr * 0.1 ** sum(done >= milestone * epochs for milestone in config.milestones)
     share = (done - config.warmup_epochs) / max(1e-9, epochs - config.warmup_epochs)
+    if config.schedule == "poly":
+        return (config.lr - config.min_lr) * (1 - min(1.0, share)) ** 0.9 + config.min_lr
     return 0.5 * config.lr * (1 + math.cos(math.pi * min(1.0, share)))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch.utils._pytree import tree_map_only
 
 from localgrad.bench.cost import cost, step_seconds
 from localgrad.bench.plots import comparison_picture, curves_picture
@@ -104,12 +105,19 @@ def _result(run: Experiment, folder: RunFolder) -> dict[str, Any]:
         "method": method_name(run.config.method),
         "model": run.config.model.name,
         "data": run.data.title,
+        "trained_on": {
+            "kind": run.data.kind,
+            "classes": list(run.data.classes),
+            "image_shape": list(run.data.image_shape),
+            "mean": list(run.data.mean),
+            "std": list(run.data.std),
+        },
         "blocks": len(run.network.blocks),
         "cuts": [cut.name for cut in run.network.cuts],
         "epochs": run.epoch,
         "steps": run.step,
         "seed": run.config.train.seed,
-        "last": {"epoch": run.epoch, "test": last["score"]},
+        "last": {"epoch": run.epoch, "test": last["score"], "metrics": last["metrics"]},
     }
     if run.best is not None:
         weights = {k: v.clone() for k, v in network.state_dict().items()}
@@ -151,7 +159,7 @@ def compare(
             results.append(result)
     inputs, targets = next(iter(experiments[0].data.train.epoch(0)))
     device, autocast = experiments[0].network.device, experiments[0].autocast
-    inputs, targets = inputs.to(device), targets.to(device)
+    inputs, targets = tree_map_only(torch.Tensor, lambda t: t.to(device), (inputs, targets))
     if config.train.channels_last:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     networks = [experiment.network for experiment in experiments]

@@ -1,0 +1,76 @@
+"""Peak activation bytes and FLOPs of one training step of RetinaNet-R50 in 4 blocks, against end-to-end training.
+
+    python bench/detection_memory.py --out results/detection-2026-11-21/memory.json
+
+Blocks are balanced by bytes. The heads' share is what autograd saves in the auxiliary network of the boundary where it is
+largest, and the head parameters beside the model's. Bytes are exact (`localgrad.bench.cost`), so one step is enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+import localgrad
+from localgrad.bench.cost import cost
+from localgrad.config import build_method, parse_method
+from localgrad.partition.balance import module_bytes
+
+METHODS = ("e2e", "e2e+checkpointing", "dgl", "dgl+man_pp")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pixels", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--num-blocks", type=int, default=4)
+    parser.add_argument("--head-width", type=int, help="of auxiliary heads; default as localgrad.tasks.detection")
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--out", type=Path, required=True)
+    asked = parser.parse_args()
+    inputs = torch.randn(asked.batch_size, 3, asked.pixels, asked.pixels)
+    box = torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.4, 0.3, 0.9, 0.8]]) * asked.pixels
+    targets = [{"boxes": box, "labels": torch.tensor([3, 17])} for _ in inputs]
+    rows = json.loads(asked.out.read_text()) if asked.out.exists() else []
+    for name in asked.methods:
+        torch.manual_seed(0)
+        model = localgrad.models.retinanet(80)
+        method = build_method(parse_method(name), localgrad.tasks.detection(80, head_width=asked.head_width))
+        network = localgrad.localize(
+            model, method, num_blocks=asked.num_blocks, balance="bytes", example=inputs
+        ).train()
+        measured = cost(network, inputs, targets)
+        heads = [
+            module_bytes(auxiliary, torch.zeros(cut.shape))
+            for boundary, cut in enumerate(network.cuts, start=1)
+            for _, auxiliary in network.auxiliaries_at(boundary)
+        ]
+        rows.append(
+            {
+                "method": name,
+                "pixels": asked.pixels,
+                "batch_size": asked.batch_size,
+                "head_width": asked.head_width,
+                "cuts": [cut.name for cut in network.cuts],
+                "activation_bytes": measured.activation_bytes,
+                "flops": measured.flops,
+                "parameters": measured.parameters,
+                "auxiliary_parameters": measured.auxiliary_parameters,
+                "largest_head_bytes": max(heads, default=0),
+            }
+        )
+        first = rows[0]
+        print(
+            f"| `{name}` | {measured.activation_bytes / 2**20:.0f} MiB | "
+            f"{measured.activation_bytes / first['activation_bytes']:.2f} | {max(heads, default=0) / 2**20:.0f} MiB | "
+            f"{measured.flops / first['flops']:.2f} | {measured.auxiliary_parameters / measured.parameters:.2f} |",
+            flush=True,
+        )
+        asked.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,429 @@
+"""Images with boxes: COCO, Pascal VOC, and what else lies in one of their two layouts."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localgrad import randomness
+from localgrad.data import cache
+from localgrad.data.catalogue import Data, Found, _hold_out, default_root
+from localgrad.data.loaders import Order
+from localgrad.data.masks import OnDamage
+from localgrad.data.readers import torchvision
+from localgrad.errors import ConfigError, DataError
+
+Batch = tuple[Tensor, list[dict[str, Tensor]]]
+TOLERANCE = 1.0  # pixels by which a box may leave its image; annotations are rounded
+DIVISIBLE = 32
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_COCO_GET = (
+    "Expected are annotations/instances_<split>.json and the images in <split> or images/<split>, for one split whose "
+    "name begins with train and one whose name begins with val (or test); COCO itself comes from "
+    "https://cocodataset.org."
+)
+_VOC_GET = "Expected are JPEGImages, Annotations and ImageSets/Main/<split>.txt for the splits train, val and test."
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """An image file and its boxes: (x, y) of two corners in pixels, class, whether it is a crowd, and area, for each."""
+
+    path: str
+    boxes: Tensor
+    labels: Tensor
+    iscrowd: Tensor
+    area: Tensor
+
+
+@dataclass(frozen=True)
+class BoxSet:
+    """The images of a set, by split; ``validation`` is empty where it has none of its own."""
+
+    title: str
+    classes: tuple[str, ...]
+    train: list[Boxed] = field(repr=False)
+    validation: list[Boxed] = field(repr=False)
+    test: list[Boxed] = field(repr=False)
+
+
+def boxed(path: Path, rows: Sequence[tuple[list[float], int, bool, float | None]]) -> Boxed:
+    """One image from rows of (x1, y1, x2, y2), class, crowd and, where the file gives one, area."""
+    boxes = torch.tensor([row[0] for row in rows], dtype=torch.float32).reshape(-1, 4)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    areas = [row[3] for row in rows]
+    given = torch.tensor([float("nan") if area is None else area for area in areas], dtype=torch.float32)
+    return Boxed(
+        str(path),
+        boxes,
+        torch.tensor([row[1] for row in rows], dtype=torch.int64),
+        torch.tensor([row[2] for row in rows], dtype=torch.int64),
+        torch.where(given.isnan(), sides.prod(1), given),
+    )
+
+
+def read_coco(annotations: Path, images: Path, on_damage: OnDamage = "raise") -> tuple[list[Boxed], tuple[str, ...]]:
+    """Every image of a COCO file, those without a box included, and the names of its categories by ascending id.
+
+    Raises:
+        DataError: the file is damaged, or a box is of an unknown category; with ``skip`` such boxes are left out with a
+            warning.
+    """
+    try:
+        content = json.loads(annotations.read_text(encoding="utf-8"))
+        names = {int(c["id"]): str(c["name"]) for c in content["categories"]}
+        files = {int(i["id"]): images / str(i["file_name"]) for i in content["images"]}
+        label = {identifier: k for k, identifier in enumerate(sorted(names))}
+        rows: dict[int, list[tuple[list[float], int, bool, float | None]]] = {identifier: [] for identifier in files}
+        unknown = []
+        for a in content["annotations"]:
+            x, y, width, height = map(float, a["bbox"])
+            if a["category_id"] not in label or a["image_id"] not in rows:
+                unknown.append(a)
+                continue
+            row = [x, y, x + width, y + height], label[a["category_id"]], bool(a.get("iscrowd", 0)), a.get("area")
+            rows[a["image_id"]].append(row)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"cannot read {annotations}: {type(error).__name__}: {error}. It should hold images, categories and "
+            "annotations in COCO's layout."
+        ) from error
+    if unknown:
+        first = unknown[0]
+        what = (
+            f"{annotations}: {len(unknown)} boxes are of a category or an image that the file does not list; annotation "
+            f"{first.get('id')} has category_id {first['category_id']} and image_id {first['image_id']}"
+        )
+        if on_damage == "raise":
+            raise DataError(f"{what}. Correct the file, or set data.on_damage=skip to leave them out.")
+        warnings.warn(f"{what}; left out", stacklevel=2)
+    return [boxed(files[k], rows[k]) for k in sorted(files)], tuple(names[k] for k in sorted(names))
+
+
+def read_voc(root: Path, split: str, classes: tuple[str, ...]) -> list[Boxed]:
+    """The images that ``ImageSets/Main/<split>.txt`` names. Boxes that are ``difficult`` count as crowds do.
+
+    Raises:
+        DataError: a file is missing or damaged, or names an unknown class.
+    """
+    found = []
+    for name, objects in _voc_objects(root, split):
+        rows: list[tuple[list[float], int, bool, float | None]] = []
+        for kind, corners, difficult in objects:
+            if kind not in classes:
+                raise DataError(f"{root / 'Annotations' / name}.xml names {kind!r}, which is none of {classes}.")
+            rows.append((corners, classes.index(kind), difficult, None))
+        found.append(boxed(root / "JPEGImages" / f"{name}.jpg", rows))
+    return found
+
+
+def _voc_objects(root: Path, split: str) -> Iterator[tuple[str, list[tuple[str, list[float], bool]]]]:
+    from xml.etree import ElementTree
+
+    listed = root / "ImageSets" / "Main" / f"{split}.txt"
+    try:
+        names = [line.split()[0] for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {listed}: {error}. {_VOC_GET}") from error
+    for name in names:
+        path = root / "Annotations" / f"{name}.xml"
+        try:
+            objects = ElementTree.parse(path).getroot().iter("object")
+            yield name, [
+                (
+                    str(one.findtext("name")),
+                    [float(str(one.findtext(f"bndbox/{side}"))) for side in ("xmin", "ymin", "xmax", "ymax")],
+                    one.findtext("difficult") == "1",
+                )
+                for one in objects
+            ]
+        except (OSError, ElementTree.ParseError, ValueError) as error:
+            raise DataError(f"cannot read {path}: {error}. Correct or remove it.") from error
+
+
+def _coco(root: Path, on_damage: OnDamage, title: str | None = None) -> BoxSet:
+    files = sorted((root / "annotations").glob("instances_*.json"))
+    splits = {path.stem.removeprefix("instances_"): path for path in files}
+    chosen = {kind: next((s for s in splits if s.startswith(kind)), None) for kind in ("train", "val", "test")}
+    if chosen["train"] is None or (chosen["val"] or chosen["test"]) is None:
+        raise DataError(f"no COCO data in {root.resolve()}: found {', '.join(splits) or 'nothing'}. {_COCO_GET}")
+    read: dict[str, list[Boxed]] = {}
+    classes: tuple[str, ...] = ()
+    for kind, split in chosen.items():
+        if split is not None:
+            place = next((p for p in (root / "images" / split, root / split) if p.is_dir()), root)
+            read[kind], found = read_coco(splits[split], place, on_damage)
+            if classes and found != classes:
+                raise DataError(f"{splits[split]} lists other categories than the training split; both need the same.")
+            classes = found
+    tests = read.pop("test", None)
+    kept = read.pop("val", [])
+    return BoxSet(title or f"COCO layout in {root}", classes, read["train"], kept if tests else [], tests or kept)
+
+
+def _coco128(root: Path, on_damage: OnDamage) -> BoxSet:
+    places = [p for p in (root, root / "coco128x2") if (p / "coco128_train2017.tar").is_file()]
+    if not places:
+        raise DataError(f"data set 'coco128' not found: neither {root.resolve()} nor its coco128x2 holds the two tars.")
+    tars = [places[0] / f"coco128_{split}2017.tar" for split in ("train", "val")]
+    folder = cache.unpacked(f"coco128-{cache.sha256(*tars)[:16]}", tars)
+    return _coco(folder, on_damage, "COCO-128 (128 images of train2017, 128 of val2017)")
+
+
+def _voc(root: Path, on_damage: OnDamage, title: str | None = None) -> BoxSet:
+    splits = ("train", "val", "test")
+    there = [split for split in splits if (root / "ImageSets" / "Main" / f"{split}.txt").is_file()]
+    if "train" not in there or len(there) < 2:
+        raise DataError(f"no VOC data in {root.resolve()}: its splits are {', '.join(there) or 'none'}. {_VOC_GET}")
+    objects = (one for split in there for _, found in _voc_objects(root, split) for one in found)
+    classes = tuple(sorted({kind for kind, _, _ in objects}))
+    read = {split: read_voc(root, split, classes) for split in there}
+    test = read.get("test") or read["val"]
+    return BoxSet(
+        title or f"VOC layout in {root}", classes, read["train"], read.get("val", []) if "test" in read else [], test
+    )
+
+
+def _bccd(root: Path, on_damage: OnDamage) -> BoxSet:
+    tar = next((p for p in (root / "bccd_voc.tar", root / "bccd" / "bccd_voc.tar") if p.is_file()), None)
+    if tar is None:
+        raise DataError(f"data set 'bccd' not found: neither {root.resolve()} nor its bccd holds bccd_voc.tar.")
+    return _voc(cache.unpacked(f"bccd-{cache.sha256(tar)[:16]}", [tar]) / "BCCD", on_damage, "BCCD, blood cells")
+
+
+SETS: dict[str, tuple[str, str, Callable[[Path, OnDamage], BoxSet]]] = {
+    "coco": ("COCO 2017", "annotations/instances_train2017.json", _coco),
+    "coco128": ("COCO-128", "coco128_train2017.tar", _coco128),
+    "bccd": ("BCCD, blood cells", "bccd_voc.tar", _bccd),
+}
+LAYOUTS = {"coco": _coco, "voc": _voc}
+
+
+def knows(name: str) -> bool:
+    """Whether `load` reads data of this name: one of ``SETS``, ``coco:/path`` or ``voc:/path``."""
+    return name in SETS or name.partition(":")[0] in LAYOUTS and ":" in name
+
+
+def available(root: str | Path | None = None) -> Iterator[Found]:
+    """As `localgrad.data.available`, for these sets; looks for their files and opens nothing."""
+    base = Path(root).expanduser() if root is not None else default_root()
+    for name, (title, mark, _) in SETS.items():
+        places = [p for p in (base, base / name, base / f"{name}x2") if (p / mark).exists()]
+        yield Found(name, title, bool(places), str(places[0].resolve()) if places else f"not in {base.resolve()}")
+
+
+def without_degenerate(images: list[Boxed]) -> list[Boxed]:
+    """The images without the boxes whose width or height is not positive, which are counted in one warning."""
+    kept, dropped = [], []
+    for one in images:
+        good = (one.boxes[:, 2:] > one.boxes[:, :2]).all(1)
+        dropped += [one.path] * int((~good).sum())
+        kept.append(Boxed(one.path, one.boxes[good], one.labels[good], one.iscrowd[good], one.area[good]))
+    if dropped:
+        total = sum(len(one.boxes) for one in images)
+        warnings.warn(
+            f"{len(dropped)} of {total} boxes have no area and were left out, the first in {dropped[0]}", stacklevel=3
+        )
+    return kept
+
+
+@dataclass(frozen=True, eq=False)
+class BoxFiles:
+    """A split held as image files, a `localgrad.data.Loader` whose targets are as `localgrad.tasks.detection` says.
+
+    Args:
+        order: which images make up which batch; one with a seed is one for training.
+        images: see `Boxed`.
+        augment: a transform of a ``tv_tensors.Image`` and a mapping with ``tv_tensors.BoundingBoxes``, for training.
+        resize: torchvision's ``GeneralizedRCNNTransform``: normalises and resizes each image, pads those of a batch.
+        workers: processes that decode; 0 for this one.
+        device: where batches are given.
+        on_damage: ``raise`` for an image that cannot be used, or ``skip`` it; ``skipped`` then says why, by its path.
+    """
+
+    order: Order
+    images: list[Boxed] = field(repr=False)
+    augment: Callable[..., Any] = field(repr=False)
+    resize: Any = field(repr=False)
+    workers: int
+    device: torch.device
+    on_damage: OnDamage = "raise"
+    skipped: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_images(self) -> int:
+        """Images in the split, over all replicas."""
+        return len(self.order.indices)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """See `localgrad.data.Loader.epoch`; a batch that lost every image is left out.
+
+        Raises:
+            DataError: a file cannot be decoded, or a box leaves its image; the message names the file.
+        """
+        loader = torch.utils.data.DataLoader(
+            _Decoded(self, epoch),
+            batch_sampler=[batch.tolist() for batch in self.order.batches(epoch, start)],
+            num_workers=self.workers,
+            collate_fn=list,
+            generator=randomness.generator("workers"),  # else the loader would draw from torch's global one
+        )
+        for items in loader:
+            good = []
+            for index, item in items:
+                if not isinstance(item, str):
+                    good.append(item)
+                elif self.on_damage == "raise":
+                    raise DataError(item)
+                else:
+                    self.skipped[self.images[index].path] = item
+            if good:
+                inputs = self.resize.batch_images([image for image, _ in good], DIVISIBLE)
+                targets = [{name: value.to(self.device) for name, value in target.items()} for _, target in good]
+                yield inputs.to(self.device), targets
+
+
+@dataclass(frozen=True, eq=False)
+class _Decoded(torch.utils.data.Dataset[Any]):
+    """One epoch's images by index; what is wrong with one is returned, to be raised outside the workers."""
+
+    split: BoxFiles
+    epoch: int
+
+    def __getitem__(self, index: int) -> tuple[int, tuple[Tensor, dict[str, Tensor]] | str]:
+        split = self.split
+        try:
+            image, target = read_boxed(split.images[index])
+        except DataError as error:
+            return index, str(error)
+        original = image.shape[-2:]
+        if split.order.seed is not None:
+            with randomness.seeded_everywhere(split.order.seed, "augment", self.epoch, index):
+                image, target = split.augment(image, target)
+        pixels = split.resize.normalize(image.as_subclass(Tensor) / 255)
+        plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
+        pixels, plain = split.resize.resize(pixels, plain)
+        sizes = {"size": torch.tensor(pixels.shape[-2:]), "original_size": torch.tensor(original)}
+        return index, (pixels, {**plain, **sizes})
+
+
+def read_boxed(one: Boxed) -> tuple[Tensor, dict[str, Tensor]]:
+    """The image uint8 (3, H, W) and its target, as ``tv_tensors``; boxes end at its borders.
+
+    Raises:
+        DataError: the file cannot be decoded, or a box leaves the image by more than a pixel.
+    """
+    from PIL import Image
+    from torchvision import tv_tensors
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    try:
+        with Image.open(one.path) as picture:
+            image = pil_to_tensor(picture.convert("RGB"))
+    except Exception as error:  # the decoders of damaged files raise nearly anything
+        raise DataError(
+            f"cannot decode {one.path}: {error}. Replace or remove it, or set data.on_damage=skip."
+        ) from error
+    height, width = image.shape[1:]
+    limits = torch.tensor([width, height, width, height])
+    outside = ((one.boxes < -TOLERANCE) | (one.boxes > limits + TOLERANCE)).any(1)
+    if outside.any():
+        raise DataError(
+            f"box {one.boxes[outside][0].tolist()} leaves its image {one.path}, {width}x{height} pixels; correct it, or "
+            "set data.on_damage=skip."
+        )
+    boxes = tv_tensors.BoundingBoxes(one.boxes.clamp(min=0).minimum(limits), format="XYXY", canvas_size=(height, width))
+    return tv_tensors.Image(image), {
+        "boxes": boxes,
+        "labels": one.labels,
+        "iscrowd": one.iscrowd,
+        "area": one.area,
+    }
+
+
+def load(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    batch_size: int,
+    eval_batch_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    longest_side: int | None = None,
+    validation: float = 0.1,
+    limit: int | None = None,
+    seed: int = 0,
+    augment: bool = True,
+    workers: int = 0,
+    drop_last: bool = False,
+    device: torch.device | str = "cpu",
+    on_damage: OnDamage = "raise",
+    replica: int = 0,
+    num_replicas: int = 1,
+) -> Data:
+    """The loaders of a set of images and boxes; see `localgrad.data.load` for what is not said here.
+
+    Args:
+        name: ``coco128``, ``bccd``, ``coco``, or ``coco:/path`` and ``voc:/path`` for data in these layouts.
+        image_size: the shorter side (pixels) that images are resized to, keeping their shape, or (height, width) that
+            all of them get; None for 800. Batches are padded to multiples of 32.
+        longest_side: limit of the other side; None for 1333 / 800 of the shorter.
+        validation: share of the training images to hold out; a set with a validation split of its own uses that
+            instead, unless this is 0.
+        limit: the first so many training images of a fixed keyed permutation.
+        augment: whether half of the training images are mirrored.
+        on_damage: ``raise`` for what cannot be used, or ``skip`` it; see `BoxFiles`.
+
+    Raises:
+        DataError: the set is missing or damaged.
+        ConfigError: an argument makes no sense.
+    """
+    kind, _, path = name.partition(":")
+    if path:
+        found = LAYOUTS[kind](Path(path).expanduser(), on_damage)
+    else:
+        found = SETS[name][2](Path(root).expanduser() if root is not None else default_root(), on_damage)
+    sides = (image_size,) if isinstance(image_size, int) else image_size or (800,)
+    if len(sides) > 2 or not all(isinstance(side, int) and side >= DIVISIBLE for side in sides):
+        raise ConfigError(f"data.image_size={image_size}; write a shorter side or [height, width], at least 32 pixels")
+    longest = longest_side or round(sides[0] * 1333 / 800)
+    if len(sides) == 1 and longest < sides[0]:
+        raise ConfigError(f"data.longest_side={longest} is less than the shorter side, data.image_size={sides[0]}")
+    if not 0 <= validation < 1:
+        raise ConfigError(f"validation={validation} must be a fraction in [0, 1); for one tenth write 0.1")
+    resize = torchvision("models.detection.transform").GeneralizedRCNNTransform(
+        sides[0], longest, list(_MEAN), list(_STD), DIVISIBLE, sides[::-1] if len(sides) == 2 else None
+    )
+    mirror = torchvision("transforms.v2").RandomHorizontalFlip(0.5 if augment else 0.0)
+    training = torch.randperm(len(found.train), generator=randomness.generator("limit"))[:limit].sort().values
+    held = torch.empty(0, dtype=torch.int64)
+    if validation > 0 and not found.validation:
+        held, training = _hold_out(training, validation)
+
+    def split(images: list[Boxed], indices: Tensor) -> BoxFiles:
+        order = Order(indices, eval_batch_size or batch_size)
+        return BoxFiles(
+            order, without_degenerate(images), mirror, resize, workers, torch.device(device), on_damage
+        )
+
+    train, test = split(found.train, training), split(found.test, torch.arange(len(found.test)))
+    train = replace(train, order=Order(training, batch_size, seed, drop_last, replica, num_replicas))
+    kept = None
+    if validation > 0 and found.validation:
+        kept = split(found.validation, torch.arange(len(found.validation)))
+    elif validation > 0:
+        kept = replace(train, order=Order(held, eval_batch_size or batch_size))
+    usual = sides if len(sides) == 2 else (sides[0], min(longest, sides[0] * 4 // 3))
+    shape = (3, *(-(-side // DIVISIBLE) * DIVISIBLE for side in usual))
+    return Data(
+        name, found.title, len(found.classes), found.classes, shape, _MEAN, _STD, train, kept, test, kind="detection"
+    )  # type: ignore[arg-type]

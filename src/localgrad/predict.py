@@ -1,0 +1,181 @@
+"""What a trained network says about pictures: a class, or a mask laid over each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from localgrad import models
+from localgrad.config import Config
+from localgrad.data.augment import Normalise
+from localgrad.errors import CheckpointError, DataError
+from localgrad.losses.distillation import logits_of
+from localgrad.train.experiment import device_of
+from localgrad.train.folder import WEIGHTS, read_config
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model of a finished run, in eval mode, and what its inputs and answers mean.
+
+    Args:
+        kind: of its task, as `localgrad.tasks` calls it.
+        image_shape: (C, H, W) of a training image.
+        mean, std: what inputs are normalised by, in units of [0, 1].
+    """
+
+    model: nn.Module
+    config: Config
+    kind: str
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One picture: a line about it, and what to write, by the end of the file's name."""
+
+    image: Path
+    summary: str
+    pictures: dict[str, Any]
+
+
+def load_trained(run_dir: Path, device: str = "auto") -> Trained:
+    """The model that a finished run left in a directory.
+
+    Raises:
+        CheckpointError: no finished run there.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = read_config(run_dir)
+    try:
+        data = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))["trained_on"]
+        known = {name: tuple(data[name]) for name in ("classes", "image_shape", "mean", "std")}
+        kind, weights = data["kind"], load_file(run_dir / WEIGHTS)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{run_dir} holds no finished run ({' '.join(str(error).split())[:200]}); give a directory in which "
+            "`localgrad train` came to its end"
+        ) from error
+    channels, height, _ = known["image_shape"]
+    model = models.create(
+        config.model.name,
+        num_classes=len(known["classes"]),
+        in_channels=channels,
+        image_size=height,
+        **config.model.options,
+    )
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{run_dir / WEIGHTS} does not fit {config.model.name}: {error}") from error
+    return Trained(model.to(device_of(device)).eval(), config, kind, **known)
+
+
+@torch.no_grad()
+def predict(trained: Trained, images: Sequence[Path]) -> Iterator[Prediction]:
+    """What the model answers to each picture, one at a time.
+
+    Raises:
+        DataError: a file that is no picture, or a task whose answers nothing here can show.
+    """
+    if trained.kind not in SHOWN:
+        raise DataError(f"no way to show the answers of a {trained.kind} network; known: {', '.join(SHOWN)}")
+    device = next(trained.model.parameters()).device
+    for path in images:
+        picture = _read(path, trained.image_shape[0])
+        inputs = _sized(picture, trained)
+        output = trained.model(Normalise(trained.mean, trained.std)(inputs[None].to(device)))
+        yield SHOWN[trained.kind](path, picture, output, trained)
+
+
+def _read(path: Path, channels: int) -> Tensor:
+    """Pixels uint8 (C, H, W)."""
+    from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    try:
+        with Image.open(path) as image:
+            return pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
+    except Exception as error:  # the decoders of damaged files raise nearly anything
+        raise DataError(f"cannot decode picture {path}: {error}") from error
+
+
+def _sized(picture: Tensor, trained: Trained) -> Tensor:
+    """The picture as evaluation resizes it: whole, masks being resized back."""
+    from torchvision.transforms.v2.functional import resize
+
+    size = trained.config.data.image_size
+    if trained.kind == "classification":
+        size = trained.image_shape[1:]
+    return picture if size is None else resize(picture, list(size), antialias=True)  # type: ignore[arg-type]
+
+
+def _labelled(path: Path, picture: Tensor, output: Any, trained: Trained) -> Prediction:
+    share, index = logits_of(output)[0].float().softmax(0).max(0)
+    return Prediction(path, f"{trained.classes[int(index)]} ({share:.1%})", {})
+
+
+def _segmented(path: Path, picture: Tensor, output: Any, trained: Trained) -> Prediction:
+    logits = F.interpolate(logits_of(output).float(), size=picture.shape[1:], mode="bilinear", align_corners=False)
+    mask = logits.argmax(1)[0].cpu()
+    shares = torch.bincount(mask.flatten(), minlength=len(trained.classes)) / mask.numel()
+    largest = [f"{trained.classes[k]} {shares[k]:.0%}" for k in shares.argsort(descending=True)[:4] if shares[k] > 0]
+    pictures = {".overlay.png": overlay(picture, mask, len(trained.classes)), ".mask.png": mask.to(torch.uint8)[None]}
+    return Prediction(path, ", ".join(largest), pictures)
+
+
+SHOWN: dict[str, Callable[[Path, Tensor, Any, Trained], Prediction]] = {
+    "classification": _labelled,
+    "segmentation": _segmented,
+}
+
+
+def palette(num_classes: int) -> list[tuple[int, int, int]]:
+    """A colour, 0 .. 255 each, for every class; they repeat after 20."""
+    from matplotlib import colormaps
+
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    return [tuple(round(255 * part) for part in colours[k % 20]) for k in range(num_classes)]  # type: ignore[misc]
+
+
+def overlay(picture: Tensor, mask: Tensor, num_classes: int, alpha: float = 0.55) -> Tensor:
+    """``picture`` uint8 (C, H, W) with the classes of ``mask`` (H, W) laid over it; uint8 (3, H, W).
+
+    Pixels of other values, such as 255, show the picture alone.
+    """
+    from torchvision.utils import draw_segmentation_masks
+
+    layers = mask[None] == torch.arange(num_classes)[:, None, None]
+    return draw_segmentation_masks(picture.expand(3, -1, -1), layers, alpha=alpha, colors=palette(num_classes))
+
+
+def write(prediction: Prediction, folder: Path) -> list[Path]:
+    """Write the pictures of a prediction as ``<image name><ending>``; returns their paths.
+
+    Raises:
+        DataError: they cannot be written.
+    """
+    from torchvision.io import encode_png
+
+    written = []
+    for ending, pixels in prediction.pictures.items():
+        path = folder / f"{prediction.image.stem}{ending}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bytes(encode_png(pixels.contiguous()).numpy()))
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+        written.append(path)
+    return written
