@@ -234,7 +234,7 @@ class _Pass:
             if span.stop - 1 in self.penalties:
                 total = total + self.runs[span.stop - 1].captured(self.penalties.pop(span.stop - 1))
             if self.seam is not None and torch.is_grad_enabled():
-                total = self.seam.closed(total, features)
+                total = self.seam.closed(total, next(t for t in tree_leaves(features) if isinstance(t, Tensor)))
         for term, output in observed:
             detached = tree_map_only(Tensor, Tensor.detach, output)
             if on_output is not None:

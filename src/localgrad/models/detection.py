@@ -19,8 +19,8 @@ PROBED_PIXELS = 256
 class Detector(nn.Module):
     """The part of a torchvision RetinaNet or FCOS that is trained: backbone, feature pyramid and head.
 
-    ``forward`` takes images (B, 3, H, W), normalised and padded to one size, H and W multiples of 32, in training and in
-    eval mode alike. It returns what the head answers for the A anchors of all levels, ``cls_logits`` (B, A, classes),
+    ``forward`` takes images (B, 3, H, W), normalised and padded to one size, in training and in eval mode alike.
+    It returns what the head answers for the A anchors of all levels, ``cls_logits`` (B, A, classes),
     ``bbox_regression`` (B, A, 4) and, for FCOS, ``bbox_ctrness`` (B, A, 1), with what is needed to read it: ``grids``,
     (h, w) of each level, ``image_size`` (H, W), and ``detector``, the torchvision detector whose losses, anchors and
     post-processing `localgrad.tasks.detection` calls. Parameters and their names are the detector's: train this, and

@@ -270,7 +270,6 @@ class Partition:
         units = (cut, *(other for other in self.cuts if other.position > cut.position and not other.tail))
         layouts = [shape_layout(one.shape, self.example, one.channels_hint) for one in units]
         ends = [*layouts[1:], layouts[0] if cut.tail else self.final_layout]
-        edges = [*(one.position for one in units[1:]), self._head]
         paths = [self._unit_path(one) for one in units]
         return tuple(
             Unit(
@@ -278,7 +277,7 @@ class Partition:
                 self._callable(path),
                 layouts[k],
                 ends[k],
-                self._reads_taps(one.position, min(edges[k], self.traced.left.get(path, edges[k]))),
+                self._reads_taps(path),
                 one is units[-1] or self._returned_channels(path, one) in (None, ends[k].channels),
             )
             for k, (one, path) in enumerate(zip(units, paths, strict=True))
@@ -290,12 +289,12 @@ class Partition:
         shape = () if node is None else node.meta.get("shape", ())
         return shape_layout(shape, self.example, cut.channels_hint).channels if 2 <= len(shape) <= 4 else None
 
-    def _reads_taps(self, start: int, stop: int) -> bool:
-        """Whether what runs from ``start`` on up to ``stop`` reads more than the features that cross there."""
+    def _reads_taps(self, path: str) -> bool:
+        """Whether a module reads more than the features that cross where it begins."""
+        start, stop = self.traced.entered[path], self.traced.left[path]
         features = self.traced.features(start, self.taps)
-        inside = self.traced.nodes[start:stop]
         early = {n for n in self.traced.crossing(start) if n in self.traced.differentiable} - set(features)
-        return any(value in early for node in inside for value in node.all_input_nodes)
+        return any(value in early for node in self.traced.nodes[start:stop] for value in node.all_input_nodes)
 
     def _callable(self, path: str) -> nn.Module:
         """A module, such that it can be called with the features alone if what else it needs holds no tensor."""
