@@ -202,14 +202,14 @@ def write(prediction: Prediction, folder: Path) -> list[Path]:
     Raises:
         DataError: they cannot be written.
     """
-    from torchvision.io import encode_png
+    from torchvision.transforms.v2.functional import to_pil_image
 
     written = []
     for ending, pixels in prediction.pictures.items():
         path = folder / f"{prediction.image.stem}{ending}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(bytes(encode_png(pixels.contiguous()).numpy()))
+            to_pil_image(pixels).save(path)
         except OSError as error:
             raise DataError(f"cannot write {path}: {error.strerror}; choose another --out") from error
         written.append(path)

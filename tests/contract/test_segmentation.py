@@ -97,11 +97,9 @@ class Tokens(nn.Module):
 MODELS: dict[str, Callable[[], nn.Module]] = {"unet": UNet, "dilated": Dilated, "tokens": Tokens}
 ON_EVERY_MODEL = pytest.mark.parametrize("model", MODELS)
 BASES = bases(TASK)
-METHODS = {
-    name: method
-    for name, method in composed(BASES)[0].items()
-    if name in BASES or name.endswith(("(dgl)", "(infopro)"))
-}
+COMPOSED = composed(BASES)[0]
+METHODS = {name: method for name, method in COMPOSED.items() if name in BASES or name.endswith("(dgl)")}
+METHODS |= {f"{name}(infopro)": COMPOSED[f"{name}(infopro)"] for name in ("man_pp", "mlaan", "hpff", "pgl")}
 # Why a method cannot be trained so.
 NEEDS_ONE_CLASS = {name for name in METHODS if "predsim" in name}
 SUITED = [
@@ -170,7 +168,7 @@ def test_skips_are_found_and_pass_boundaries_without_gradient() -> None:
     """The last loss of a U-Net trains the last block alone, though that reads what the first one made."""
     model = UNet()
     network = localgrad.localize(model, dgl(TASK), cuts=("enc2", "enc3", "dec2", "dec1"), example=batch(2)[0])
-    assert [len(block.inputs) for block in network.blocks] == [1, 1, 1, 1, 1]  # joined before the block that reads both
+    assert [len(block.inputs) for block in network.blocks] == [1, 1, 2, 2, 1]  # joined before ``dec2``, ``dec1`` begin
     network = localgrad.localize(model, dgl(TASK), cuts=("enc2", "enc3", "middle"), example=batch(2)[0])
     assert len(network.blocks[3].inputs) == 3  # features, and the two skips
     for span, loss in localgrad.local_losses(network, *batch()):
@@ -265,15 +263,39 @@ def test_plug_ins_wrap_the_head_of_the_task() -> None:
     assert dgl(TASK, head=heads.FCN(CLASSES, 5)).terms[0].head == heads.FCN(CLASSES, 5)
     network = build("dilated", localgrad.methods.hpff(dgl(TASK)))
     answers = [output for _, _, output in localgrad.local_outputs(network.eval(), batch()[0])]
-    assert [tuple(answer.shape) for answer in answers[:-1]] == [(4, CLASSES, 16, 16)] + [(4, CLASSES, 8, 8)] * 4
+    assert [tuple(answer.shape) for answer in answers[:-1]] == [(4, CLASSES, 8, 8)] * 5
+
+
+class Up(nn.Module):
+    """A decoder stage that joins what it reads itself."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = layer(inputs, outputs)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.layer(torch.cat([F.interpolate(x, scale_factor=2.0), skip], 1))
+
+
+class Joining(UNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dec2, self.dec1 = Up(18, 8), Up(14, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.enc1(x)
+        b = self.enc2(F.max_pool2d(a, 2))
+        c = self.middle(self.enc3(F.max_pool2d(b, 2)))
+        return self.out(self.dec1(self.dec2(c, b), a))
 
 
 def test_bridges_are_left_out_where_the_next_unit_reads_a_skip() -> None:
-    """``dec2`` cannot be copied from the boundary at ``middle``: what it reads is joined with a skip in between."""
-    model = UNet()
-    network = localgrad.localize(model, man_pp(dgl(TASK)), cuts=("enc3", "middle", "dec1"), example=batch(2)[0])
-    sources = [twin.source for twin in network.twins]
-    assert sources[:2] == [model.enc3, model.middle]
+    flat, joining = UNet(), Joining()
+    for model, copied in ((flat, [flat.middle, flat.dec2, flat.dec1]), (joining, [joining.middle])):
+        network = localgrad.localize(model, man_pp(dgl(TASK)), cuts=("middle", "dec2", "dec1"), example=batch(2)[0])
+        assert [twin.source for twin in network.twins] == copied
+        assert_isolated(network, *batch())
+        assert_transparent(model, network, batch()[0])
 
 
 def test_micro_batches_cut_masks_and_nests_of_targets() -> None:
