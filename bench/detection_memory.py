@@ -4,8 +4,9 @@
     python bench/detection_memory.py --out results/detection-2026-11-21/memory.json --cuts layer1.2 layer2.2 layer4.1 \\
         --methods dgl dgl+man_pp
 
-Without --cuts blocks are balanced by bytes, which knows nothing of the loss of the model's own head. The heads' share is what autograd saves in the auxiliary network of the boundary where it
-is largest, and the head parameters beside the model's. Bytes are exact (`localgrad.bench.cost`), so one step is enough.
+Without --cuts blocks are balanced by bytes, which knows nothing of the loss of the model's own head. What heads need is
+what autograd saves in the auxiliary network of the boundary where that is most, and their parameters beside the
+model's. Bytes are exact (`localgrad.bench.cost`), so one step is enough.
 """
 
 from __future__ import annotations

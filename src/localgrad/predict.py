@@ -65,7 +65,7 @@ def load_trained(run_dir: Path, device: str = "auto") -> Trained:
     config = read_config(run_dir)
     try:
         data = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))["trained_on"]
-        known = {name: tuple(data[name]) for name in ("classes", "image_shape", "mean", "std")}
+        known: dict[str, Any] = {name: tuple(data[name]) for name in ("classes", "image_shape", "mean", "std")}
         kind, weights = data["kind"], load_file(run_dir / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(

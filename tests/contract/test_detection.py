@@ -460,3 +460,38 @@ def test_what_is_no_detector_is_refused() -> None:
             localgrad.tasks.detection(**wrong)
     with pytest.raises(localgrad.MethodError, match="at least 1 channel"):
         heads.Detection(0)
+
+
+@pytest.mark.parametrize("backbone", ["timm:test_resnet", "timm:test_convnext"])
+def test_backbones_from_timm(backbone: str) -> None:
+    model = localgrad.models.create("retinanet", num_classes=CLASSES, backbone=backbone, width=32, version=2)
+    network = localgrad.localize(model, dgl(TASK), num_blocks=3, example=batch(2)[0])
+    assert all(loss.isfinite() for loss in localgrad.backward(network, *batch()).values())
+    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+    assert_transparent(model, network, batch(2)[0])
+
+
+def test_builders_are_torchvisions() -> None:
+    from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
+
+    with torch.device("meta"):
+        for ours, theirs in (
+            (localgrad.models.retinanet(91), retinanet_resnet50_fpn),
+            (localgrad.models.retinanet(91, version=2), retinanet_resnet50_fpn_v2),
+            (localgrad.models.fcos(91), fcos_resnet50_fpn),
+        ):
+            reference = theirs(weights=None, weights_backbone=None, num_classes=91)
+            expected = {name: value.shape for name, value in reference.state_dict().items()}
+            assert {name: value.shape for name, value in ours.state_dict().items()} == expected
+            assert ours.detector.anchor_generator.sizes == reference.anchor_generator.sizes
+            loss_types = [getattr(d.head.regression_head, "_loss_type", None) for d in (ours.detector, reference)]
+            assert loss_types[0] == loss_types[1]
+    for wrong in (
+        {"backbone": "resnet7"},
+        {"version": 3},
+        {"norm": "none"},
+        {"anchor_sizes": (1, 2)},
+        {"in_channels": 1},
+    ):
+        with pytest.raises(localgrad.ConfigError):
+            localgrad.models.retinanet(3, **wrong)

@@ -15,12 +15,11 @@ from torch import Tensor
 from localgrad import randomness
 from localgrad.data import cache
 from localgrad.data.catalogue import Data, Found, _hold_out, default_root
-from localgrad.data.loaders import Order
+from localgrad.data.loaders import Batch, Order
 from localgrad.data.masks import OnDamage
 from localgrad.data.readers import torchvision
 from localgrad.errors import ConfigError, DataError
 
-Batch = tuple[Tensor, list[dict[str, Tensor]]]
 TOLERANCE = 1.0  # pixels by which a box may leave its image; annotations are rounded
 DIVISIBLE = 32
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

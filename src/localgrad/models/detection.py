@@ -203,8 +203,9 @@ class _TimmPyramid(nn.Module):
             raise ConfigError("backbones from timm need it installed: pip install localgrad[timm]") from error
         except (RuntimeError, AttributeError, TypeError) as error:
             raise ConfigError(f"backbone='timm:{name}' gives no maps: {error}; see timm.list_models()") from error
-        found = [(k, info["num_chs"]) for k, info in enumerate(self.body.feature_info) if info["reduction"] >= 8]
-        if [self.body.feature_info[k]["reduction"] for k, _ in found] != [8, 16, 32]:
+        infos: Any = self.body.feature_info
+        found = [(k, info["num_chs"]) for k, info in enumerate(infos) if info["reduction"] >= 8]
+        if [infos[k]["reduction"] for k, _ in found] != [8, 16, 32]:
             raise ConfigError(f"backbone='timm:{name}' has no maps of strides 8, 16 and 32, which a pyramid needs")
         self.indices = [k for k, _ in found]
         widths = [channels for _, channels in found]
