@@ -90,7 +90,9 @@ def print_table(asked: argparse.Namespace) -> None:
     for row in rows:
         figures = [100 * row["metrics"][name] for name in ("map_50", "map")]
         ratio = row["cpu_seconds"] / rows[0]["cpu_seconds"]
-        print(f"| `{row['run']['method']}` | {row['run']['seed']} | {figures[0]:.1f} | {figures[1]:.1f} | {ratio:.2f} |")
+        print(
+            f"| `{row['run']['method']}` | {row['run']['seed']} | {figures[0]:.1f} | {figures[1]:.1f} | {ratio:.2f} |"
+        )
 
 
 if __name__ == "__main__":

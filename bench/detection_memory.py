@@ -1,9 +1,12 @@
 """Peak activation bytes and FLOPs of one training step of RetinaNet-R50 in 4 blocks, against end-to-end training.
 
     python bench/detection_memory.py --out results/detection-2026-11-21/memory.json
+    python bench/detection_memory.py --out results/detection-2026-11-21/memory.json --cuts layer1.2 layer2.2 layer4.1 \\
+        --methods dgl dgl+man_pp
 
-Blocks are balanced by bytes. The heads' share is what autograd saves in the auxiliary network of the boundary where it is
-largest, and the head parameters beside the model's. Bytes are exact (`localgrad.bench.cost`), so one step is enough.
+Without --cuts blocks are balanced by bytes, which knows nothing of the loss of the model's own head. What heads need is
+what autograd saves in the auxiliary network of the boundary where that is most, and their parameters beside the
+model's. Bytes are exact (`localgrad.bench.cost`), so one step is enough.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +31,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--num-blocks", type=int, default=4)
+    parser.add_argument("--cuts", nargs="+", help="below backbone.body; default balanced by bytes")
     parser.add_argument("--head-width", type=int, help="of auxiliary heads; default as localgrad.tasks.detection")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--out", type=Path, required=True)
@@ -39,9 +44,10 @@ def main() -> None:
         torch.manual_seed(0)
         model = localgrad.models.retinanet(80)
         method = build_method(parse_method(name), localgrad.tasks.detection(80, head_width=asked.head_width))
-        network = localgrad.localize(
-            model, method, num_blocks=asked.num_blocks, balance="bytes", example=inputs
-        ).train()
+        where: dict[str, Any] = {"num_blocks": asked.num_blocks, "balance": "bytes"}
+        if asked.cuts:
+            where = {"cuts": [f"backbone.body.{name}" for name in asked.cuts]}
+        network = localgrad.localize(model, method, example=inputs, **where).train()
         measured = cost(network, inputs, targets)
         heads = [
             module_bytes(auxiliary, torch.zeros(cut.shape))

@@ -20,21 +20,21 @@ from typing import Any
 
 import torch
 
-from localgrad.bench.cost import Cost, cost
+from localgrad.bench.cost import Cost, cost, random_targets
 from localgrad.config import COSTS, Config, read_recipe, recipe_costs, recipes, validate
-from localgrad.data import masks
+from localgrad.data import kind_of
 from localgrad.data.sources import SOURCES
 from localgrad.train.experiment import build_network, build_task
 
 IMAGES = {"digits": 1437, "cifar10": 50_000, "svhn": 73_257, "stl10": 5_000, "imagefolder": 1_281_167}  # to train on
-IMAGES |= {"camvid": 367, "cityscapes": 2975}
-CLASSES = {"camvid": 11, "cityscapes": 19}
+IMAGES |= {"camvid": 367, "cityscapes": 2975, "coco": 118_287, "coco128": 128, "bccd": 205}
+CLASSES = {"camvid": 11, "cityscapes": 19, "coco": 80, "coco128": 80, "bccd": 3}
 BATCH = 2
 
 
 def entry(config: Config) -> dict[str, Any]:
     """One recipe in numbers: FLOPs per image, bytes of 2 images, PFLOPs of the whole run."""
-    if masks.knows(config.data.name):
+    if kind_of(config.data.name) != "classification":
         return dense_entry(config)
     source = SOURCES[config.data.name]
     size = (source.shape, len(source.classes) or 1000)
@@ -45,9 +45,11 @@ def entry(config: Config) -> dict[str, Any]:
 
 
 def dense_entry(config: Config) -> dict[str, Any]:
-    """The same of a recipe with masks, crops of more than 100,000 pixels measured at a quarter of their sides."""
+    """The same of a recipe with masks or boxes, more than 100,000 pixels measured at a quarter of their sides."""
     sides = config.data.crop_size or config.data.image_size
-    assert isinstance(sides, tuple)
+    if isinstance(sides, int):  # the shorter side of photographs, most of them 4:3
+        sides = (sides, sides * 4 // 3)
+    assert sides is not None
     small = tuple(side // 4 for side in sides) if math.prod(sides) > 100_000 else sides
     ratio = math.prod(sides) / math.prod(small)
     kept = {"data": {"name": config.data.name}, "task": config.task}
@@ -64,7 +66,7 @@ def dense_entry(config: Config) -> dict[str, Any]:
 
 
 def row(config: Config, num_blocks: int, found: Cost, reference: Cost) -> dict[str, Any]:
-    held_out = 0.0 if config.data.name == "camvid" else config.data.validation  # CamVid has a split for it
+    held_out = 0.0 if config.data.name in ("camvid", "bccd") else config.data.validation  # they have a split for it
     images = round(min(IMAGES[config.data.name], config.data.limit or 10**9) * (1 - held_out))
     return {
         "blocks": num_blocks,
@@ -85,13 +87,12 @@ def measured(shape: tuple[int, int, int], classes: int, settings: str) -> tuple[
     """The number of blocks and the cost of a step of ``settings`` (JSON) on images of ``shape``."""
     config = validate(json.loads(settings), "recipe")
     channels = shape[0]
-    kind = "segmentation" if masks.knows(config.data.name) else "classification"
+    kind = kind_of(config.data.name)
     task = build_task(config, classes, (0.5,) * channels, (0.25,) * channels, kind)
     network = build_network(config, task, shape, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(BATCH, *shape, generator=generator)
-    size = (BATCH, *shape[1:]) if kind == "segmentation" else (BATCH,)
-    return len(network.blocks), cost(network, inputs, torch.randint(classes, size, generator=generator))
+    return len(network.blocks), cost(network, inputs, random_targets(kind, classes, inputs, generator))
 
 
 def main() -> None:

@@ -353,9 +353,10 @@ def predict_command(
     images: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="Where pictures go.")] = Path("predictions"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    min_score: Annotated[float, typer.Option(help="Of boxes that are drawn.", min=0.0, max=1.0)] = 0.3,
     as_json: Json = False,
 ) -> None:
-    """Show pictures to a trained network: their classes, or their masks laid over them.
+    """Show pictures to a trained network: their classes, their masks laid over them, or boxes drawn into them.
 
     [bold]localgrad predict runs/RUN street.jpg --out predictions[/bold]
     """
@@ -369,7 +370,8 @@ def predict_command(
             raise ConfigError(f"{path} holds no picture; known endings: {', '.join(IMAGE_SUFFIXES)}")
         files += found
     rows = []
-    for prediction in predict(load_trained(run_dir, device), files):
+    trained = dataclasses.replace(load_trained(run_dir, device), min_score=min_score)
+    for prediction in predict(trained, files):
         written = [str(path) for path in write(prediction, out)]
         rows.append({"image": str(prediction.image), "answer": prediction.summary, "written": written})
         if not as_json:

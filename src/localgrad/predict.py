@@ -1,4 +1,4 @@
-"""What a trained network says about pictures: a class, or a mask laid over each."""
+"""What a trained network says about pictures: a class, a mask laid over each, or boxes drawn into it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch.nn import functional as F
 
 from localgrad import models
 from localgrad.config import Config
+from localgrad.data import boxes
 from localgrad.data.augment import Normalise
 from localgrad.errors import CheckpointError, DataError
 from localgrad.losses.distillation import logits_of
+from localgrad.tasks import detection
 from localgrad.train.experiment import device_of
 from localgrad.train.folder import WEIGHTS, read_config
 
@@ -29,6 +31,7 @@ class Trained:
         kind: of its task, as `localgrad.tasks` calls it.
         image_shape: (C, H, W) of a training image.
         mean, std: what inputs are normalised by, in units of [0, 1].
+        min_score: of boxes that are shown.
     """
 
     model: nn.Module
@@ -38,6 +41,7 @@ class Trained:
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    min_score: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def load_trained(run_dir: Path, device: str = "auto") -> Trained:
     config = read_config(run_dir)
     try:
         data = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))["trained_on"]
-        known = {name: tuple(data[name]) for name in ("classes", "image_shape", "mean", "std")}
+        known: dict[str, Any] = {name: tuple(data[name]) for name in ("classes", "image_shape", "mean", "std")}
         kind, weights = data["kind"], load_file(run_dir / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
@@ -95,8 +99,11 @@ def predict(trained: Trained, images: Sequence[Path]) -> Iterator[Prediction]:
     device = next(trained.model.parameters()).device
     for path in images:
         picture = _read(path, trained.image_shape[0])
-        inputs = _sized(picture, trained)
-        output = trained.model(Normalise(trained.mean, trained.std)(inputs[None].to(device)))
+        if trained.kind == "detection":
+            inputs = _padded(picture, trained).tensors
+        else:
+            inputs = Normalise(trained.mean, trained.std)(_sized(picture, trained)[None])
+        output = trained.model(inputs.to(device))
         yield SHOWN[trained.kind](path, picture, output, trained)
 
 
@@ -122,6 +129,13 @@ def _sized(picture: Tensor, trained: Trained) -> Tensor:
     return picture if size is None else resize(picture, list(size), antialias=True)  # type: ignore[arg-type]
 
 
+def _padded(picture: Tensor, trained: Trained) -> Any:
+    """The picture as a detector reads it, with its size before padding: an ``ImageList``."""
+    data = trained.config.data
+    images, _ = boxes.resizing(data.image_size, data.longest_side)([picture / 255])
+    return images
+
+
 def _labelled(path: Path, picture: Tensor, output: Any, trained: Trained) -> Prediction:
     share, index = logits_of(output)[0].float().softmax(0).max(0)
     return Prediction(path, f"{trained.classes[int(index)]} ({share:.1%})", {})
@@ -136,9 +150,30 @@ def _segmented(path: Path, picture: Tensor, output: Any, trained: Trained) -> Pr
     return Prediction(path, ", ".join(largest), pictures)
 
 
+def _detected(path: Path, picture: Tensor, output: Any, trained: Trained) -> Prediction:
+    from torchvision.utils import draw_bounding_boxes
+
+    (size,) = _padded(picture, trained).image_sizes
+    sizes = {"size": torch.tensor(size), "original_size": torch.tensor(picture.shape[1:])}
+    (found,) = detection(len(trained.classes)).detections(output, [sizes])
+    shown = {name: value[found["scores"] >= trained.min_score].cpu() for name, value in found.items()}
+    names = [trained.classes[label] for label in shown["labels"].tolist()]
+    colours = palette(len(trained.classes))
+    drawn = draw_bounding_boxes(
+        picture.expand(3, -1, -1),
+        shown["boxes"],
+        [f"{name} {score:.0%}" for name, score in zip(names, shown["scores"].tolist(), strict=True)],
+        [colours[label] for label in shown["labels"].tolist()],
+        width=2,
+    )
+    counted = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+    return Prediction(path, counted or f"nothing with a score of {trained.min_score:g}", {".boxes.png": drawn})
+
+
 SHOWN: dict[str, Callable[[Path, Tensor, Any, Trained], Prediction]] = {
     "classification": _labelled,
     "segmentation": _segmented,
+    "detection": _detected,
 }
 
 

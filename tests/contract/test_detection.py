@@ -1,5 +1,5 @@
-"""Object detection on small detectors of torchvision: what every method keeps, and that losses, boxes and scores are those
-that torchvision and the evaluator compute by themselves.
+"""Object detection on small detectors of torchvision: what every method keeps, and that losses, boxes and scores are
+those that torchvision and the evaluator compute by themselves.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ def test_methods_that_need_one_class_per_image_say_so(name: str) -> None:
 def test_gradients_stay_on_their_span_and_taps_carry_none(name: str) -> None:
     network = build("retinanet", METHODS[name], dropout=0.0)
     crossing = set(network.blocks[-1].inputs) - {network.blocks[-2].outputs[0]}
-    assert len(crossing) >= 2, crossing  # two levels of the pyramid are taps of the last block, besides the image's size
+    assert len(crossing) >= 2, (
+        crossing
+    )  # two levels of the pyramid are taps of the last block, besides the image's size
     for step in steps(network, 12)[:2]:
         assert_isolated(network, *batch(), step)
 
@@ -276,7 +278,7 @@ def test_score_counts_boxes_that_a_sure_anchor_finds() -> None:
     target = [{"boxes": there, "labels": labels}]
     exact = answered(there, labels, torch.ones(3))
     assert TASK.score(exact, target).tolist() == [1.0]
-    found = [box["boxes"] for box in TASK.detections(exact, target)][0][:3]
+    found = TASK.detections(exact, target)[0]["boxes"][:3]
     torch.testing.assert_close(found.sort(0).values, there.sort(0).values)
     assert TASK.score(answered(there, torch.tensor([0, 1, 1]), torch.ones(3)), target).item() == pytest.approx(2 / 3)
     moved = there + torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 29.0], [0.0, 0.0, 0.0, 21.0]])  # IoU 0.51, 0.32
@@ -315,14 +317,19 @@ def test_map_is_the_evaluators() -> None:
         for box, score, label in zip(*task.detections(output, [target])[0].values(), strict=True):
             x1, y1, x2, y2 = box.tolist()
             results.append(
-                {"image_id": image, "category_id": int(label), "score": float(score), "bbox": [x1, y1, x2 - x1, y2 - y1]}
+                {
+                    "image_id": image,
+                    "category_id": int(label),
+                    "score": float(score),
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                }
             )
     truth = COCO({"images": images, "annotations": truths, "categories": [{"id": k, "name": str(k)} for k in range(3)]})
     evaluator = COCOeval_faster(truth, truth.loadRes(results), "bbox")
     evaluator.run()
     expected = np.asarray(evaluator.stats[:3])
     found = metric.compute()
-    assert list(found)[0] == "map" and 0.1 < found["map"] < 0.9
+    assert next(iter(found)) == "map" and 0.1 < found["map"] < 0.9
     np.testing.assert_allclose([found["map"], found["map_50"], found["map_75"]], expected, atol=1e-6)
     assert {name for name in found if name.startswith("ap/")} == {"ap/a", "ap/b", "ap/c"}
 
@@ -372,7 +379,9 @@ def test_heads_answer_for_the_levels_of_their_stride_and_coarser_ones() -> None:
     found = [output["grids"] for _, term, output in localgrad.local_outputs(network, batch()[0]) if term is not None]
     whole = [(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)]
     assert found == [whole, whole, whole[1:], whole[1:]]
-    wide = localgrad.localize(model, dgl(localgrad.tasks.detection(3, head_width=70)), num_blocks=2, example=batch(2)[0])
+    wide = localgrad.localize(
+        model, dgl(localgrad.tasks.detection(3, head_width=70)), num_blocks=2, example=batch(2)[0]
+    )
     assert wide.auxiliary["0-1"].heads[0].backbone.conv.out_channels == 96  # the next multiple of 32
 
 
@@ -413,7 +422,9 @@ def test_micro_batches_cut_lists_of_targets() -> None:
     inputs, targets = batch()
     found = localgrad.backward(network, inputs, targets)
     halves = [build("retinanet", dgl(TASK), dropout=0.0).eval() for _ in range(2)]
-    expected = [localgrad.backward(n, inputs[s], targets[s]) for n, s in zip(halves, (slice(0, 2), slice(2, 4)))]
+    expected = [
+        localgrad.backward(n, inputs[s], targets[s]) for n, s in zip(halves, (slice(0, 2), slice(2, 4)), strict=True)
+    ]
     for span, loss in found.items():
         torch.testing.assert_close(loss, (expected[0][span] + expected[1][span]) / 2)
 
@@ -437,9 +448,9 @@ def test_what_is_no_detector_is_refused() -> None:
     with pytest.raises(localgrad.ConfigError, match="takes torchvision's RetinaNet and FCOS"):
         Detector(nn.Linear(1, 1))
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
-    with pytest.raises(localgrad.MethodError, match=r"write localgrad.models.retinanet"):
+    with pytest.raises(localgrad.MethodError, match=r"write localgrad\.models\.retinanet"):
         localgrad.localize(plain, dgl(TASK), num_blocks=2, example=batch(2)[0])
-    with pytest.raises(localgrad.TrainingError, match="detection needs localgrad.models"):
+    with pytest.raises(localgrad.TrainingError, match=r"detection needs localgrad.models"):
         TASK.loss(torch.zeros(2, 3), Batch(None, [], 0))
     output = Detector(torchvision_detector("fcos")).eval()(batch(2)[0])
     with pytest.raises(localgrad.TrainingError, match=r"answers for 3 classes, but this is detection\(7\)"):
@@ -449,3 +460,38 @@ def test_what_is_no_detector_is_refused() -> None:
             localgrad.tasks.detection(**wrong)
     with pytest.raises(localgrad.MethodError, match="at least 1 channel"):
         heads.Detection(0)
+
+
+@pytest.mark.parametrize("backbone", ["timm:test_resnet", "timm:test_convnext"])
+def test_backbones_from_timm(backbone: str) -> None:
+    model = localgrad.models.create("retinanet", num_classes=CLASSES, backbone=backbone, width=32, version=2)
+    network = localgrad.localize(model, dgl(TASK), num_blocks=3, example=batch(2)[0])
+    assert all(loss.isfinite() for loss in localgrad.backward(network, *batch()).values())
+    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+    assert_transparent(model, network, batch(2)[0])
+
+
+def test_builders_are_torchvisions() -> None:
+    from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
+
+    with torch.device("meta"):
+        for ours, theirs in (
+            (localgrad.models.retinanet(91), retinanet_resnet50_fpn),
+            (localgrad.models.retinanet(91, version=2), retinanet_resnet50_fpn_v2),
+            (localgrad.models.fcos(91), fcos_resnet50_fpn),
+        ):
+            reference = theirs(weights=None, weights_backbone=None, num_classes=91)
+            expected = {name: value.shape for name, value in reference.state_dict().items()}
+            assert {name: value.shape for name, value in ours.state_dict().items()} == expected
+            assert ours.detector.anchor_generator.sizes == reference.anchor_generator.sizes
+            loss_types = [getattr(d.head.regression_head, "_loss_type", None) for d in (ours.detector, reference)]
+            assert loss_types[0] == loss_types[1]
+    for wrong in (
+        {"backbone": "resnet7"},
+        {"version": 3},
+        {"norm": "none"},
+        {"anchor_sizes": (1, 2)},
+        {"in_channels": 1},
+    ):
+        with pytest.raises(localgrad.ConfigError):
+            localgrad.models.retinanet(3, **wrong)

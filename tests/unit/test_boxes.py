@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import localgrad
+from localgrad.cli import main
 from localgrad.data import boxes
 
 WIDTH, HEIGHT = 80, 40
@@ -181,7 +182,7 @@ def test_voc_by_hand(tmp_path: Path) -> None:
     with pytest.raises(localgrad.DataError, match=r"cannot read .*a.xml"):
         boxes.load(f"voc:{tmp_path}", batch_size=2)
     (tmp_path / "ImageSets" / "Main" / "train.txt").unlink()
-    with pytest.raises(localgrad.DataError, match="no VOC data in .* its splits are val"):
+    with pytest.raises(localgrad.DataError, match=r"no VOC data in .* its splits are val"):
         boxes.load(f"voc:{tmp_path}", batch_size=2)
 
 
@@ -212,3 +213,32 @@ def test_the_sets_at_hand(real_data: Path) -> None:
     assert cells.classes == ("Platelets", "RBC", "WBC")
     assert [s.num_images for s in (cells.train, cells.validation, cells.test)] == [205, 87, 72]
     assert sum(len(i.boxes) for s in (cells.train, cells.validation, cells.test) for i in s.images) == 4888 - 2
+
+
+def test_train_evaluate_and_predict(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands, on three pictures, with a detector that is thin where it can be."""
+    place, out, recipe = tmp_path / "run", tmp_path / "shown", tmp_path / "small.yaml"
+    recipe.write_text(
+        "model: {name: retinanet, batchnorm: frozen, options: {backbone: resnet18, width: 32, score_thresh: 0.0}}\n"
+        f"data: {{name: 'coco:{coco}', image_size: 32, longest_side: 64, validation: 0.0}}\n"
+        "method: [dgl, man_pp]\nblocks: {cuts: [backbone.body.layer2, backbone.body.layer3]}\n"
+        "optim: {lr: 0.01, schedule: step, clip_grad: 1.0}\n"
+        "train: {epochs: 1, batch_size: 2, eval_batch_size: 2, threads: 1}\n"
+    )
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    (result,) = json.loads(run("train", str(recipe), "--run-dir", str(place), "--json"))
+    assert list(result["last"]["metrics"])[:3] == ["map", "map_50", "map_75"]
+    assert set(result["last"]["test"]) == {"block 1", "block 2", "model"}
+    assert json.loads(run("eval", str(place), "--json"))["score"] == result["last"]["test"]
+    picture_of = str(coco / "val2030" / "12.png")
+    (row,) = json.loads(run("predict", str(place), picture_of, "--out", str(out), "--min-score", "0.001", "--json"))
+    with Image.open(out / "12.boxes.png") as drawn, Image.open(picture_of) as before:
+        assert drawn.size == before.size == (WIDTH, HEIGHT)
+        assert (drawn.tobytes() != before.tobytes()) == (not row["answer"].startswith("nothing"))
+    assert any(name in row["answer"] for name in ("dog", "cat"))

@@ -43,7 +43,7 @@ def run_step(network: LocalNetwork, inputs: Any, targets: Any, autocast: torch.d
         loss.backward()
 
 
-def cost(network: LocalNetwork, inputs: Tensor, targets: Tensor, autocast: torch.dtype | None = None) -> Cost:
+def cost(network: LocalNetwork, inputs: Tensor, targets: Any, autocast: torch.dtype | None = None) -> Cost:
     """Measure one step on a copy of ``network``, which is left as it is.
 
     Bytes are exact: the live tensors of the CPU, or the peak of the CUDA allocator above what was there before (total;
@@ -80,10 +80,23 @@ def cost(network: LocalNetwork, inputs: Tensor, targets: Tensor, autocast: torch
     )
 
 
+def random_targets(kind: str, num_classes: int, inputs: Tensor, generator: torch.Generator) -> Any:
+    """Targets for ``inputs`` (B, C, H, W) of a task, by its name in `localgrad.tasks`; four boxes for each image."""
+    batch, device = len(inputs), inputs.device
+    size = (batch, *inputs.shape[-2:]) if kind == "segmentation" else (batch, 4) if kind == "detection" else (batch,)
+    classes = torch.randint(num_classes, size, device=device, generator=generator)
+    if kind != "detection":
+        return classes
+    sides = torch.tensor([*inputs.shape[:-3:-1]], device=device)  # width, height
+    corners = 0.6 * torch.rand(batch, 4, 2, device=device, generator=generator)
+    boxes = torch.cat([corners, corners + 0.1 + 0.3 * torch.rand(batch, 4, 2, device=device, generator=generator)], 2)
+    return [{"boxes": b * sides.repeat(2), "labels": c} for b, c in zip(boxes, classes, strict=True)]
+
+
 def step_seconds(
     networks: Sequence[LocalNetwork],
     inputs: Tensor,
-    targets: Tensor,
+    targets: Any,
     autocast: torch.dtype | None = None,
     rounds: int = 7,
 ) -> list[float]:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from localgrad import methods
-from localgrad.bench.cost import cost
+from localgrad import data, methods
+from localgrad.bench.cost import cost, random_targets
 from localgrad.bench.memory import saved_storages
 from localgrad.config import Config
-from localgrad.data import masks
 from localgrad.network import LocalNetwork, block_infos
 from localgrad.train.experiment import build_network, build_task, device_of, explained
 
@@ -32,13 +31,12 @@ def summarize(config: Config, image_shape: tuple[int, int, int], num_classes: in
     """
     device = device_of(config.train.device)
     channels = image_shape[0]
-    kind = "segmentation" if masks.knows(config.data.name) else "classification"
+    kind = data.kind_of(config.data.name)
     task = build_task(config, num_classes, (0.5,) * channels, (0.25,) * channels, kind)
     network = build_network(config, task, image_shape, device)
     generator = torch.Generator(device).manual_seed(0)
     inputs = torch.randn(batch_size, *image_shape, device=device, generator=generator)
-    size = (batch_size, *image_shape[1:]) if kind == "segmentation" else (batch_size,)
-    targets = torch.randint(num_classes, size, device=device, generator=generator)
+    targets = random_targets(kind, num_classes, inputs, generator)
     with explained(inputs):
         total = cost(network, inputs, targets)
     blocks = _blocks(network, inputs)

@@ -12,4 +12,9 @@ from localgrad.data import boxes, masks
 from localgrad.data.catalogue import Data, Found, available, default_root, load
 from localgrad.data.loaders import Loader
 
-__all__ = ["Data", "Found", "Loader", "available", "boxes", "default_root", "load", "masks"]
+__all__ = ["Data", "Found", "Loader", "available", "boxes", "default_root", "kind_of", "load", "masks"]
+
+
+def kind_of(name: str) -> str:
+    """The task that a data set is for, as `localgrad.tasks` calls it."""
+    return "segmentation" if masks.knows(name) else "detection" if boxes.knows(name) else "classification"

@@ -15,12 +15,11 @@ from torch import Tensor
 from localgrad import randomness
 from localgrad.data import cache
 from localgrad.data.catalogue import Data, Found, _hold_out, default_root
-from localgrad.data.loaders import Order
+from localgrad.data.loaders import Batch, Order
 from localgrad.data.masks import OnDamage
 from localgrad.data.readers import torchvision
 from localgrad.errors import ConfigError, DataError
 
-Batch = tuple[Tensor, list[dict[str, Tensor]]]
 TOLERANCE = 1.0  # pixels by which a box may leave its image; annotations are rounded
 DIVISIBLE = 32
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -34,7 +33,7 @@ _VOC_GET = "Expected are JPEGImages, Annotations and ImageSets/Main/<split>.txt 
 
 @dataclass(frozen=True)
 class Boxed:
-    """An image file and its boxes: (x, y) of two corners in pixels, class, whether it is a crowd, and area, for each."""
+    """An image file and, for each of its boxes, (x, y) of two corners in pixels, class, whether it is a crowd, area."""
 
     path: str
     boxes: Tensor
@@ -98,7 +97,7 @@ def read_coco(annotations: Path, images: Path, on_damage: OnDamage = "raise") ->
     if unknown:
         first = unknown[0]
         what = (
-            f"{annotations}: {len(unknown)} boxes are of a category or an image that the file does not list; annotation "
+            f"{annotations}: {len(unknown)} boxes are of a category or image that the file does not list; annotation "
             f"{first.get('id')} has category_id {first['category_id']} and image_id {first['image_id']}"
         )
         if on_damage == "raise":
@@ -136,14 +135,17 @@ def _voc_objects(root: Path, split: str) -> Iterator[tuple[str, list[tuple[str, 
         path = root / "Annotations" / f"{name}.xml"
         try:
             objects = ElementTree.parse(path).getroot().iter("object")
-            yield name, [
-                (
-                    str(one.findtext("name")),
-                    [float(str(one.findtext(f"bndbox/{side}"))) for side in ("xmin", "ymin", "xmax", "ymax")],
-                    one.findtext("difficult") == "1",
-                )
-                for one in objects
-            ]
+            yield (
+                name,
+                [
+                    (
+                        str(one.findtext("name")),
+                        [float(str(one.findtext(f"bndbox/{side}"))) for side in ("xmin", "ymin", "xmax", "ymax")],
+                        one.findtext("difficult") == "1",
+                    )
+                    for one in objects
+                ],
+            )
         except (OSError, ElementTree.ParseError, ValueError) as error:
             raise DataError(f"cannot read {path}: {error}. Correct or remove it.") from error
 
@@ -208,7 +210,7 @@ LAYOUTS = {"coco": _coco, "voc": _voc}
 
 def knows(name: str) -> bool:
     """Whether `load` reads data of this name: one of ``SETS``, ``coco:/path`` or ``voc:/path``."""
-    return name in SETS or name.partition(":")[0] in LAYOUTS and ":" in name
+    return name in SETS or (":" in name and name.partition(":")[0] in LAYOUTS)
 
 
 def available(root: str | Path | None = None) -> Iterator[Found]:
@@ -339,8 +341,8 @@ def read_boxed(one: Boxed) -> tuple[Tensor, dict[str, Tensor]]:
     outside = ((one.boxes < -TOLERANCE) | (one.boxes > limits + TOLERANCE)).any(1)
     if outside.any():
         raise DataError(
-            f"box {one.boxes[outside][0].tolist()} leaves its image {one.path}, {width}x{height} pixels; correct it, or "
-            "set data.on_damage=skip."
+            f"box {one.boxes[outside][0].tolist()} leaves its image {one.path}, {width}x{height} pixels; correct it, "
+            "or set data.on_damage=skip."
         )
     boxes = tv_tensors.BoundingBoxes(one.boxes.clamp(min=0).minimum(limits), format="XYXY", canvas_size=(height, width))
     return tv_tensors.Image(image), {
@@ -349,6 +351,23 @@ def read_boxed(one: Boxed) -> tuple[Tensor, dict[str, Tensor]]:
         "iscrowd": one.iscrowd,
         "area": one.area,
     }
+
+
+def resizing(image_size: int | tuple[int, int] | None, longest_side: int | None) -> Any:
+    """torchvision's ``GeneralizedRCNNTransform``; see `load` for the arguments.
+
+    Raises:
+        ConfigError: sizes that are too small, or contradict each other.
+    """
+    sides = (image_size,) if isinstance(image_size, int) else tuple(image_size or (800,))
+    if len(sides) > 2 or not all(isinstance(side, int) and side >= DIVISIBLE for side in sides):
+        raise ConfigError(f"data.image_size={image_size}; write a shorter side or [height, width], at least 32 pixels")
+    longest = longest_side or round(sides[0] * 1333 / 800)
+    if len(sides) == 1 and longest < sides[0]:
+        raise ConfigError(f"data.longest_side={longest} is less than the shorter side, data.image_size={sides[0]}")
+    fixed = sides[::-1] if len(sides) == 2 else None
+    transform = torchvision("models.detection.transform").GeneralizedRCNNTransform
+    return transform(sides[0], longest, list(_MEAN), list(_STD), DIVISIBLE, fixed).eval()
 
 
 def load(
@@ -392,17 +411,9 @@ def load(
         found = LAYOUTS[kind](Path(path).expanduser(), on_damage)
     else:
         found = SETS[name][2](Path(root).expanduser() if root is not None else default_root(), on_damage)
-    sides = (image_size,) if isinstance(image_size, int) else image_size or (800,)
-    if len(sides) > 2 or not all(isinstance(side, int) and side >= DIVISIBLE for side in sides):
-        raise ConfigError(f"data.image_size={image_size}; write a shorter side or [height, width], at least 32 pixels")
-    longest = longest_side or round(sides[0] * 1333 / 800)
-    if len(sides) == 1 and longest < sides[0]:
-        raise ConfigError(f"data.longest_side={longest} is less than the shorter side, data.image_size={sides[0]}")
+    resize = resizing(image_size, longest_side)
     if not 0 <= validation < 1:
         raise ConfigError(f"validation={validation} must be a fraction in [0, 1); for one tenth write 0.1")
-    resize = torchvision("models.detection.transform").GeneralizedRCNNTransform(
-        sides[0], longest, list(_MEAN), list(_STD), DIVISIBLE, sides[::-1] if len(sides) == 2 else None
-    )
     mirror = torchvision("transforms.v2").RandomHorizontalFlip(0.5 if augment else 0.0)
     training = torch.randperm(len(found.train), generator=randomness.generator("limit"))[:limit].sort().values
     held = torch.empty(0, dtype=torch.int64)
@@ -411,9 +422,7 @@ def load(
 
     def split(images: list[Boxed], indices: Tensor) -> BoxFiles:
         order = Order(indices, eval_batch_size or batch_size)
-        return BoxFiles(
-            order, without_degenerate(images), mirror, resize, workers, torch.device(device), on_damage
-        )
+        return BoxFiles(order, without_degenerate(images), mirror, resize, workers, torch.device(device), on_damage)
 
     train, test = split(found.train, training), split(found.test, torch.arange(len(found.test)))
     train = replace(train, order=Order(training, batch_size, seed, drop_last, replica, num_replicas))
@@ -422,8 +431,9 @@ def load(
         kept = split(found.validation, torch.arange(len(found.validation)))
     elif validation > 0:
         kept = replace(train, order=Order(held, eval_batch_size or batch_size))
-    usual = sides if len(sides) == 2 else (sides[0], min(longest, sides[0] * 4 // 3))
-    shape = (3, *(-(-side // DIVISIBLE) * DIVISIBLE for side in usual))
+    shorter = resize.min_size[0]
+    width, height = resize.fixed_size or (min(resize.max_size, shorter * 4 // 3), shorter)
+    shape = (3, -(-height // DIVISIBLE) * DIVISIBLE, -(-width // DIVISIBLE) * DIVISIBLE)
     return Data(
         name, found.title, len(found.classes), found.classes, shape, _MEAN, _STD, train, kept, test, kind="detection"
-    )  # type: ignore[arg-type]
+    )

@@ -73,9 +73,9 @@ def available(root: str | Path | None = None) -> list[Found]:
             lines.append(Found(name, found[0].title or source.title, True, str(found[1].resolve())))
         else:
             lines.append(Found(name, source.title, False, "not in " + "; ".join(found)))
-    from localgrad.data import masks
+    from localgrad.data import boxes, masks
 
-    return [*lines, *masks.available(base)]
+    return [*lines, *masks.available(base), *boxes.available(base)]
 
 
 def load(

@@ -13,7 +13,7 @@ from localgrad import randomness
 from localgrad.data.augment import Crop, Normalise
 from localgrad.errors import ConfigError, DataError
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Any]
 
 
 class Loader(Protocol):
@@ -29,7 +29,8 @@ class Loader(Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches ``start``, ``start + 1``, ... of ``epoch`` (both counted from 0).
 
-        Each is ``inputs`` float32 (B, C, H, W), normalised, and ``targets`` int64 (B,). Equal arguments give bit for
+        Each is ``inputs`` float32 (B, C, H, W), normalised, and ``targets`` as the task reads them, int64 (B,) for
+        classification. Equal arguments give bit for
         bit equal batches; torch's global generators are left as they were.
         """
 

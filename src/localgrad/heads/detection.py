@@ -50,33 +50,35 @@ class Detection:
             )
         if site.layout.kind == "vector":
             raise MethodError(f"no detection head for features of shape {tuple(site.features.shape)}: no positions")
-        stride = round(site.inputs.shape[-1] / site.layout.grid[1])
         known = model.strides
-        first = next((k for k, level in enumerate(known) if level >= stride), len(known) - 1)
-        step = known[first] // stride
-        if step * stride != known[first]:
+        pixels, positions = site.inputs.shape[-1], site.layout.grid[1]
+        finer = [stride for stride in range(1, known[0]) if known[0] % stride == 0]
+        stride = min((*finer, *known), key=lambda stride: abs(pixels / stride - positions))
+        if abs(pixels / stride - positions) >= 1:  # sides that do not divide are rounded
             raise MethodError(
-                f"after block {site.span.stop - 1} features have a stride of {stride} pixels, which no level of the "
-                f"pyramid ({', '.join(map(str, known))}) is a multiple of; cut elsewhere (cuts=...)"
+                f"after block {site.span.stop - 1} features have a stride of {pixels / positions:.1f} pixels, which no "
+                f"level of the pyramid ({', '.join(map(str, known))}) is a multiple of; cut elsewhere (cuts=...)"
             )
+        first = next(k for k, level in enumerate(known) if level >= stride)
+        step = known[first] // stride
         levels = len(known) - first
         if site.patches > 1:  # the grids of patches must make up the grid of the whole
             sides = [-(-side // step) for side in site.layout.grid]
             levels = next(n for n in range(1, levels + 1) if n == levels or any(s % 2**n for s in sides))
         width = max(64, 32 * -(-(self.width or model.detector.backbone.out_channels // 2) // 32))
-        adapter = _Levels(site, width, step, levels)
+        adapter = _Levels(site, width, step, levels, known[first])
         return _Local(_restricted(model.detector, adapter, width, first, levels))
 
 
 class _Levels(nn.Module):
-    """Features as levels of a pyramid, finest first."""
+    """Features as levels of a pyramid, finest first; ``stride`` is the finest one's, in pixels of the image."""
 
-    def __init__(self, site: Site, width: int, stride: int, levels: int) -> None:
+    def __init__(self, site: Site, width: int, step: int, levels: int, stride: int) -> None:
         super().__init__()
         self.to_maps = ToMaps(site.layout)
-        self.conv = nn.Conv2d(site.channels, width, 3, stride=stride, padding=1)
-        self.stride = round(site.inputs.shape[-1] / site.layout.grid[1]) * stride
+        self.conv = nn.Conv2d(site.channels, width, 3, stride=step, padding=1)
         self.levels = levels
+        self.stride = stride
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         maps = [self.conv(self.to_maps(features))]
@@ -135,7 +137,7 @@ class _Local(nn.Module):
 
 
 def _put_together(values: Tensor, grids: Sequence[tuple[int, int]], count: int) -> Tensor:
-    """Values (B * count ** 2, A, C) of patches as (B, count ** 2 * A, C), each level row by row over the whole image."""
+    """Values (B * count ** 2, A, C) of patches as (B, count ** 2 * A, C), each level row by row over the image."""
     positions = sum(h * w for h, w in grids)
     anchors, channels = values.shape[1] // positions, values.shape[2]
     levels = []

@@ -19,8 +19,8 @@ PROBED_PIXELS = 256
 class Detector(nn.Module):
     """The part of a torchvision RetinaNet or FCOS that is trained: backbone, feature pyramid and head.
 
-    ``forward`` takes images (B, 3, H, W), normalised and padded to one size, H and W multiples of 32, in training and in
-    eval mode alike. It returns what the head answers for the A anchors of all levels, ``cls_logits`` (B, A, classes),
+    ``forward`` takes images (B, 3, H, W), normalised and padded to one size, in training and in eval mode alike.
+    It returns what the head answers for the A anchors of all levels, ``cls_logits`` (B, A, classes),
     ``bbox_regression`` (B, A, 4) and, for FCOS, ``bbox_ctrness`` (B, A, 1), with what is needed to read it: ``grids``,
     (h, w) of each level, ``image_size`` (H, W), and ``detector``, the torchvision detector whose losses, anchors and
     post-processing `localgrad.tasks.detection` calls. Parameters and their names are the detector's: train this, and
@@ -203,8 +203,9 @@ class _TimmPyramid(nn.Module):
             raise ConfigError("backbones from timm need it installed: pip install localgrad[timm]") from error
         except (RuntimeError, AttributeError, TypeError) as error:
             raise ConfigError(f"backbone='timm:{name}' gives no maps: {error}; see timm.list_models()") from error
-        found = [(k, info["num_chs"]) for k, info in enumerate(self.body.feature_info) if info["reduction"] >= 8]
-        if [self.body.feature_info[k]["reduction"] for k, _ in found] != [8, 16, 32]:
+        infos: Any = self.body.feature_info
+        found = [(k, info["num_chs"]) for k, info in enumerate(infos) if info["reduction"] >= 8]
+        if [infos[k]["reduction"] for k, _ in found] != [8, 16, 32]:
             raise ConfigError(f"backbone='timm:{name}' has no maps of strides 8, 16 and 32, which a pyramid needs")
         self.indices = [k for k, _ in found]
         widths = [channels for _, channels in found]

@@ -110,8 +110,10 @@ class Detection:
         sizes = [len(level) for level in levels]
         split = {name: list(v.split(sizes, 1)) for name, v in answer.items() if isinstance(v, Tensor)}
         shapes = [image_sizes(answer, target) for target in targets]
-        found = detector.postprocess_detections(split, [levels] * len(targets), [size for size, _ in shapes])
-        return detector.transform.eval().postprocess(found, *map(list, zip(*shapes, strict=True)))  # type: ignore[no-any-return]
+        seen, before = ([pair[k] for pair in shapes] for k in (0, 1))
+        found = detector.postprocess_detections(split, [levels] * len(targets), seen)
+        # The transform of a detector in training mode would leave boxes where they are.
+        return detector.transform.eval().postprocess(found, seen, before)  # type: ignore[no-any-return]
 
     def metric(self) -> AveragePrecision:
         """COCO's mAP."""
@@ -154,7 +156,7 @@ def image_sizes(answer: Mapping[str, Any], target: Target) -> tuple[tuple[int, i
 class AveragePrecision:
     """A `localgrad.method.Metric`: COCO's mAP over IoU 0.50 to 0.95, in pixels of the original images.
 
-    Detections that fall on a crowd count neither way. Sizes (small, medium, large) go by ``area`` where targets have it.
+    Detections that fall on a crowd count neither way. Sizes (small, medium, large) go by ``area`` where there is one.
 
     Source: Lin et al., Microsoft COCO, ECCV 2014; computed by torchmetrics with faster-coco-eval.
     """
@@ -165,7 +167,9 @@ class AveragePrecision:
 
             self.evaluator = MeanAveragePrecision(class_metrics=bool(task.classes), backend="faster_coco_eval")
         except ImportError as error:
-            raise ConfigError("the mAP needs torchmetrics and faster-coco-eval: pip install localgrad[detection]") from error
+            raise ConfigError(
+                "the mAP needs torchmetrics and faster-coco-eval: pip install localgrad[detection]"
+            ) from error
         self.evaluator.warn_on_many_detections = False
         self.task = task
 
