@@ -311,19 +311,15 @@ def test_micro_batches_cut_masks_and_nests_of_targets() -> None:
         torch.testing.assert_close(p.grad, expected.grad, rtol=0, atol=0)
 
 
-def test_local_learning_keeps_less_and_heads_are_counted() -> None:
-    torchvision = pytest.importorskip("torchvision")
+def test_local_learning_keeps_less() -> None:
     torch.manual_seed(0)
-    build = torchvision.models.segmentation.deeplabv3_resnet50
-    model = build(weights=None, weights_backbone=None, num_classes=CLASSES)
+    model = localgrad.models.create("torchvision:deeplabv3_resnet50", num_classes=CLASSES)
     inputs, masks = torch.randn(2, 3, 64, 64), torch.randint(CLASSES, (2, 64, 64))
     task, cuts = localgrad.tasks.segmentation(CLASSES), ("backbone.layer2", "backbone.layer3", "backbone.layer4")
     peaks = {}
     for method in (e2e(task), dgl(task)):
-        network = localgrad.localize(model, method, num_blocks=4, balance="bytes", example=inputs)
+        network = localgrad.localize(model, method, cuts=cuts, example=inputs)
         network.zero_grad(set_to_none=True)
         step = measure(lambda network=network: localgrad.backward(network, inputs, masks), network.parameters())
         peaks[method.name] = step.peak_activations
     assert peaks["dgl"] <= 0.5 * peaks["e2e"], peaks
-    names = [cut.name for cut in localgrad.localize(model, dgl(task), cuts=cuts, example=inputs).cuts]
-    assert names == list(cuts)

@@ -44,6 +44,7 @@ def train(network: localgrad.LocalNetwork, stepper: Stepper, count: int = 3) -> 
         for _, loss in localgrad.local_losses(network, x, y, step, on_block_done=stepper.block_done):
             loss.backward()
         stepper.finish(step)
+        localgrad.exchange(network)
 
 
 def paper_schedule(base: float, epochs: int) -> list[float]:
@@ -95,7 +96,17 @@ def test_optimizers_are_as_configured() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [dgl(TASK), windows(dgl(TASK)), windows(dgl(TASK), width=3, local=0.0)], ids=lambda m: m.name
+    "method",
+    [
+        dgl(TASK),
+        windows(dgl(TASK)),
+        windows(dgl(TASK), width=3, local=0.0),
+        methods.man(dgl(TASK)),
+        methods.man_pp(dgl(TASK), exchange="before", buffers="ema"),
+        methods.mlaan(dgl(TASK, head="linear"), stride=2, ends="cascade", every=2),
+        methods.local_critic(TASK),
+    ],
+    ids=lambda m: m.name,
 )
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_stepping_block_by_block_gives_the_same_weights(method: Any, name: Any) -> None:
@@ -178,9 +189,35 @@ def test_a_block_with_nothing_to_train_is_refused_block_by_block() -> None:
     stepper_of(network)
 
 
-def test_state_of_every_block_comes_back() -> None:
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_offloaded_state_changes_no_bit_and_lies_on_the_host_between_steps(name: Any) -> None:
+    plain, parked = network_of(dgl(TASK)), network_of(dgl(TASK))
+    train(plain, stepper_of(plain, name=name, lr=0.05, per_block=True))
+    stepper = stepper_of(parked, name=name, lr=0.05, per_block=True, offload=True)
+    train(parked, stepper)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), parked.parameters(), strict=True))
+    assert stepper.offload is not None
+
+    def at_home(block: int) -> bool:
+        states = stepper.optimizers[block].state
+        hosts = stepper.offload.parked[block]
+        assert len(hosts) >= len(stepper.parameters[block])
+        return all(states[parameter][key] is host for (parameter, key), host in hosts.items())
+
+    assert [at_home(block) for block in range(4)] == [False, True, True, True]  # the first block steps next
+    stepper.state_dict()
+    assert all(at_home(block) for block in range(4))
+
+
+def test_offloading_needs_blocks_that_step_apart() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.per_block=true"):
+        stepper_of(network_of(dgl(TASK)), offload=True)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_state_of_every_block_comes_back(offload: bool) -> None:
     one, two = network_of(dgl(TASK)), network_of(dgl(TASK))
-    first, second = (stepper_of(n, lr=0.05, per_block=True) for n in (one, two))
+    first, second = (stepper_of(n, lr=0.05, per_block=True, offload=offload) for n in (one, two))
     train(one, first)
     two.load_state_dict(one.state_dict())
     second.load_state_dict(copy.deepcopy(first.state_dict()))  # torch would share its tensors

@@ -92,6 +92,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model": {"name": "torchvision:mobilenet_v3_small"},
         "data": {"name": "folder"},
     },
+    "offload": {
+        "optim": {"per_block": True, "offload": True, "clip_grad": None},
+        "method": ["dgl", "windows"],
+        "data": {"limit": 160},
+    },
     "per block": {"optim": {"per_block": True}, "train": {"ema_decay": 0.9}},
     "adamw, warm-up": {"optim": {"name": "adamw", "lr": 0.002, "warmup_epochs": 1}},
     "mixup and cutmix, average": {"train": {"mixup": 0.4, "cutmix": 1.0, "ema_decay": 0.8, "label_smoothing": 0.1}},

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from localgrad.errors import PartitionError, nearest
 from localgrad.layout import Layout, layout_of
-from localgrad.partition.blocks import Block, chain, split
+from localgrad.partition.blocks import Block, RecomputedBlock, chain, join, split
 from localgrad.partition.trace import (
     ROOT,
     Taps,
@@ -257,6 +257,29 @@ class Partition:
     def blocks(self, cuts: Sequence[Cut]) -> list[Block]:
         """The blocks between ``cuts``; they share the model's parameters."""
         return split(self.model, self.example, [cut.name for cut in cuts], self.taps, self.traced.structured)
+
+    def recomputed_blocks(self, cuts: Sequence[Cut], which: Sequence[int]) -> list[Block | RecomputedBlock]:
+        """The same, those with the indices ``which`` recomputed unit by unit.
+
+        Raises:
+            PartitionError: there is no such block, or it has one unit.
+        """
+        edges = [0, *(cut.position for cut in cuts), len(self.traced.nodes)]
+        points, sizes = list(cuts), [1] * (len(cuts) + 1)
+        for index in which:
+            if not 0 <= index <= len(cuts):
+                raise PartitionError(f"recompute={tuple(which)}: there are {len(cuts) + 1} blocks, counted from 0")
+            inner = [cut for cut in self.cuts if edges[index] < cut.position < edges[index + 1]]
+            if not inner:
+                begins = repr(cuts[index - 1].name) if index else "the input"
+                raise PartitionError(
+                    f"recompute={tuple(which)}: block {index}, from {begins} on, is a single unit, with no cut point "
+                    "inside to recompute from; leave it out"
+                )
+            points += inner
+            sizes[index] += len(inner)
+        parts = self.blocks(sorted(points, key=lambda cut: cut.position))
+        return join(self.model, parts, sizes)
 
     @property
     def units(self) -> list[Block]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict
 from torch.utils._pytree import tree_leaves
 
 from localgrad.errors import PartitionError
@@ -282,7 +283,10 @@ def _where(error: Exception) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if "/torch/fx/" not in frame.filename and frame.filename != __file__
     ]
-    where = f"{frames[-1].filename}:{frames[-1].lineno} `{frames[-1].line}`" if frames else "an unknown line"
+    where = "an unknown line"
+    if frames:  # where a package is installed is of no interest
+        file = frames[-1].filename.rpartition("site-packages/")[2]
+        where = f"{file}:{frames[-1].lineno} `{frames[-1].line}`"
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return f"{where} depends on the values of its input ({reason})"
 
@@ -337,7 +341,7 @@ def _mutable(value: Any) -> Any:
     """Lists and dicts as a module gets them outside a graph: it may append to them."""
     if isinstance(value, list):
         return [_mutable(item) for item in value]
-    if isinstance(value, dict):
+    if type(value) in (dict, immutable_dict):  # a dict of another kind may have attributes, as transformers' outputs do
         return {key: _mutable(item) for key, item in value.items()}
     return tuple(_mutable(item) for item in value) if type(value) is tuple else value
 

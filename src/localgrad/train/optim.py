@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from localgrad.config import OptimConfig
 from localgrad.errors import ConfigError
 from localgrad.network import LocalNetwork
 from localgrad.spans import groups
+from localgrad.train.offload import Offload
 
 
 def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int) -> float:
@@ -46,13 +48,28 @@ def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int)
     return 0.5 * config.lr * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def build(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD or AdamW over ``parameters``."""
+def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor | None = None) -> torch.optim.Optimizer:
+    """SGD or AdamW over ``parameters``; on CUDA in one kernel for all of them.
+
+    Args:
+        config: which, and its settings.
+        parameters: on one device.
+        rate: the learning rate as a scalar on that device, for steps that are captured; None for ``config.lr``.
+    """
+    lr = config.lr if rate is None else rate
+    fused = parameters[0].device.type == "cuda" or None
     if config.name == "adamw":
-        return torch.optim.AdamW(parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(
+            parameters,
+            lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=fused,
+            capturable=rate is not None and rate.device.type == "cuda",
+        )
     nesterov = config.nesterov and config.momentum > 0
     return torch.optim.SGD(
-        parameters, config.lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay
+        parameters, lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay, fused=fused
     )
 
 
@@ -65,9 +82,12 @@ class Stepper:
         network: whose parameters are trained; those without ``requires_grad`` (twins) are left alone.
         config: see `localgrad.config.OptimConfig`.
         scaler: scales fp16 losses; disabled for other precisions.
+        capture: keep the learning rate on the device, where a captured step finds it.
     """
 
-    def __init__(self, network: LocalNetwork, config: OptimConfig, scaler: torch.amp.GradScaler) -> None:
+    def __init__(
+        self, network: LocalNetwork, config: OptimConfig, scaler: torch.amp.GradScaler, capture: bool = False
+    ) -> None:
         self.network, self.config, self.scaler = network, config, scaler
         if config.per_block:
             self.parameters = [network.block_parameters(k) for k in range(len(network.blocks))]
@@ -78,7 +98,14 @@ class Stepper:
             raise ConfigError(
                 f"optim.per_block: block {idle} has nothing to train; unfreeze it or switch per_block off"
             )
-        self.optimizers = [build(config, parameters) for parameters in self.parameters]
+        self.rate = torch.tensor(config.lr, device=network.device) if capture else None
+        self.optimizers = [build(config, parameters, self.rate) for parameters in self.parameters]
+        if config.offload and (not config.per_block or capture):
+            raise ConfigError(
+                "optim.offload keeps the state of blocks that are not stepping on the host: set optim.per_block=true "
+                "and train.capture=false, or optim.offload=false"
+            )
+        self.offload = Offload(self.optimizers, network.device) if config.offload else None
         patterns = network.method.spans.patterns(len(network.blocks))
         if config.per_block and config.clip_grad and any(s.stop - s.start > 1 for p in patterns for s in p):
             raise ConfigError(
@@ -93,12 +120,15 @@ class Stepper:
 
     def set_learning_rate(self, value: float) -> None:
         """Set it for every parameter."""
+        if self.rate is not None:
+            self.rate.fill_(value)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = value
+                group["lr"] = value if self.rate is None else self.rate
 
     def _step_block(self, block: int) -> None:
-        self._step(self.optimizers[block], [self.parameters[block]])
+        with self.offload.at_hand(block) if self.offload is not None else contextlib.nullcontext():
+            self._step(self.optimizers[block], [self.parameters[block]])
 
     def _step(self, optimizer: torch.optim.Optimizer, clipped_together: list[list[nn.Parameter]]) -> None:
         if self.config.clip_grad is not None:
@@ -118,10 +148,14 @@ class Stepper:
 
     def state_dict(self) -> dict[str, Any]:
         """State of every optimizer and of the scaler."""
+        if self.offload is not None:
+            self.offload.settle()
         return {"optimizers": [o.state_dict() for o in self.optimizers], "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put `state_dict` back."""
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        if self.offload is not None:
+            self.offload = Offload(self.optimizers, self.network.device)
         self.scaler.load_state_dict(state["scaler"])
