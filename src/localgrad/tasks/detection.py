@@ -81,7 +81,8 @@ class Detection:
 
         images = zip(kept, *(answer[name].split(1) for name in names), strict=True)
         found = [checkpoint(of_one, *image, use_reentrant=False, preserve_rng_state=False) for image in images]
-        return {name: sum(losses[name] for losses in found) / len(found) for name in found[0]}
+        first, *others = found
+        return {name: sum((losses[name] for losses in others), first[name]) / len(found) for name in first}
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """The sum of `losses`."""
