@@ -21,6 +21,7 @@ from localgrad.cli import main
 from localgrad.config import Config, build_method, read_recipe, validate
 from localgrad.partition import Partition, by_count
 from localgrad.train.experiment import build_network, build_task
+from localgrad.train.optim import learning_rate
 
 NAMES = list(config.recipes())
 PUBLISHED = [name for name in NAMES if "/" in name]
@@ -223,6 +224,16 @@ def test_training_is_the_published_one(name: str) -> None:
         assert (one.optim.lr, one.optim.min_lr, one.optim.weight_decay) == (0.01, 1e-4, 5e-4)
         assert one.optim.schedule == "poly" and not one.optim.nesterov and one.data.crop_size == (512, 1024)
         assert abs(one.train.epochs * 2975 / one.train.batch_size - 40_000) < 200
+        return
+    if one.data.name == "coco":
+        assert (one.optim.weight_decay, one.optim.clip_grad, one.optim.nesterov) == (1e-4, 1.0, False)
+        assert (one.data.image_size, one.data.longest_side, one.train.batch_size) == (600, 1000, 16)
+        iterations = one.train.epochs * 118_287 / 16
+        assert abs(iterations - 90_000) < 2000
+        rates = {
+            k: learning_rate(one.optim, int(k / 90 * 12), k / 90 * 12 % 1, 12) for k in (0, 59.9, 60.1, 79.9, 80.1)
+        }
+        assert rates == pytest.approx({0: 0.01, 59.9: 0.01, 60.1: 0.001, 79.9: 0.001, 80.1: 0.0001})
         return
     assert one.optim.nesterov
     if one.data.name != "imagefolder":

@@ -30,8 +30,7 @@ class Loader(Protocol):
         """Batches ``start``, ``start + 1``, ... of ``epoch`` (both counted from 0).
 
         Each is ``inputs`` float32 (B, C, H, W), normalised, and ``targets`` as the task reads them, int64 (B,) for
-        classification. Equal arguments give bit for
-        bit equal batches; torch's global generators are left as they were.
+        classification. Equal arguments give bit for bit equal batches; torch's global generators are left as they were.
         """
 
 

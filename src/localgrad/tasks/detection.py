@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from localgrad import heads
 from localgrad.errors import ConfigError, TrainingError
@@ -61,14 +62,27 @@ class Detection:
     def losses(self, output: Any, targets: Sequence[Target]) -> dict[str, Tensor]:
         """The losses that torchvision's detector computes of an output, by its names for them.
 
-        Boxes of crowds, and boxes without an area, are left out.
+        Boxes of crowds, and boxes without an area, are left out. RetinaNet's are sums over images: each is computed
+        again in the backward pass, so that the focal loss, which saves ten tensors of all classes and anchors, does so
+        for one image at a time.
         """
         answer = self.answer(output)
         levels = anchors_of(answer)
-        anchors = [torch.cat(levels)] * len(targets)
+        anchors = torch.cat(levels)
         kept = [trained_boxes(target) for target in targets]
-        sizes = ([len(level) for level in levels],) if "bbox_ctrness" in answer else ()
-        return answer["detector"].compute_loss(kept, answer, anchors, *sizes)  # type: ignore[no-any-return]
+        compute = answer["detector"].compute_loss
+        if "bbox_ctrness" in answer:  # FCOS counts the anchors on objects over the whole batch
+            return compute(kept, answer, [anchors] * len(kept), [len(level) for level in levels])  # type: ignore[no-any-return]
+
+        names = ("cls_logits", "bbox_regression")
+
+        def of_one(target: Target, *parts: Tensor) -> dict[str, Tensor]:
+            return compute([target], dict(zip(names, parts, strict=True)), [anchors])  # type: ignore[no-any-return]
+
+        images = zip(kept, *(answer[name].split(1) for name in names), strict=True)
+        found = [checkpoint(of_one, *image, use_reentrant=False, preserve_rng_state=False) for image in images]
+        first, *others = found
+        return {name: sum((losses[name] for losses in others), first[name]) / len(found) for name in first}
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """The sum of `losses`."""
