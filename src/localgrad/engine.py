@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.errors import PartitionError, TrainingError
-from localgrad.method import Batch, Followed, Term
+from localgrad.method import Batch, Followed, Term, alone
 from localgrad.partition import INPUTS, OUTPUT, Block
 from localgrad.randomness import draws_of
 from localgrad.recompute import recomputed
@@ -268,7 +268,10 @@ class _Pass:
         due = [entry for entry in self.following if entry[0] < stop]
         self.following = [entry for entry in self.following if entry[0] >= stop]
         for _, term, weight, loss in due:
-            yield weight * (loss - own.get(id(term), total).detach()).abs()
+            apart = loss - own.get(id(term), total).detach()
+            if self.batch.joined is not alone:  # the distance of two means over all samples, not a mean of distances
+                apart = self.batch.joined(apart.expand(len(tree_leaves(self.batch.inputs)[0]))).mean()
+            yield weight * apart.abs()
 
     def back(self, span: Span) -> list[int]:
         """Push the gradient that the caller's ``loss.backward()`` left on the boundary back through the span.
@@ -371,10 +374,15 @@ def local_losses(
     """
     spans = network.spans(step)
     parts = _parts(inputs, targets, network.method.micro_batches)
-    done = on_block_done or (lambda block: None)
-    for part, (x, y, share) in enumerate(parts):
-        last = part == len(parts) - 1
-        yield from _one_pass(network, spans, Batch(x, y, step), part, share, autocast, on_output, last, done)
+    announce = on_block_done or (lambda block: None)
+    reduced: contextlib.AbstractContextManager[Callable[[int], None]] = contextlib.nullcontext(announce)
+    joined: Callable[[Tensor], Tensor] = alone
+    if network.replicas is not None and torch.is_grad_enabled():
+        reduced, joined = network.replicas.reducing(step, inputs, announce), network.replicas.joined
+    with reduced as done:
+        for part, (x, y, share) in enumerate(parts):
+            last, batch = part == len(parts) - 1, Batch(x, y, step, joined=joined)
+            yield from _one_pass(network, spans, batch, part, share, autocast, on_output, last, done)
 
 
 def _one_pass(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from localgrad.partition.trace import check_runs, untouched
 from localgrad.spans import Span, check
 from localgrad.twins import Twin
 
+if TYPE_CHECKING:
+    from localgrad.distributed.data_parallel import Replicas
+
 Balance = Literal["count", "bytes"]
 
 
@@ -29,7 +32,10 @@ class LocalNetwork(nn.Module):
         blocks: K modules that share the model's parameters.
         cuts: the K - 1 cut points; block ``k`` begins at ``cuts[k - 1]``.
         method: what trains it.
+        replicas: the processes that train copies of it on other samples; set by `localgrad.distributed.data_parallel`.
     """
+
+    replicas: Replicas | None = None
 
     def __init__(
         self,

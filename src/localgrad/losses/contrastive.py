@@ -35,7 +35,7 @@ class Contrastive:
         labels = batch.targets
         if labels.dim() != 1:
             raise TrainingError("the contrastive loss needs one class per image; switch mixup and cutmix off")
-        z = F.normalize(widened(output), dim=1)
+        z, labels = batch.joined(F.normalize(widened(output), dim=1)), batch.joined(labels)
         logits = z @ z.T / self.temperature
         others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
         log_probability = logits - torch.logsumexp(logits.masked_fill(~others, float("-inf")), 1, keepdim=True)

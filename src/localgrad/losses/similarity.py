@@ -42,5 +42,5 @@ class Similarity:
     def __call__(self, output: Tensor, batch: Batch) -> Tensor:
         targets = batch.targets
         onehot = targets if targets.dim() == 2 else F.one_hot(targets, self.num_classes)
-        values = widened(output)
-        return F.mse_loss(similarity_matrix(values), similarity_matrix(onehot.to(values.dtype)))
+        values = batch.joined(widened(output))
+        return F.mse_loss(similarity_matrix(values), similarity_matrix(batch.joined(onehot).to(values.dtype)))
