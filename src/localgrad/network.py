@@ -19,6 +19,7 @@ from localgrad.spans import Span, check
 from localgrad.twins import Twin
 
 if TYPE_CHECKING:
+    from localgrad.distributed.block_parallel import Stage
     from localgrad.distributed.data_parallel import Replicas
 
 Balance = Literal["count", "bytes"]
@@ -33,9 +34,12 @@ class LocalNetwork(nn.Module):
         cuts: the K - 1 cut points; block ``k`` begins at ``cuts[k - 1]``.
         method: what trains it.
         replicas: the processes that train copies of it on other samples; set by `localgrad.distributed.data_parallel`.
+        stage: the blocks that this process trains while others train the rest; set by
+            `localgrad.distributed.block_parallel`.
     """
 
     replicas: Replicas | None = None
+    stage: Stage | None = None
 
     def __init__(
         self,
@@ -54,7 +58,7 @@ class LocalNetwork(nn.Module):
         self.blocks = tuple(blocks)  # a tuple, so that their parameters are registered once, by the model
         self.probes = tuple(probes)
         boundaries = range(1, len(self.blocks))
-        self._early_twins = {b: [t for t in self._twins_at(b) if t.exchange == "before"] for b in boundaries}
+        self._early_twins = {b: [t for t in self.twins_at(b) if t.exchange == "before"] for b in boundaries}
         self._last_reader = {mode: _last_readers(self.blocks, mode) for mode in (True, False)}
 
     def forward(self, *inputs: Any) -> Any:
@@ -87,7 +91,8 @@ class LocalNetwork(nn.Module):
         unique = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
         return list(unique.values())
 
-    def _twins_at(self, boundary: int) -> list[Twin]:
+    def twins_at(self, boundary: int) -> list[Twin]:
+        """The twins in the auxiliary networks on one boundary."""
         return [twin for _, auxiliary in self.auxiliaries_at(boundary) for twin in _twins(auxiliary)]
 
     @property

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves
 
 from localgrad.distributed.agreement import agree, explained, facts_about, gather_rows
 from localgrad.errors import ConfigError, TrainingError
@@ -71,13 +70,18 @@ def data_parallel(network: LocalNetwork, mesh: DeviceMesh) -> LocalNetwork:
             f"the network contains a {type(wrapped).__name__}; give localize the plain model, data_parallel averages "
             "the gradients"
         )
-    replicas = Replicas(network, _axis(mesh, "data").get_group())
+    replicas = Replicas(network, axis(mesh, "data").get_group())
     replicas.spread()
     network.replicas = replicas
     return network
 
 
-def _axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
+def axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """The dimension ``name`` of a mesh, or the only one it has.
+
+    Raises:
+        ConfigError: it has several and none is called so.
+    """
     names = mesh.mesh_dim_names or ()
     if name in names:
         return mesh[name]
@@ -141,19 +145,16 @@ class Replicas:
         return gathered
 
     @contextlib.contextmanager
-    def reducing(self, step: int, inputs: Any, announce: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
+    def reducing(self, step: int, announce: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
         """Around one step: what it gives is to be called with each block whose gradients are complete here.
 
         Args:
-            step: must be the same on every rank.
-            inputs: this rank's samples.
+            step: see `count`, which is to be called first inside.
             announce: called with a block once its gradients are averaged.
 
         Raises:
-            TrainingError: ranks are at different steps, or one of them does not answer.
+            TrainingError: a rank does not answer.
         """
-        samples = len(tree_leaves(inputs)[0])
-        self._share = samples / self._count(step, samples)
         waiting: deque[_Message] = deque()
 
         def finish(message: _Message) -> None:
@@ -171,8 +172,12 @@ class Replicas:
         while waiting:
             finish(waiting.popleft())
 
-    def _count(self, step: int, samples: int) -> int:
-        """Samples of all ranks."""
+    def count(self, step: int, samples: int) -> None:
+        """Learn what share of the joined batch this rank's ``samples`` are.
+
+        Raises:
+            TrainingError: ranks are at different steps, or one of them does not answer.
+        """
         own = torch.tensor([step, samples], device=self.network.device)
         rows = [torch.empty_like(own) for _ in range(self.size)]
         with explained(f"beginning step {step}"):
@@ -183,7 +188,7 @@ class Replicas:
                 f"the ranks of the data axis are at different steps, {steps}: they have different numbers of batches. "
                 "Give each the same number, for instance with torch.utils.data.DistributedSampler(drop_last=True)"
             )
-        return sum(int(row[1]) for row in rows)
+        self._share = samples / sum(int(row[1]) for row in rows)
 
     @torch.no_grad()
     def average_buffers(self) -> None:
@@ -201,7 +206,7 @@ class Replicas:
     @torch.no_grad()
     def check_equal(self) -> None:
         """Raise `TrainingError` unless every rank has the same parameters, bit for bit."""
-        digest = _digest(self.network.parameters()).to(self.network.device)
+        digest = digest_of(self.network.parameters()).to(self.network.device)
         with explained("comparing parameters"):
             rows = [torch.empty_like(digest) for _ in range(self.size)]
             dist.all_gather(rows, digest, group=self.group)
@@ -249,7 +254,7 @@ class _Message:
                     parameter.grad.copy_(gradient.view(parameter.shape))
 
 
-def _digest(tensors: Iterator[nn.Parameter]) -> Tensor:
+def digest_of(tensors: Iterator[nn.Parameter]) -> Tensor:
     """Two 64-bit words, equal for equal bits in the same order."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -64,6 +64,7 @@ class Consistent:
 
     loss: Loss
     share: float
+    reads_previous: ClassVar[bool] = True
 
     def __call__(self, output: Any, batch: Batch) -> Tensor:
         check_logits(output)
