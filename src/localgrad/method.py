@@ -177,7 +177,7 @@ class Ramp:
 
 HeadBuilder = Callable[[Site], nn.Module]
 BridgeBuilder = Callable[[Site], nn.Module | None]
-# One that reads `Batch.inputs` or `Batch.previous` says so by an attribute ``reads_inputs`` or ``reads_previous``, since
+# One that reads `Batch.inputs` or `Batch.previous` says so by an attribute ``reads_inputs`` or ``reads_previous``:
 # they would have to be sent where blocks run on several ranks.
 Loss = Callable[[Any, Batch], Tensor]
 

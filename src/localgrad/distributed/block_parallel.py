@@ -46,7 +46,8 @@ def block_parallel(
       micro-batches of a step forward before it waits for the first gradient: give such methods several,
       ``methods.accumulation(method, parts=4)``.
     - Where a bridge has twins of units on a later rank, that rank sends their weights after each step. A twin that
-      moves ``after`` the step keeps the next step's loss waiting for them; one that moves ``before`` it has a step of slack.
+      moves ``after`` the step keeps the next step's loss waiting for them; one that moves ``before`` it has a step of
+      slack.
 
     Parameters of the other ranks' blocks are given up: they become NaN, take no memory, and need no gradient. Build
     optimizers afterwards. ``network.stage.gather()`` puts them back.
@@ -561,7 +562,7 @@ class Stage:
 
     @property
     def bytes_sent(self) -> dict[str, int]:
-        """Bytes over each kind of link so far, headers included."""
+        """Bytes of tensors over each kind of link so far."""
         return {
             "values": 0 if self._values_out is None else self._values_out.bytes,
             "gradients": 0 if self._gradients_out is None else self._gradients_out.bytes,

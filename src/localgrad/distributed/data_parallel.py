@@ -213,7 +213,7 @@ class Replicas:
         differing = [rank for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
         if differing:
             raise TrainingError(
-                f"replicas {differing} have other parameters than replica 0: something changed them on some ranks only. "
+                f"replicas {differing} have other parameters than replica 0: something changed them on one rank only. "
                 "Change parameters and optimizer settings on every rank alike, and step with averaged gradients"
             )
 

@@ -18,7 +18,6 @@ from localgrad.errors import TrainingError
 
 # A header is 8 int64: number of the message (END if there is none), step, micro-batch, number of its layout, bytes of
 # that layout's text if it is new, bytes of the tensors, bytes promised for every later message, the sender's clock.
-HEADER_BYTES = 8 * 8
 END = -1
 # Tensors begin where torch's own allocator would let them begin: kernels may sum in another order elsewhere.
 ALIGNMENT = 64
@@ -52,17 +51,17 @@ class Outlet:
         waits: whether it does.
 
     Attributes:
-        bytes: of headers, layouts and tensors sent so far.
+        messages: sent so far, each with a header of 64 bytes; shapes are described once.
+        bytes: of tensors sent so far, each tensor beginning at a multiple of 64.
     """
 
     def __init__(self, group: dist.ProcessGroup, peer: int, channel: int, depth: int, waits: bool = True) -> None:
         self.group, self.peer, self.depth, self.waits = group, peer, depth, waits
         self._tag = channel * TAGS
         self._layouts: dict[str, int] = {}
-        self._number = 0
         self._promised: int | None = None
         self._sending: deque[list[tuple[dist.Work, Tensor]]] = deque()
-        self.bytes = 0
+        self.messages = self.bytes = 0
 
     def send(self, step: int, part: int, said: Any, tensors: Sequence[Tensor], stamp: float = 0.0) -> None:
         """Send copies of ``tensors``, taken now, and ``said`` (anything JSON holds); waits only if the link is full."""
@@ -74,8 +73,8 @@ class Outlet:
         room = self._promised
         if self._promised is None:
             self._promised = size
-        fields = [self._number, step, part, layout, len(encoded) if new else 0, size, self._promised, _bits(stamp)]
-        self._number += 1
+        fields = [self.messages, step, part, layout, len(encoded) if new else 0, size, self._promised, _bits(stamp)]
+        self.messages += 1
         with explained(f"sending to rank {self._global(self.peer)}"):
             while self.waits and len(self._sending) >= self.depth:
                 self._settle()
@@ -93,7 +92,7 @@ class Outlet:
         self._sending.append(works)
 
     def _post(self, tensor: Tensor, tag: int) -> tuple[dist.Work, Tensor]:
-        self.bytes += tensor.numel() * tensor.element_size()
+        self.bytes += tensor.numel() if tag in (PAYLOAD, OVERSIZE) else 0
         work = dist.isend(tensor, group=self.group, group_dst=self.peer, tag=self._tag + tag)
         assert work is not None
         return work, tensor
@@ -154,6 +153,7 @@ class Inlet:
             fields = _received(self._headers.popleft()).tolist()
             number, their_step, their_part, layout, text, size, promised, stamp = fields
             if number == END:
+                self.finish()  # all the other end sent has to be taken, or it would wait
                 raise TrainingError(
                     f"rank {source} has ended, but rank {dist.get_rank()} expects step {step} from it: the ranks were "
                     "given different numbers of batches"
