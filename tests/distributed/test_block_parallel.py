@@ -20,6 +20,9 @@ EVERY = METHODS | {
     "4 parts, windows": methods.accumulation(METHODS["windows(dgl)"], parts=4),
     "6 parts, windows of 3": methods.accumulation(methods.windows(DGL, width=3), parts=6),
     "2 parts, pgl(man(mlaan))": methods.accumulation(methods.pgl(methods.man(METHODS["mlaan(dgl)"]), every=3), parts=2),
+    "2 parts, pgl(man(windows))": methods.accumulation(
+        methods.pgl(methods.man(METHODS["windows(dgl)"]), every=3), parts=2
+    ),
     "3 parts, e2e": methods.accumulation(METHODS["e2e"], parts=3),
     "2 parts, deep supervision": methods.accumulation(METHODS["deep_supervision"], parts=2),
 }

@@ -243,9 +243,14 @@ class Stage:
         auxiliary = [aux for b in self._boundaries for _, aux in self.network.auxiliaries_at(b)]
         return [*(self.network.blocks[k] for k in self.blocks), *auxiliary]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers of what is trained here, by their names in the network."""
+    def tensors(self, followed: bool = False) -> dict[str, Tensor]:
+        """Parameters and buffers of what is trained here, by their names in the network.
+
+        With ``followed`` also those of other ranks' units that twins here follow.
+        """
         own = {id(t) for module in self.modules for t in (*module.parameters(), *module.buffers())}
+        if followed:
+            own |= {id(tensor) for tensors in self._followed.values() for tensor in tensors}
         named = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
         return {name: tensor for name, tensor in named.items() if id(tensor) in own}
 

@@ -131,12 +131,13 @@ class Replicas:
             agree(self.group, facts_about(self.network))
             source = dist.get_global_rank(self.group, 0)
             for tensor in self._state().values():
-                dist.broadcast(tensor, source, group=self.group)
+                dist.broadcast(tensor.detach(), source, group=self.group)
 
     def _state(self) -> dict[str, Tensor]:
-        """Every parameter and buffer by name, detached."""
-        named = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
-        return {name: tensor.detach() for name, tensor in named.items()}
+        """The parameters and buffers that this rank has, by name."""
+        if self.network.stage is not None:
+            return self.network.stage.tensors(followed=True)
+        return {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
 
     def joined(self, rows: Tensor) -> Tensor:
         """See `localgrad.method.Batch`."""
@@ -197,7 +198,7 @@ class Replicas:
         Call it before evaluating or saving: in training each rank keeps its own.
         """
         with explained("averaging buffers"):
-            for buffer in self.network.buffers():
+            for buffer in (t for t in self._state().values() if not isinstance(t, nn.Parameter)):
                 if buffer.is_floating_point():
                     dist.all_reduce(buffer.div_(self.size), group=self.group)
                 else:
@@ -206,7 +207,8 @@ class Replicas:
     @torch.no_grad()
     def check_equal(self) -> None:
         """Raise `TrainingError` unless every rank has the same parameters, bit for bit."""
-        digest = digest_of(self.network.parameters()).to(self.network.device)
+        parameters = (tensor for tensor in self._state().values() if isinstance(tensor, nn.Parameter))
+        digest = digest_of(parameters).to(self.network.device)
         with explained("comparing parameters"):
             rows = [torch.empty_like(digest) for _ in range(self.size)]
             dist.all_gather(rows, digest, group=self.group)
