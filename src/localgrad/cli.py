@@ -130,6 +130,13 @@ def train(
         Path | None, typer.Option(help="Continue the run in this directory, with its own settings.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --run-dir.")] = False,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="Ranks along each axis, data=2,block=2, in processes that torchrun starts.", show_default=False
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="With --parallel: seconds a rank waits for another one.")] = 600.0,
     as_json: Json = False,
 ) -> None:
     """Train a network block by block (or end to end), and show what it did.
@@ -183,6 +190,11 @@ def train(
     from localgrad.train.folder import RunFolder, write
     from localgrad.train.run import compare
 
+    if parallel is not None:
+        _train_parallel(
+            console, settings, folder, parallel, run_dir or resume, resume is not None, overwrite, timeout, as_json
+        )
+        return
     scaled = _scaled_down(recipe, settings)
     if scaled:
         console.print(f"Not as published: {scaled}.")
@@ -203,6 +215,27 @@ def train(
     _show_results(console, results)
     picture = folder / "comparison.png" if multiple else folder / "curves.png"
     console.print(f"Picture: {picture}\nEverything else: {folder}", soft_wrap=True)
+
+
+def _train_parallel(
+    console: Console, settings: Any, folder: Path, layout: str, named: Path | None, resume: bool, overwrite: bool,
+    timeout: float, as_json: bool,
+) -> None:  # fmt: skip
+    from localgrad.distributed import run
+    from localgrad.train.folder import write
+
+    axes = run.parsed(layout)
+    if named is None:
+        raise ConfigError("--parallel needs --run-dir, which all ranks and every restart share")
+    result = run.run(settings, folder, axes, console, resume=resume, overwrite=overwrite, timeout=timeout)
+    if result is None:
+        return
+    write(folder / "results.json", json.dumps([result], indent=2) + "\n")
+    if as_json:
+        print(json.dumps([result], indent=2))
+        return
+    _show_results(console, [result])
+    console.print(f"Everything: {folder}", soft_wrap=True)
 
 
 def _resumed(folder: Path, data_root: str | None) -> Any:

@@ -103,7 +103,7 @@ def test_a_checkpoint_continues_exactly_on_every_layout() -> None:
 
 
 def both_axes() -> dict[str, float]:
-    """Two by two processes against one, in float64: blocks on two ranks, each with a replica for half of the samples."""
+    """Two by two processes against one, in float64: blocks on two ranks, a replica of each for half of the samples."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("block", "data"))
     mine = slice(0, 5) if mesh["data"].get_local_rank() == 0 else slice(5, None)
     found = {}

@@ -159,7 +159,7 @@ def test_a_link_keeps_values_strides_and_order(both: list[dict[str, object]]) ->
 
 
 def test_bytes_are_those_of_features_targets_gradients_and_units(both: list[dict[str, object]]) -> None:
-    """Batches of 14, 14, 12 images; features (14, 8, 8, 8) and targets (14,) int64; the link keeps to its first size."""
+    """Batches of 14, 14, 12 images; features (14, 8, 8, 8), targets (14,) int64; the link keeps to its first size."""
     first, second = (found["bytes"] for found in both)
     features, targets = 14 * 8 * 8 * 8 * 4, 14 * 8
     ends = 2  # messages that fill the other end's memory when the link is closed

@@ -68,6 +68,13 @@ def agree(group: dist.ProcessGroup, facts: Mapping[str, str]) -> None:
             )
 
 
+def everyone() -> dist.ProcessGroup:
+    """All processes of the job."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
 def gather_text(group: dist.ProcessGroup, text: str) -> list[str]:
     """The ``text`` of every rank, in order. Nothing is pickled."""
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)

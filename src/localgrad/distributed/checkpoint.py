@@ -70,7 +70,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.network, self.optimizers, self.keep = Path(folder), network, list(optimizers), keep
         self.group: dist.ProcessGroup | None = None
-        self._writing: tuple[Any, Path, Path] | None = None
+        self._writing: tuple[Any, Path, Path, Any] | None = None
         if network.stage is not None or network.replicas is not None:
             # One of its own: in the background its collectives must not meet those of training.
             group = dist.new_group(backend="gloo")
@@ -91,8 +91,10 @@ class Checkpoints:
     def _place(self, step: int) -> Path:
         return self.folder / f"step{step:08d}"
 
-    def save(self, step: int, *, wait: bool = True) -> None:
-        """Write the state after ``step`` optimizer steps; every rank calls it.
+    def save(self, step: int, *, wait: bool = True, beside: Any = None) -> None:
+        """Write the state after ``step`` optimizer steps, and what is to lie ``beside`` it (anything JSON holds).
+
+        Every rank calls it; the first one's ``beside`` is kept, see `beside`.
 
         Without ``wait`` it returns as soon as the state is copied; `finish` waits for the rest, as the next `save`
         does. No rank then waits for one that has yet to reach this step, but for twins, which first take the weights
@@ -112,16 +114,16 @@ class Checkpoints:
             if self.group is None:
                 with _alone():
                     dcp.save(state, storage_writer=writer, no_dist=True)
-                self._complete(partial, place, step)
+                self._complete(partial, place, step, beside)
             elif wait:
                 dist.barrier(self.group)
                 dcp.save(state, storage_writer=writer, process_group=self.group)
-                self._complete(partial, place, step)
+                self._complete(partial, place, step, beside)
                 dist.barrier(self.group)
             else:
                 future = dcp.async_save(state, storage_writer=writer, process_group=self.group)
                 assert isinstance(future, Future)
-                self._writing = future, partial, place
+                self._writing = future, partial, place, beside
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             raise self._failed(place, error) from error
 
@@ -129,10 +131,10 @@ class Checkpoints:
         """Wait until a checkpoint that is being written is complete."""
         if self._writing is None:
             return
-        (future, partial, place), self._writing = self._writing, None
+        (future, partial, place, beside), self._writing = self._writing, None
         try:
             future.result()
-            self._complete(partial, place, int(place.name.removeprefix("step")))
+            self._complete(partial, place, int(place.name.removeprefix("step")), beside)
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             raise self._failed(place, error) from error
 
@@ -142,10 +144,15 @@ class Checkpoints:
             "they were. Free space on the disk, or save elsewhere"
         )
 
-    def _complete(self, partial: Path, place: Path, step: int) -> None:
+    def beside(self, step: int) -> Any:
+        """What `save` was given to keep beside the state after ``step``."""
+        return json.loads((self._place(step) / COMPLETE).read_text())["beside"]
+
+    def _complete(self, partial: Path, place: Path, step: int, beside: Any) -> None:
         if not self._first:
             return
         facts = {"format": FORMAT, "step": step, "tensors": sorted(_names(partial)), "blocks": self._blocks()}
+        facts["beside"] = beside
         (partial / COMPLETE).write_text(json.dumps(facts))
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)

@@ -14,7 +14,7 @@ from localgrad.method import Term
 from localgrad.randomness import keyed_randomness, seeded
 from localgrad.spans import Span
 from localgrad.train.experiment import Experiment, explained
-from localgrad.train.meters import Meter, evaluate
+from localgrad.train.meters import Meter, evaluate, merged
 from localgrad.train.optim import learning_rate
 from localgrad.twins import exchange
 
@@ -30,7 +30,7 @@ def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch
         TrainingError: a loss is not finite.
     """
     config, network, meter = run.config, run.network, run.meter
-    with keyed_randomness(config.train.seed):
+    with keyed_randomness(config.train.seed, 0 if network.replicas is None else network.replicas.rank):
         while run.epoch < config.train.epochs:
             network.train()
             started = time.perf_counter()
@@ -115,7 +115,7 @@ def row(run: Experiment, seconds: float) -> dict[str, Any]:
         "step": run.step,
         "lr": rate_of(run, run.batch - 1),
         "seconds": seconds,
-        "train": run.meter.read(),
+        "train": merged(run.network, run.meter).read(),
     }
     if run.data.validation is not None:
         result["validation"] = evaluate(run.evaluated, run.data.validation, run.autocast)

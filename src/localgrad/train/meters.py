@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -113,4 +114,26 @@ def evaluate(network: LocalNetwork, batches: Any, autocast: torch.dtype | None =
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return meter.read()
+    return merged(network, meter).read()
+
+
+def merged(network: LocalNetwork, meter: Meter) -> Meter:
+    """The meters of all ranks that train ``network``, as one that every rank gets; ``meter`` where there is only it."""
+    if network.stage is None and network.replicas is None:
+        return meter
+    from localgrad.distributed.agreement import everyone, gather_text
+
+    total = Meter(network)
+    state = {
+        kind: {name: float(value) for name, value in values.items()} for kind, values in meter.state_dict().items()
+    }
+    for row in map(json.loads, gather_text(everyone(), json.dumps(state))):
+        for kind in ("losses", "scores"):
+            known = getattr(total, kind)
+            for name, value in row[kind].items():
+                known[name] = known.get(name, 0.0) + torch.tensor(value, dtype=torch.float64, device=meter.device)
+        for kind in ("batches", "samples"):
+            counts = getattr(total, kind)
+            for name, count in row[kind].items():
+                counts[name] = counts.get(name, 0) + int(count)
+    return total
