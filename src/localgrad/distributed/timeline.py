@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Timeline:
     def note(self, kind: str, step: int, part: int, block: int = -1) -> None:
         """A moment: something was sent or received."""
         if self.recording:
-            self.events.append(Event(kind, step, part, block, self.now(), self.now()))
+            now = self.now()
+            self.events.append(Event(kind, step, part, block, now, now))
 
 
 def chrome_trace(events: dict[int, Iterable[Event]]) -> str:
@@ -98,3 +100,30 @@ def chrome_trace(events: dict[int, Iterable[Event]]) -> str:
         for event in row
     ]
     return json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"})
+
+
+COLOURS = {"forward": "#4c72b0", "loss": "#dd8452", "back": "#c44e52", "backward": "#c44e52", "average": "#8172b3"}
+
+
+def picture(rows: dict[str, dict[int, Iterable[Event]]], path: Path, begin: float, end: float) -> None:
+    """One row of bars for each rank of each named run, between two times in seconds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(10, 0.9 + 0.45 * sum(len(ranks) + 1 for ranks in rows.values())), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (title, ranks) in zip(axes, rows.items(), strict=True):
+        for rank, events in ranks.items():
+            for event in (e for e in events if e.end > e.start and e.end > begin and e.start < end):
+                axis.barh(
+                    rank, event.end - event.start, left=event.start - begin, color=COLOURS[event.kind], edgecolor="w"
+                )
+        axis.set(title=title, yticks=list(ranks), yticklabels=[f"rank {r}" for r in ranks], xlim=(0, end - begin))
+        axis.invert_yaxis()
+    axes[-1].set_xlabel("seconds")
+    kinds = {e.kind for ranks in rows.values() for events in ranks.values() for e in events if e.end > e.start}
+    handles = [Patch(color=COLOURS[kind], label=kind) for kind in COLOURS if kind in kinds]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
+    figure.savefig(path, dpi=110)
