@@ -67,7 +67,6 @@ for (name, pixels, batch), cases in groupby((c for c in CASES if arguments.only 
         steps.append(planner.step(planner.network(method, cuts), method, batch))
         where = {"cuts": cuts} if cuts else {"num_blocks": 1}
         contestants.append(localize(model, method, example=x[:2], **where))
-        planner.heads.clear()
     seconds = step_seconds(contestants, x, y, rounds=arguments.rounds)
     for (_, _, _, k, text), network, step, taken in zip(rows, contestants[1:], steps[1:], seconds[1:], strict=True):
         network.train().zero_grad(set_to_none=True)

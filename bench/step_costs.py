@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 
 import torch
-import yaml
 
-from localgrad import localize, models, tasks
-from localgrad.bench.cost import cost, step_seconds
-from localgrad.config import build_method, parse_method
+from localgrad import models, tasks
+from localgrad.bench.contest import REFERENCE, Way, contest, read_methods
+from localgrad.config import build_method
 
 MAN_PP_HEAD = "{dgl: {head: {mlp: {grid: 8, width: 128, pooled: 1, hidden: 512}}}}"
 # Name in the table -> method; what differs from the defaults is how the released code was configured.
@@ -56,35 +55,22 @@ arguments = parser.parse_args()
 
 torch.set_num_threads(1)
 task = tasks.classification(10, mean=(0.5,) * 3, std=(0.25,) * 3)
-memory_format = torch.channels_last if arguments.channels_last else torch.contiguous_format
-generator = torch.Generator().manual_seed(0)
-shape = (arguments.batch_size, 3, arguments.image_size, arguments.image_size)
-inputs = torch.randn(shape, generator=generator).to(memory_format=memory_format)
-targets = torch.randint(10, (arguments.batch_size,), generator=generator)
-
-rows = {"end-to-end": "e2e"} | ({name: name for name in arguments.methods} or PUBLISHED)
-networks = []
-for text in rows.values():
-    torch.manual_seed(0)
-    spec = yaml.safe_load(text) if text.startswith("[") else parse_method(text)
+ways = []
+for name, text in ({REFERENCE: "e2e"} | ({name: name for name in arguments.methods} or PUBLISHED)).items():
+    (spec,) = read_methods([text])
     if spec == ["feature_distillation"]:
         spec = [{"feature_distillation": {"teacher": models.create(arguments.model)}}]
     method = build_method(spec, task)
-    network = localize(models.create(arguments.model), method, num_blocks=arguments.num_blocks, example=inputs[:2])
-    networks.append(network.to(memory_format=memory_format) if arguments.channels_last else network)
-seconds = step_seconds(networks, inputs, targets, rounds=arguments.rounds)
-costs = [cost(network, inputs, targets) for network in networks]
-
+    kind = "local" if method.terms else REFERENCE
+    variant = "fp32+channels_last" if arguments.channels_last else "fp32"
+    ways.append(Way(name, kind, method, arguments.num_blocks, variant=variant))
 print(
-    f"torch {torch.__version__}, 1 thread, {arguments.model} in {arguments.num_blocks} blocks, batch "
-    f"{arguments.batch_size}, {arguments.image_size} px, {arguments.rounds} rounds, {memory_format}"
-)
-print("| method | activations | with gradients | step time (median) | FLOPs | parameters trained |")
-print("|---|---|---|---|---|---|")
-for name, one, taken in zip(rows, costs, seconds, strict=True):
-    print(
-        f"| {name} | {one.activation_bytes / costs[0].activation_bytes:.3f} "
-        f"| {one.total_bytes / costs[0].total_bytes:.3f} | {taken / seconds[0]:.2f} ({taken * 1e3:.0f} ms) "
-        f"| {one.flops / costs[0].flops:.2f} "
-        f"| {(one.parameters + one.auxiliary_parameters) / one.parameters:.1f} |"
+    contest(
+        arguments.model,
+        ways,
+        batch_size=arguments.batch_size,
+        image_size=arguments.image_size,
+        num_classes=10,
+        rounds=arguments.rounds,
     )
+)

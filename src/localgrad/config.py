@@ -97,7 +97,10 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """The loop. ``checkpoint_every`` counts steps; a checkpoint is also written after each epoch."""
+    """The loop. ``checkpoint_every`` counts steps; a checkpoint is also written after each epoch.
+
+    ``capture`` records a step as a CUDA graph and replays it; dropout then draws from torch's own generators.
+    """
 
     epochs: int = 10
     batch_size: int = 128
@@ -109,6 +112,7 @@ class TrainConfig:
     cutmix: float = 0.0
     ema_decay: float | None = None
     compile: bool = False
+    capture: bool = False
     channels_last: bool = False
     seed: int = 0
     deterministic: bool = False
@@ -266,15 +270,42 @@ def validate(settings: dict[str, Any], source: str) -> Config:
         settings: nested mapping.
         source: what to call it in messages.
 
+    Without pydantic, which machines with GPUs may lack, types are neither checked nor converted.
+
     Raises:
         ConfigError: a key that does not exist, a wrong type, a value out of range.
     """
-    from pydantic import ValidationError
-
+    try:
+        from pydantic import ValidationError
+    except ImportError:
+        return _unconverted(Config, settings, source)
     try:
         return _adapter().validate_python(settings)
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(_complaints(error))) from error
+
+
+def _unconverted(kind: Any, settings: dict[str, Any], place: str) -> Any:
+    """A dataclass of nested settings, each as it was given."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key not in fields:
+            raise ConfigError(f"{place}: {nearest(key, fields, 'setting')}")
+        inner = fields[key].default_factory
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            value = _unconverted(inner, value, f"{place}: {key}")
+        elif isinstance(fields[key].default, tuple):
+            value = tuple(value)
+        values[key] = value
+    missing = [name for name, f in fields.items() if name not in values and _is_required(f)]
+    if missing:
+        raise ConfigError(f"{place}: {missing[0]} is missing")
+    return kind(**values)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 @functools.cache
@@ -373,8 +404,6 @@ def build_method(
         ConfigError: an unknown name, a plug-in where a base must stand or the reverse, an unknown or wrong option.
         MethodError: parts that cannot be combined.
     """
-    from pydantic import ConfigDict, ValidationError, validate_call
-
     from localgrad import methods
 
     known = known_methods()
@@ -412,13 +441,22 @@ def build_method(
             given.setdefault("steps_per_epoch", steps_per_epoch)
         if isinstance(given.get("teacher"), str) and load_model is not None:
             given["teacher"] = load_model(given["teacher"])
-        try:
-            value = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(_checked(function))(value, **given)
-        except ValidationError as error:
-            raise ConfigError(f"method.{name}: " + "; ".join(_complaints(error))) from error
+        value = _called(function, value, given)
     if not hasattr(value, "spans"):
         raise MethodError(f"{method_name(spec)} is not a method")
     return value
+
+
+def _called(function: Any, argument: Any, options: dict[str, Any]) -> Any:
+    """``function(argument, **options)``, the options converted to the types it declares if pydantic is installed."""
+    try:
+        from pydantic import ConfigDict, ValidationError, validate_call
+    except ImportError:
+        return function(argument, **options)
+    try:
+        return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(_checked(function))(argument, **options)
+    except ValidationError as error:
+        raise ConfigError(f"method.{function.__name__}: " + "; ".join(_complaints(error))) from error
 
 
 def _checked(function: Any) -> Any:

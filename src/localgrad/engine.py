@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.errors import PartitionError, TrainingError
 from localgrad.method import Batch, Followed, Term, alone
-from localgrad.partition import INPUTS, Block
+from localgrad.partition import INPUTS
+from localgrad.pointwise import pointwise_recomputed
 from localgrad.randomness import draws_of
 from localgrad.recompute import recomputed
 from localgrad.spans import Span
@@ -185,7 +186,7 @@ class Pass:
         arguments = [self._argument(name, index) for name in block.inputs]
         crossing = [t for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad]
         versions = [t._version for t in crossing]
-        outputs = self._call(index, block, arguments, autocast)
+        outputs = self._call(index, arguments, autocast)
         if any(t._version != version for t, version in zip(crossing, versions, strict=True)):
             raise PartitionError(
                 f"block {index} overwrites its input in place, but a span that starts before it still needs those "
@@ -210,14 +211,23 @@ class Pass:
             return self.seam.entered(value)
         return value
 
-    def _call(self, index: int, block: Block, arguments: list[Any], autocast: torch.dtype | None) -> Any:
+    def _call(self, index: int, arguments: list[Any], autocast: torch.dtype | None) -> Any:
         waits = any(span.covers(index) and span.stop > index + 1 for span in self.spans)
         device = self.network.device
         run = self.network.probed(index)
-        with draws_of("block", self.batch.step, self.part, index, device), precision(device, autocast):
+        with (
+            draws_of("block", self.batch.step, self.part, index, device),
+            precision(device, autocast),
+            self._lean(),
+        ):
             if self.network.method.checkpoint and waits and torch.is_grad_enabled():
                 return recomputed(run, *arguments)
             return run(*arguments)
+
+    def _lean(self) -> contextlib.AbstractContextManager[None]:
+        if self.network.method.checkpoint_pointwise and torch.is_grad_enabled():
+            return pointwise_recomputed()
+        return contextlib.nullcontext()
 
     def loss(self, span: Span, autocast: torch.dtype | None, on_output: OnOutput | None) -> Tensor:
         """The weighted loss of a span; its backward pass stops at the boundary."""
@@ -228,7 +238,11 @@ class Pass:
         if self.answers is not None and self.answers[0] < span.stop:
             self.previous, self.answers = self.answers[1], None
         batch = replace(self.batch, boundary=span.stop, previous=self.previous)
-        with draws_of("auxiliary", batch.step, self.part, str(span), device), precision(device, autocast):
+        with (
+            draws_of("auxiliary", batch.step, self.part, str(span), device),
+            precision(device, autocast),
+            self._lean(),
+        ):
             if span.stop == len(network.blocks):
                 total = (network.method.final_loss or network.method.task.loss)(features, batch)
                 observed: list[tuple[Term | None, Any]] = [(None, features)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -12,9 +12,20 @@ from torch.utils._pytree import tree_leaves
 
 from localgrad.errors import MethodError, PartitionError, nearest
 from localgrad.method import Auxiliary, Method, Probe, Site
-from localgrad.partition import INPUTS, OUTPUT, Block, Chain, Cut, Partition, by_bytes, by_count
+from localgrad.partition import (
+    INPUTS,
+    OUTPUT,
+    AuxiliaryBytes,
+    Block,
+    Chain,
+    Cut,
+    Partition,
+    RecomputedBlock,
+    by_bytes,
+    by_count,
+)
 from localgrad.partition.balance import Stem, module_bytes
-from localgrad.partition.trace import check_runs, untouched
+from localgrad.partition.trace import Taps, check_runs, untouched
 from localgrad.spans import Span, check
 from localgrad.twins import Twin
 
@@ -45,7 +56,7 @@ class LocalNetwork(nn.Module):
         self,
         model: nn.Module,
         method: Method,
-        blocks: Sequence[Block],
+        blocks: Sequence[Block | RecomputedBlock],
         cuts: Sequence[Cut],
         auxiliary: nn.ModuleDict,
         probes: Sequence[Probe | None] = (),
@@ -115,11 +126,18 @@ class LocalNetwork(nn.Module):
         return self._last_reader[self.model.training].get(name, -1)
 
     def compile_blocks(self, **options: Any) -> None:
-        """``torch.compile`` each block and auxiliary network, in place; ``options`` as for ``nn.Module.compile``."""
+        """``torch.compile`` each block and auxiliary network, in place; ``options`` as for ``nn.Module.compile``.
+
+        Raises:
+            MethodError: the method recomputes pointwise operations one by one, which a compiler cannot see through.
+        """
+        if self.method.checkpoint_pointwise:
+            raise MethodError(
+                f"{self.method.name} recomputes pointwise operations one by one, and torch.compile does so by itself: "
+                "leave out either checkpointing(where='pointwise') or the compiler"
+            )
         for block in self.blocks:
-            block.train_graph.compile(**options)
-            if block.eval_graph is not block.train_graph:
-                block.eval_graph.compile(**options)
+            block.compile_graphs(**options)
         for auxiliary in self.auxiliary.values():
             auxiliary.compile(**options)
 
@@ -148,7 +166,7 @@ def _key(span: Span) -> str:
     return f"{span.start}-{span.stop}"
 
 
-def _last_readers(blocks: Sequence[Block], training: bool) -> dict[str, int]:
+def _last_readers(blocks: Sequence[Block | RecomputedBlock], training: bool) -> dict[str, int]:
     return {name: index for index, block in enumerate(blocks) for name in block.names(training)[0]}
 
 
@@ -162,11 +180,15 @@ def localize(
     modules: Sequence[nn.Module] | None = None,
     balance: Balance = "count",
     stem: Stem = "unit",
-    taps: Sequence[str] = (),
+    taps: Taps = (),
+    memory: str | int | None = None,
+    batch_size: int | None = None,
+    recompute: Sequence[int] = (),
 ) -> LocalNetwork:
     """Cut ``model`` into blocks and put the auxiliary networks of ``method`` on the boundaries.
 
-    The model is neither copied nor edited. Say where to cut in one of three ways.
+    The model is neither copied nor edited. Say where to cut in one of four ways: ``num_blocks``, ``cuts``, ``modules``
+    or ``memory``.
 
     Args:
         model: any module torch.fx can trace as far down as the cuts; traced once in each mode.
@@ -175,13 +197,21 @@ def localize(
         num_blocks: K; the cut points are chosen by ``balance``.
         cuts: paths of the modules that blocks 1 .. K-1 begin with, ``("layer2", "layer3")``.
         modules: K modules that run one after the other and together are the model, for what cannot be traced.
-        balance: ``count`` for equally many units per block, ``bytes`` for the smallest largest activation bytes.
+        balance: ``count`` for equally many units per block, ``bytes`` for the smallest memory of the fullest one:
+            activations, head, bridge and gradients.
         stem: what runs before the first cut point: a ``unit``, its ``own`` block, or ``merged`` with the first unit.
-        taps: paths of modules whose outputs later heads read; they cross boundaries detached.
+        taps: paths of modules whose outputs later heads read; they cross boundaries detached. ``auto`` lets whatever
+            the features at a boundary are computed from cross, as ``num_blocks`` does where it finds no other way.
+        memory: what there is for a training step, ``"8GiB"`` or bytes. The fewest blocks that fit are made, by
+            ``localgrad.planning.fit``, which says what is counted; a warning says if plain training fits.
+        batch_size: images in a training step, for ``memory`` and ``balance="bytes"``; None for those of ``example``.
+        recompute: indices of blocks, from 0, to run unit by unit, each unit but the last run again in the backward
+            pass, so that what one of them saves is alive at a time.
 
     Raises:
         PartitionError: the model cannot be cut so; the message says where it can.
         MethodError: the method trains nothing on some block.
+        ConfigError: nothing fits in ``memory``.
 
     Example:
         >>> import torch, localgrad
@@ -191,10 +221,16 @@ def localize(
         >>> [cut.name for cut in network.cuts]
         ['layer1.3', 'layer2.2', 'layer3.1']
     """
-    _check_request(model, num_blocks, cuts, modules, balance, stem)
+    _check_request(model, num_blocks, cuts, modules, balance, stem, memory, batch_size, recompute)
     if not isinstance(method, Method):
         raise MethodError(f"method is {method!r}; pass a value such as localgrad.methods.dgl(task)")
+    if memory is not None:
+        from localgrad.planning import fit
+
+        cuts, recompute = fit(model, method, memory, example, batch_size or len(tree_leaves(example)[0]))
+        num_blocks = None if cuts else 1
     partition: Partition | Chain
+    blocks: Sequence[Block | RecomputedBlock]
     if modules is not None:
         check_runs(model, example)
         partition = Chain(model, modules, example)
@@ -203,16 +239,24 @@ def localize(
         chosen = partition.measured([tuple(f.shape) for f in features])
     else:
         partition = Partition(model, example, taps)
-        if cuts is not None:
+        if not taps and num_blocks is not None and num_blocks > len(partition.cuts) + 1:
+            partition = Partition(model, example, "auto")
+        if cuts:
             patterns = method.spans.patterns(len(cuts) + 1)
             chosen = partition.named(cuts, spans_wider_than_one=any(s.stop - s.start > 1 for p in patterns for s in p))
         elif balance == "bytes":
             assert num_blocks is not None
-            chosen = by_bytes(partition, num_blocks, _AuxiliaryBytes(method, partition, num_blocks))
+            chosen = by_bytes(
+                partition,
+                num_blocks,
+                auxiliary_bytes(method, partition, num_blocks),
+                gradients="earlier" if method.terms else "none",
+                share=len(tree_leaves(example)[0]) / (batch_size or len(tree_leaves(example)[0])),
+            )
         else:
             assert num_blocks is not None
             chosen = by_count(partition, num_blocks, stem)
-        blocks = partition.blocks(chosen)
+        blocks = partition.recomputed_blocks(chosen, recompute)
         features = _features(blocks, model, example)
     count = len(blocks)
     patterns = method.spans.patterns(count)
@@ -239,18 +283,21 @@ def _check_request(
     modules: Sequence[nn.Module] | None,
     balance: Balance,
     stem: Stem,
+    memory: str | int | None,
+    batch_size: int | None,
+    recompute: Sequence[int],
 ) -> None:
     """Raise `PartitionError` unless the arguments of `localize` say where to cut, in one way."""
     if not isinstance(model, nn.Module):
         raise PartitionError(f"model is a {type(model).__name__}; localize(model, ...) takes a torch.nn.Module")
     if not any(True for _ in model.parameters()):
         raise PartitionError(f"{type(model).__name__} has no parameters, so no block of it can be trained")
-    ways = {"num_blocks": num_blocks, "cuts": cuts, "modules": modules}
+    ways = {"num_blocks": num_blocks, "cuts": cuts, "modules": modules, "memory": memory}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
         raise PartitionError(
-            f"{' and '.join(given) or 'nothing'} given; say where to cut by exactly one of num_blocks=, cuts= or "
-            "modules="
+            f"{' and '.join(given) or 'nothing'} given; say where to cut by exactly one of num_blocks=, cuts=, "
+            "modules= or memory="
         )
     if num_blocks is not None and type(num_blocks) is not int:
         raise PartitionError(
@@ -273,30 +320,37 @@ def _check_request(
             f"{unused[0]} has no effect here: it chooses among cut points with num_blocks= (and, for stem, "
             "balance='count'); leave it out"
         )
-
-
-class _AuxiliaryBytes:
-    """Bytes autograd saves for the auxiliary network a method would put on a cut point."""
-
-    def __init__(self, method: Method, partition: Partition, num_blocks: int) -> None:
-        self.method, self.partition, self.num_blocks = method, partition, num_blocks
-        self.features = dict(
-            zip(partition.cuts, _features(partition.units, partition.model, partition.example), strict=True)
+    if batch_size is not None and (batch_size < 1 or (memory is None and balance != "bytes")):
+        raise PartitionError(
+            f"batch_size={batch_size}: it says for how many images, at least 1, memory= or balance='bytes' chooses"
+        )
+    if recompute and (modules is not None or memory is not None):
+        raise PartitionError(
+            f"recompute={tuple(recompute)} has no effect here: a list of modules has no units to recompute, and "
+            "memory= chooses by itself; leave it out, or name the cut points (cuts=...)"
         )
 
-    def __call__(self, cut: Cut) -> int:
-        if all(span.stop == self.num_blocks for span in self.method.spans(self.num_blocks, 0)):
-            return 0
-        inputs = tree_leaves(self.partition.example)[0]
+
+def auxiliary_bytes(method: Method, partition: Partition, num_blocks: int) -> Callable[[Cut], AuxiliaryBytes]:
+    """What the auxiliary network that ``method`` would put on a cut point saves, and its gradients."""
+    features = dict(zip(partition.cuts, _features(partition.units, partition.model, partition.example), strict=True))
+    inputs = tree_leaves(partition.example)[0]
+
+    def measured(cut: Cut) -> AuxiliaryBytes:
+        if all(span.stop == num_blocks for span in method.spans(num_blocks, 0)):
+            return AuxiliaryBytes(0, 0)
         # The middle of the network stands for every boundary: a ramp may be 0 at one of its ends.
-        site = Site(Span(0, 1), 3, self.features[cut], inputs, cut, self.partition)
+        site = Site(Span(0, 1), 3, features[cut], inputs, cut, partition)
         with torch.random.fork_rng():
-            auxiliary = Auxiliary(self.method, site)
-        return module_bytes(auxiliary, self.features[cut])
+            auxiliary = Auxiliary(method, site)
+        trained = sum(p.numel() * p.element_size() for p in auxiliary.parameters() if p.requires_grad)
+        return AuxiliaryBytes(module_bytes(auxiliary, features[cut]), trained)
+
+    return measured
 
 
 @torch.no_grad()
-def _features(blocks: Sequence[Block], model: nn.Module, example: Any) -> list[Tensor]:
+def _features(blocks: Sequence[Block | RecomputedBlock], model: nn.Module, example: Any) -> list[Tensor]:
     """The features at each boundary, in eval mode; checks that the blocks together are the model.
 
     Raises:

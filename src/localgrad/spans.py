@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
-from localgrad.errors import MethodError
+from localgrad.errors import MethodError, nearest
 
 
 @dataclass(frozen=True, order=True)
@@ -82,19 +82,33 @@ class Local(Constant):
         return (*(Span(k, k + 1) for k in range(first)), Span(first, num_blocks))
 
 
+Ends = Literal["both", "cascade"]
+
+
 @dataclass(frozen=True)
 class Overlapping(Constant):
     """``(k, k + 1)`` with weight ``local`` beside ``(k, k + width)`` with weight ``cascade``; a weight of 0 drops them.
 
-    With fewer than ``width`` blocks there is one window over all of them. The last ``tail`` blocks count as one.
+    Windows begin at every ``stride``-th block, and one ends the network. With fewer than ``width`` blocks there is one
+    window over all of them. The last ``tail`` blocks count as one. Where a window ends, the single block has a loss of
+    its own (``ends="both"``) or not (``cascade``): windows that do not overlap then need one backward pass per block.
     """
 
     width: int = 2
     local: float = 1.0
     cascade: float = 1.0
     tail: int = 1
+    stride: int = 1
+    ends: Ends = "both"
 
     def __post_init__(self) -> None:
+        if self.stride < 1 or (self.local == 0 and self.stride > self.width):
+            raise MethodError(
+                f"stride={self.stride} with width={self.width}, local={self.local}: windows begin at every so many "
+                "blocks, at least 1, and without losses on single blocks at most width, or blocks would be left out"
+            )
+        if self.ends not in get_args(Ends):
+            raise MethodError(nearest(self.ends, get_args(Ends), "ends"))
         if self.width < 2:
             raise MethodError(f"width={self.width}: a window needs at least 2 blocks; use spans.Local() for one")
         if self.local < 0 or self.cascade < 0 or not self.local + self.cascade > 0:
@@ -105,9 +119,16 @@ class Overlapping(Constant):
         if len(edges) == 2:  # neither level differs from end-to-end training
             return (Span(0, num_blocks),)
         windows: dict[tuple[int, int], float] = {}
-        for width, weight in ((1, self.local), (min(self.width, len(edges) - 1), self.cascade)):
-            for window in zip(edges, edges[width:], strict=False) if weight > 0 else ():
-                windows[window] = windows.get(window, 0.0) + weight
+        if self.cascade > 0:
+            width = min(self.width, len(edges) - 1)
+            last = len(edges) - 1 - width
+            for first in {*range(0, last, self.stride), last}:
+                windows[edges[first], edges[first + width]] = self.cascade
+        ended = {stop for _, stop in windows} if self.ends == "cascade" else set()
+        if self.local > 0:
+            for block in pairwise(edges):
+                if block[1] not in ended:
+                    windows[block] = windows.get(block, 0.0) + self.local
         return tuple(Span(start, stop, weight) for (start, stop), weight in sorted(windows.items()))
 
 
@@ -123,12 +144,13 @@ class FromInput(Constant):
 
 @dataclass(frozen=True)
 class Periodic:
-    """``base``, but ``(0, K)`` alone on ``duration`` of every ``every`` steps, from step ``start`` on."""
+    """``base``, but ``guide`` alone on ``duration`` of every ``every`` steps, from step ``start`` on."""
 
     base: Schedule
     every: int = 10
     duration: int = 1
     start: int = 0
+    guide: Schedule = EndToEnd()
 
     def __post_init__(self) -> None:
         if not 1 <= self.duration <= self.every or self.start < 0:
@@ -138,16 +160,43 @@ class Periodic:
             )
 
     def guided(self, step: int) -> bool:
-        """Whether the global loss trains the network at ``step``."""
+        """Whether ``guide`` trains the network at ``step``."""
         return step >= self.start and (step - self.start) % self.every < self.duration
 
     def __call__(self, num_blocks: int, step: int) -> tuple[Span, ...]:
-        return (Span(0, num_blocks),) if self.guided(step) else self.base(num_blocks, step)
+        return (self.guide if self.guided(step) else self.base)(num_blocks, step)
 
     def patterns(self, num_blocks: int) -> tuple[tuple[Span, ...], ...]:
-        """The base's and the global one; the base's are left out if every step is guided."""
+        """The base's and those of ``guide``; the base's are left out if every step is guided."""
         always = self.duration == self.every and self.start == 0
-        return (*(() if always else self.base.patterns(num_blocks)), (Span(0, num_blocks),))
+        return (*(() if always else self.base.patterns(num_blocks)), *self.guide.patterns(num_blocks))
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """``base``, but each of its blocks is a run of blocks: its block ``k`` is ``edges[k] .. edges[k + 1] - 1``.
+
+    With `localgrad.methods.checkpointing` a run is recomputed block by block: checkpointing inside what trains alone.
+    """
+
+    base: Schedule
+    edges: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.edges) < 2 or self.edges[0] != 0 or any(a >= b for a, b in pairwise(self.edges)):
+            raise MethodError(f"edges={self.edges}; write rising boundaries from 0 to the number of blocks, (0, 3, 8)")
+
+    def _grouped(self, spans: tuple[Span, ...], num_blocks: int) -> tuple[Span, ...]:
+        if self.edges[-1] != num_blocks:
+            raise MethodError(f"edges={self.edges} end at {self.edges[-1]}, but the network has {num_blocks} blocks")
+        return tuple(Span(self.edges[s.start], self.edges[s.stop], s.weight) for s in spans)
+
+    def __call__(self, num_blocks: int, step: int) -> tuple[Span, ...]:
+        return self._grouped(self.base(len(self.edges) - 1, step), num_blocks)
+
+    def patterns(self, num_blocks: int) -> tuple[tuple[Span, ...], ...]:
+        """Those of the base, each span over its runs."""
+        return tuple(self._grouped(spans, num_blocks) for spans in self.base.patterns(len(self.edges) - 1))
 
 
 def check(spans: Sequence[Span], num_blocks: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import BASES, METHODS, MODELS, batch, build
+from zoo import BASES, METHODS, MODELS, batch, build, steps
 
 import localgrad
 from localgrad.methods import accumulation, checkpointing, e2e
@@ -157,3 +157,24 @@ def test_a_frozen_first_block_is_left_alone() -> None:
             F.cross_entropy(plain(inputs), targets).backward()
             for key, gradient in gradients(plain).items():
                 assert torch.equal(network.model.get_parameter(key).grad, gradient), key
+
+
+@pytest.mark.parametrize("base", METHODS)
+@pytest.mark.parametrize("model", ["residual", "transformer"])
+def test_recomputing_pointwise_operations_changes_no_bit_of_any_method(
+    base: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(localgrad.pointwise, "LEAST_BYTES", 0)
+    kept = build(model, METHODS[base], 4)
+    again = build(model, checkpointing(METHODS[base], where="pointwise"), 4)
+    inputs, targets = batch()
+    for step in steps(kept, limit=12):
+        for network in (kept, again):
+            torch.manual_seed(3)
+            localgrad.backward(network, inputs, targets, step)
+    found = gradients(again)
+    assert found and found.keys() == gradients(kept).keys()
+    for name, gradient in gradients(kept).items():
+        assert torch.equal(found[name], gradient), name
+    for (name, buffer), (_, other) in zip(again.named_buffers(), kept.named_buffers(), strict=True):
+        assert torch.equal(buffer, other), name

@@ -10,8 +10,9 @@ from torch import nn
 
 import localgrad
 from localgrad import PartitionError, localize
-from localgrad.partition import Cut, Partition, by_bytes, by_count
-from localgrad.partition.balance import unit_storages
+from localgrad.partition import AuxiliaryBytes, Cut, Partition, by_bytes, by_count
+from localgrad.partition.balance import Held, unit_storages
+from localgrad.planning import Planner, Rates
 
 TASK = localgrad.tasks.classification(10)
 
@@ -73,23 +74,53 @@ def small_models() -> dict[str, nn.Module]:
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "vgg"])
 @pytest.mark.parametrize("num_blocks", [2, 3, 4])
-def test_bytes_equal_exhaustive_search(name: str, num_blocks: int) -> None:
+@pytest.mark.parametrize("gradients", ["none", "own", "earlier"])
+def test_bytes_equal_exhaustive_search(name: str, num_blocks: int, gradients: Held) -> None:
     torch.manual_seed(0)
-    partition = Partition(small_models()[name], torch.randn(2, 3, 32, 32))
+    partition, share = Partition(small_models()[name], torch.randn(2, 3, 32, 32)), 0.5
     saved = unit_storages(partition)
-    head = {cut: 1000 * (index + 1) for index, cut in enumerate(partition.cuts)}
+    trained = [
+        sum(4 * p.numel() for p in unit.parameters()) * share * (gradients != "none") for unit in partition.units
+    ]
+    head = {cut: AuxiliaryBytes(1000 * (index + 1), 300) for index, cut in enumerate(partition.cuts)}
 
-    def largest(cuts: tuple[Cut, ...]) -> int:
+    def union(units: list[int]) -> int:
+        return sum({key: size for unit in units for key, size in saved[unit].items()}.values())
+
+    def fullest(cuts: tuple[Cut, ...]) -> float:
+        """Block by block, moment by moment of its backward pass."""
         edges = [0, *(partition.cuts.index(cut) + 1 for cut in cuts), len(saved)]
-        ends = [*(head[cut] for cut in cuts), 0]
-        blocks = [saved[a:b] for a, b in pairwise(edges)]
-        joined = [{key: size for unit in block for key, size in unit.items()} for block in blocks]
-        return max(sum(union.values()) + end for union, end in zip(joined, ends, strict=True))
+        moments = []
+        for block, (start, stop) in enumerate(pairwise(edges)):
+            end = head[cuts[block]] if block < len(cuts) else AuxiliaryBytes(0, 0)
+            units = list(range(start, stop))
+            earlier = sum(trained[:start]) if gradients == "earlier" else 0
+            moments.append(earlier + union(units) + end.saved)
+            done = end.gradients * share if gradients != "none" else 0
+            while units:
+                done += trained[units[-1]]
+                moments.append(earlier + union(units) + done)
+                units.pop()
+        return max(moments)
 
-    best = min(map(largest, combinations(partition.cuts, num_blocks - 1)))
-    chosen = by_bytes(partition, num_blocks, head.__getitem__)
+    best = min(map(fullest, combinations(partition.cuts, num_blocks - 1)))
+    chosen = by_bytes(partition, num_blocks, head.__getitem__, gradients=gradients, share=share)
     assert len(chosen) == num_blocks - 1
-    assert largest(chosen) == best <= largest(by_count(partition, num_blocks))
+    assert fullest(chosen) == best <= fullest(by_count(partition, num_blocks))
+
+
+@pytest.mark.parametrize(("name", "num_blocks"), [("resnet", 2), ("vit", 3)])
+def test_the_step_of_byte_balanced_cuts_is_nearly_the_smallest(name: str, num_blocks: int) -> None:
+    """The tracker's peak of whole steps, for every choice of cut points; ``bench/balance_check.py`` does it at 224."""
+    method = localgrad.methods.dgl(TASK, head="linear")
+    planner = Planner(small_models()[name], (3, 32, 32), 16, "fp32", Rates(1.0, 1.0))
+    peaks = {}
+    for cuts in combinations([cut.name for cut in planner.partition.cuts], num_blocks - 1):
+        step = planner.step(planner.network(method, cuts), method, 16)
+        peaks[cuts] = sum(step.peak), sum(step.per_block)
+    for index, gradients in enumerate(("earlier", "own")):
+        chosen = names(planner.cuts(num_blocks, method, gradients))
+        assert peaks[tuple(chosen)][index] <= 1.10 * min(peak[index] for peak in peaks.values())
 
 
 def test_measuring_leaves_no_trace_and_hardly_depends_on_the_batch() -> None:

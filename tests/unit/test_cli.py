@@ -284,10 +284,10 @@ def test_a_full_disk_is_reported_and_loses_nothing(call: Call, copy: Path, monke
     from localgrad.bench import plots
 
     with monkeypatch.context() as patch:
-        patch.setattr(plots, "_save", no_room)
+        patch.setattr(plots, "save_figure", no_room)
         refused(call("train", "--resume", str(copy)), "No space left")
         patch.setattr(
-            plots, "_save", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied", "x.png"))
+            plots, "save_figure", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied", "x.png"))
         )
         refused(call("train", "--resume", str(copy)), "x.png: Permission denied")
     assert not list(copy.glob("*.partial"))
@@ -442,7 +442,20 @@ def test_summary_command(call: Call) -> None:
     assert max(map(len, said.out.splitlines())) <= 80 and "…" not in said.out
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["list"], ["summary"], ["doctor"]])
+def test_bench(call: Call, tmp_path: Path) -> None:
+    tiny = ["bench", "resnet8", "--batch-size", "4", "--image-size", "8", "--num-classes", "10", "--rounds", "1"]
+    files = [f"--{name}={tmp_path / file}" for name, file in
+             (("out", "b.json"), ("picture", "p.png"), ("timeline", "t.png"))]  # fmt: skip
+    said = call(*tiny, "-m", "dgl", "-m", "[{dgl: {head: linear}}]", "-k", "2", "--no-combinations", "--json", *files)
+    names = [row["name"] for row in json.loads(said.out)["rows"]]
+    assert names[-2:] == ["dgl K=2", "dgl(head=linear) K=2"] and names[0] == "end-to-end"
+    assert json.loads((tmp_path / "b.json").read_text()) == json.loads(said.out)
+    assert (tmp_path / "p.png").stat().st_size > 10_000 and (tmp_path / "t.png").stat().st_size > 10_000
+    refused(call(*tiny, "--out", str(tmp_path / "none" / "b.json")), "there is no directory")
+    refused(call(*tiny, "--variant", "fp16"), "unknown precision 'fp16'")
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["list"], ["summary"], ["doctor"], ["bench"]])
 def test_help(command: list[str], call: Call) -> None:
     said = call(*command, "--help")
     assert said.code == 0 and "Usage:" in said.out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import localgrad
 from localgrad import config
 from localgrad.config import (
     Config,
+    MethodSpec,
     OptimConfig,
     TrainConfig,
     build_method,
@@ -150,3 +152,23 @@ def test_runs_side_by_side_have_names_of_their_own() -> None:
         "e2e+checkpointing",
         "dgl-3",
     ]
+
+
+def test_recipes_and_methods_are_read_without_pydantic(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [*list(config.recipes())[::7], "digits", "cifar10_resnet32"]
+    specs: list[MethodSpec] = [
+        ["dgl"],
+        [{"infopro": {}}, {"man": {"decay": 0.9}}],
+        ["e2e", {"accumulation": {"parts": 2}}],
+    ]
+    expected = [validate(read_recipe(name), name) for name in names]
+    named = [build_method(spec, TASK).name for spec in specs]
+    monkeypatch.setitem(sys.modules, "pydantic", None)  # importing it now fails
+    assert [validate(read_recipe(name), name) for name in names] == expected
+    assert [build_method(spec, TASK).name for spec in specs] == named
+    with pytest.raises(ConfigError, match="optim: unknown setting 'learning_rat'"):
+        validate({"method": ["dgl"], "optim": {"learning_rat": 1}}, "here")
+    with pytest.raises(ConfigError, match="method is missing"):
+        validate({}, "here")
+    with pytest.raises(ConfigError, match=r"optim.lr=-1"):
+        validate({"method": ["dgl"], "optim": {"lr": -1}}, "here")

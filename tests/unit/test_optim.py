@@ -44,6 +44,7 @@ def train(network: localgrad.LocalNetwork, stepper: Stepper, count: int = 3) -> 
         for _, loss in localgrad.local_losses(network, x, y, step, on_block_done=stepper.block_done):
             loss.backward()
         stepper.finish(step)
+        localgrad.exchange(network)
 
 
 def paper_schedule(base: float, epochs: int) -> list[float]:
@@ -95,7 +96,17 @@ def test_optimizers_are_as_configured() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [dgl(TASK), windows(dgl(TASK)), windows(dgl(TASK), width=3, local=0.0)], ids=lambda m: m.name
+    "method",
+    [
+        dgl(TASK),
+        windows(dgl(TASK)),
+        windows(dgl(TASK), width=3, local=0.0),
+        methods.man(dgl(TASK)),
+        methods.man_pp(dgl(TASK), exchange="before", buffers="ema"),
+        methods.mlaan(dgl(TASK, head="linear"), stride=2, ends="cascade", every=2),
+        methods.local_critic(TASK),
+    ],
+    ids=lambda m: m.name,
 )
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_stepping_block_by_block_gives_the_same_weights(method: Any, name: Any) -> None:

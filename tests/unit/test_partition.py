@@ -312,3 +312,67 @@ def test_copies_of_units_get_the_sizes_that_the_units_are_called_with() -> None:
     features = torch.randn(6, 16, 8)
     assert unit.module is model.blocks[1]
     assert torch.equal(unit(features), model.blocks[1](features, (4, 4), scale=0.5)[0])
+
+
+class TwoBack(nn.Module):
+    """Each cell reads what the two before it returned, as NASNet's do: two tensors cross everywhere."""
+
+    def __init__(self, mixed: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 8)
+        self.cells = nn.ModuleList(nn.Linear(16 if mixed else 8, 8) for _ in range(4))
+        self.head, self.mixed = nn.Linear(16, 3), mixed
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, now = x @ self.stem.weight.T, self.stem(x).relu()
+        for cell in self.cells:
+            before, now = now, cell(torch.cat([before, now], 1) if self.mixed else before).relu()
+        return self.head(torch.cat([before, now], 1))
+
+
+def test_where_two_tensors_cross_the_one_computed_from_the_other_is_the_features() -> None:
+    model, inputs = TwoBack(), torch.randn(6, 4)
+    assert [cut.name for cut in Partition(model, inputs).cuts] == ["head"]
+    network = localize(model, DGL, num_blocks=5, example=inputs)
+    assert [cut.name for cut in network.cuts] == ["cells.1", "cells.2", "cells.3", "head"]
+    localgrad.testing.assert_isolated(network, inputs, Y)
+    assert [cut.name for cut in localize(model, DGL, cuts=["cells.2"], taps="auto", example=inputs).cuts] == ["cells.2"]
+    F.cross_entropy(model(inputs), Y).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    localgrad.backward(localize(model, E2E, num_blocks=5, example=inputs), inputs, Y)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, expected[name], atol=1e-6)
+
+
+def test_streams_that_never_meet_are_not_cut() -> None:
+    with pytest.raises(PartitionError, match="this TwoBack has 1 cut points"):
+        localize(TwoBack(mixed=False), DGL, num_blocks=3, example=torch.randn(6, 4))
+
+
+class Caching(nn.Module):
+    """Keeps something in eval mode and forgets it in training mode, by a ``train`` of its own that returns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.shift = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+        self.cache: Tensor | None = None
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        if mode:
+            self.cache = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.layer(x) + self.shift
+        self.cache = self.shift.detach().clone() if self.cache is None else self.cache
+        return self.layer(x) + self.cache
+
+
+def test_nothing_that_a_module_keeps_in_eval_mode_survives() -> None:
+    model, inputs = nn.Sequential(nn.Linear(4, 8), Caching(), Caching(), nn.Linear(8, 3)), torch.randn(6, 4)
+    nn.Module.train(model)
+    network = localize(model, localgrad.methods.man_pp(DGL), num_blocks=3, example=inputs)
+    assert model[1].cache is None and model[2].cache is None
+    localgrad.backward(network, inputs, Y)

@@ -13,6 +13,7 @@ from localgrad import ConfigError, localize, methods, tasks
 from localgrad.bench.cost import run_step
 from localgrad.bench.memory import measure
 from localgrad.method import Method
+from localgrad.partition import RecomputedBlock
 from localgrad.planning import EXACT, LOCAL, MICRO, Plan, Planner, Rates, Work, read_memory
 
 RATES = Rates(flops=1e11, bytes=1e10, start=0.0)
@@ -169,3 +170,42 @@ def test_settings_are_refused(settings: dict[str, object], message: str) -> None
     given: dict[str, object] = {"batch_size": 4, "image_size": 32, "num_classes": 10, "rates": RATES, **settings}
     with pytest.raises(ConfigError, match=message):
         localgrad.plan("resnet8", **given)  # type: ignore[arg-type]
+
+
+def test_localize_under_a_budget() -> None:
+    model, x = localgrad.models.resnet20(), torch.randn(2, 3, 32, 32)
+    method = methods.dgl(TASK, head="linear")
+    planner = Planner(model, (3, 32, 32), 64, "fp32", Rates(1.0, 1.0))
+
+    def needed(num_blocks: int) -> int:
+        names = [cut.name for cut in planner.cuts(num_blocks, method)]
+        step = planner.step(planner.network(method, names), method, 64)
+        return step.weights + 2 * step.trained + sum(step.peak)
+
+    budget = int(needed(3) / 0.9) + 64
+    network = localize(model, method, memory=budget, batch_size=64, example=x)
+    assert needed(2) > 0.9 * budget
+    assert [cut.name for cut in network.cuts] == [cut.name for cut in planner.cuts(3, method)]
+    with pytest.warns(UserWarning, match=r"plain training fits \(.* MiB\), so nothing is cut"):
+        assert len(localize(model, method, memory="8GiB", batch_size=64, example=x).blocks) == 1
+    with pytest.raises(ConfigError, match="no way of cutting CifarResNet for dgl fits 64 images; the smallest needs"):
+        localize(model, method, memory="3MiB", batch_size=64, example=x)
+    with pytest.raises(localgrad.PartitionError, match="exactly one of num_blocks=, cuts=, modules= or memory="):
+        localize(model, method, memory="3MiB", num_blocks=2, example=x)
+
+
+def test_units_are_recomputed_where_no_number_of_blocks_fits() -> None:
+    model, x = vit(), torch.randn(2, 3, 64, 64)
+    method = methods.dgl(TASK)
+    planner = Planner(model, (3, 64, 64), 64, "fp32", Rates(1.0, 1.0))
+    peaks = {}
+    for num_blocks in range(2, len(planner.partition.cuts) + 2):
+        names = tuple(cut.name for cut in planner.cuts(num_blocks, method))
+        for recompute in {(), planner.several_units(names)}:
+            step = planner.step(planner.network(method, names, recompute), method, 64)
+            peaks[names, recompute] = step.weights + 2 * step.trained + sum(step.peak)
+    without = min(peak for (_, recompute), peak in peaks.items() if not recompute)
+    (_, recompute), least = min(peaks.items(), key=lambda item: item[1])
+    assert least < 0.98 * without and recompute
+    network = localize(model, method, memory=int(least / 0.9) + 64, batch_size=64, example=x)
+    assert network.cuts and any(isinstance(block, RecomputedBlock) for block in network.blocks)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from localgrad.errors import MethodError
-from localgrad.spans import EndToEnd, FromInput, Local, Overlapping, Span, check, groups
+from localgrad.spans import EndToEnd, FromInput, Grouped, Local, Overlapping, Periodic, Span, check, groups
 
 
 def triples(spans: tuple[Span, ...]) -> list[tuple[int, int, float]]:
@@ -35,8 +36,48 @@ def test_overlapping_windows() -> None:
     assert triples(Overlapping(2, 0.25, 0.75, tail=2)(3, 0)) == [(0, 1, 0.25), (0, 3, 0.75), (1, 3, 0.25)]
 
 
-@pytest.mark.parametrize("settings", [(1, 1.0, 1.0), (2, -0.1, 1.0), (2, 0.0, 0.0)])
-def test_overlapping_refuses(settings: tuple[int, float, float]) -> None:
+def test_grouped() -> None:
+    assert triples(Grouped(Local(), (0, 2, 3, 7))(7, 0)) == [(0, 2, 1.0), (2, 3, 1.0), (3, 7, 1.0)]
+    wide = Grouped(Overlapping(2, 0.25, 0.75), (0, 1, 4, 6))
+    assert triples(wide(6, 5)) == [(0, 1, 0.25), (0, 4, 0.75), (1, 4, 0.25), (1, 6, 0.75), (4, 6, 0.25)]
+    periodic = Grouped(Periodic(Local(), every=3), (0, 2, 4))
+    assert [triples(periodic(4, step)) for step in (0, 1)] == [[(0, 4, 1.0)], [(0, 2, 1.0), (2, 4, 1.0)]]
+    assert periodic.patterns(4) == (periodic(4, 1), periodic(4, 0))
+    with pytest.raises(MethodError, match="end at 7, but the network has 6"):
+        Grouped(Local(), (0, 2, 7))(6, 0)
+    for edges in ((0,), (1, 3), (0, 2, 2)):
+        with pytest.raises(MethodError, match="rising boundaries"):
+            Grouped(Local(), edges)
+
+
+def test_windows_may_lie_side_by_side() -> None:
+    assert triples(Overlapping(2, 1.0, 0.5, stride=2)(4, 0)) == [
+        (0, 1, 1.0),
+        (0, 2, 0.5),
+        (1, 2, 1.0),
+        (2, 3, 1.0),
+        (2, 4, 0.5),
+        (3, 4, 1.0),
+    ]
+    assert triples(Overlapping(2, 0.0, 1.0, stride=2)(5, 0)) == [(0, 2, 1.0), (2, 4, 1.0), (3, 5, 1.0)]
+    assert triples(Overlapping(2, 1.0, 1.0, stride=9)(4, 0))[-2:] == [(2, 4, 1.0), (3, 4, 1.0)]
+    alone = Overlapping(2, 1.0, 0.5, stride=2, ends="cascade")(5, 0)
+    assert triples(alone) == [(0, 1, 1.0), (0, 2, 0.5), (2, 3, 1.0), (2, 4, 0.5), (3, 5, 0.5)]
+    assert triples(Overlapping(2, 1.0, 0.0, ends="cascade")(2, 0)) == [(0, 1, 1.0), (1, 2, 1.0)]
+
+
+def test_windows_now_and_then() -> None:
+    windows = Overlapping(2, stride=2)
+    schedule = Periodic(Local(), 3, guide=windows)
+    assert [schedule(4, step) for step in range(4)] == [windows(4, 0), Local()(4, 0), Local()(4, 0), windows(4, 0)]
+    assert schedule.patterns(4) == (Local()(4, 0), windows(4, 0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [(1, 1.0, 1.0), (2, -0.1, 1.0), (2, 0.0, 0.0), (2, 1.0, 1.0, 1, 0), (2, 0.0, 1.0, 1, 3), (2, 1.0, 1.0, 1, 1, "x")],
+)
+def test_overlapping_refuses(settings: tuple[Any, ...]) -> None:
     with pytest.raises(MethodError):
         Overlapping(*settings)
 

@@ -9,7 +9,7 @@ from typing import Any
 INK, GRID = "#222222", "#dddddd"
 
 
-def _figure(columns: int, height: float = 3.6) -> tuple[Any, Any]:
+def new_figure(columns: int, height: float = 3.6) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -30,7 +30,7 @@ def _whole_numbers(axis: Any) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
     figure.tight_layout()
@@ -42,7 +42,7 @@ def curves_picture(history: list[dict[str, Any]], title: str, path: Path) -> Non
     """Loss and accuracy of every head over epochs, early blocks dark and late ones light, the model's own in red."""
     from matplotlib import colormaps
 
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = new_figure(2)
     split = "validation" if "validation" in history[-1] else "train"
     epochs = [row["epoch"] for row in history]
     for axis, where, what, scale in ((left, "train", "loss", 1), (right, split, "score", 100)):
@@ -62,12 +62,12 @@ def curves_picture(history: list[dict[str, Any]], title: str, path: Path) -> Non
     left.set_title("training loss", fontsize=10)
     right.set_title(f"{'validation' if split == 'validation' else 'training'} accuracy, %", fontsize=10)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def comparison_picture(results: list[dict[str, Any]], path: Path) -> None:
     """Test accuracy of every head of each method, and accuracy against activation memory, bubble area by step time."""
-    figure, (left, right) = _figure(2, 4.0)
+    figure, (left, right) = new_figure(2, 4.0)
     markers = "osD^vPX"
     colors = ["#c0392b", "#2c3e50", "#7f8c8d", "#2980b9", "#8e44ad", "#16a085", "#d35400"]
     slowest = max(r["cost"]["step_seconds"] for r in results)
@@ -94,4 +94,4 @@ def comparison_picture(results: list[dict[str, Any]], path: Path) -> None:
     legend = right.legend(fontsize=8, frameon=False, loc="lower center")
     for handle in legend.legend_handles:
         handle.set_sizes([40])
-    _save(figure, path)
+    save_figure(figure, path)

@@ -18,4 +18,5 @@ def copied(unit: nn.Module, init: Init) -> nn.Module:
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
-    return made.train()
+    made.train()  # on a line of its own: some models' train() returns nothing
+    return made

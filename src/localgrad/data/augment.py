@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -62,8 +63,13 @@ class Normalise:
 
     def __call__(self, images: Tensor) -> Tensor:
         """``images`` uint8 (B, C, H, W) with values 0 .. peak; returns float32 of the same shape."""
-        mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (self.mean, self.std))
+        mean, std = (_per_channel(values, images.device) for values in (self.mean, self.std))
         return images.to(torch.float32).div_(self.peak).sub_(mean).div_(std)
+
+
+@functools.cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def resize(images: Tensor, size: int, peak: int = 255) -> Tensor:

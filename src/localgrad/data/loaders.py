@@ -112,12 +112,17 @@ class Resident:
         """See `Loader.epoch`."""
         crop = self.crop if self.order.seed is not None else None
         draws = None if crop is None else crop.draw(len(self.images), self.order.seed or 0, "augment", epoch)
-        for index in self.order.batches(epoch, start):
-            here = index.to(self.images.device)
-            images = self.images[here]
+        batches = self.order.batches(epoch, start)
+        if not batches:
+            return
+        # Moved once an epoch: a copy to the device from ordinary memory waits for the device.
+        device = self.images.device
+        draws = None if draws is None else draws.to(device)
+        for index in torch.cat(batches).to(device).split([len(batch) for batch in batches]):
+            images = self.images[index]
             if crop is not None and draws is not None:
                 images = crop(images, draws[index])
-            yield self.normalise(images), self.targets[here]
+            yield self.normalise(images), self.targets[index]
 
 
 @dataclass(frozen=True, eq=False)

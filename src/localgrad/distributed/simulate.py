@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from localgrad.distributed.placement import balanced
@@ -278,10 +278,9 @@ def measured(network: LocalNetwork, inputs: Any, targets: Any, rounds: int = 3) 
                 forwards[index].append(time.perf_counter() - began[0])
                 features[index] = sum(t.numel() * t.element_size() for t in outputs if isinstance(t, Tensor))
 
-            hooks += [
-                block.train_graph.register_forward_pre_hook(before),
-                block.train_graph.register_forward_hook(after),
-            ]
+            graph = block.train_graph
+            assert isinstance(graph, nn.Module)
+            hooks += [graph.register_forward_pre_hook(before), graph.register_forward_hook(after)]
         start = time.perf_counter()
         for span, loss in local_losses(twin, inputs, targets, 1):
             loss.backward()

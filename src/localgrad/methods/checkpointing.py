@@ -1,15 +1,17 @@
-"""Activation checkpointing at the boundaries."""
+"""Activation checkpointing: of blocks, of auxiliary networks, of what is cheap to compute again."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from localgrad.errors import MethodError, nearest
 from localgrad.method import Method
 
+Where = Literal["blocks", "auxiliary", "both", "pointwise"]
 
-def checkpointing(base: Method, *, where: Literal["blocks", "auxiliary", "both"] = "blocks") -> Method:
+
+def checkpointing(base: Method, *, where: Where = "blocks") -> Method:
     """Keep only boundary features of blocks that a wider span covers, and run them again in the backward pass.
 
     The last block of a span is never run twice: its backward pass comes at once. Random draws are repeated and
@@ -17,9 +19,13 @@ def checkpointing(base: Method, *, where: Literal["blocks", "auxiliary", "both"]
 
     In auxiliary networks each copied unit of a bridge and each head is a part: only one of them is alive at a time.
 
+    ``pointwise`` keeps convolutions, products and attention, and computes again what normalisations and activation
+    functions return: a fifth less for a ResNet, a third for a transformer, in nearly the same time. It helps every
+    span, one-block ones included, and stacks: ``checkpointing(checkpointing(base), where="pointwise")``.
+
     Args:
         base: a method with spans wider than one block for ``blocks``, with auxiliary heads for ``auxiliary``.
-        where: what is recomputed: ``blocks``, the parts of ``auxiliary`` networks, or ``both``.
+        where: what is recomputed: ``blocks``, parts of ``auxiliary`` networks, ``both``, or ``pointwise`` operations.
 
     Raises:
         MethodError: for an unknown place, or if there are no auxiliary networks.
@@ -29,15 +35,17 @@ def checkpointing(base: Method, *, where: Literal["blocks", "auxiliary", "both"]
         >>> localgrad.methods.checkpointing(localgrad.methods.e2e(localgrad.tasks.classification(10))).name
         'checkpointing(e2e)'
 
-    Source: Chen et al., 2016, arXiv:1604.06174, through ``torch.utils.checkpoint``.
+    Source: Chen et al., 2016, arXiv:1604.06174, through ``torch.utils.checkpoint``; ``pointwise`` is what they propose
+    for convolution, BatchNorm and activation, done tensor by tensor (`localgrad.pointwise`).
     """
-    if where not in ("blocks", "auxiliary", "both"):
-        raise MethodError(nearest(where, ("blocks", "auxiliary", "both"), "where"))
-    if where != "blocks":
+    if where not in get_args(Where):
+        raise MethodError(nearest(where, get_args(Where), "where"))
+    if where in ("auxiliary", "both"):
         base.require_heads("checkpointing")
     return replace(
         base,
         name=f"checkpointing({base.name})",
-        checkpoint=base.checkpoint or where != "auxiliary",
-        checkpoint_auxiliary=base.checkpoint_auxiliary or where != "blocks",
+        checkpoint=base.checkpoint or where in ("blocks", "both"),
+        checkpoint_auxiliary=base.checkpoint_auxiliary or where in ("auxiliary", "both"),
+        checkpoint_pointwise=base.checkpoint_pointwise or where == "pointwise",
     )

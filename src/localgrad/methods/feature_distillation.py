@@ -71,7 +71,8 @@ class Teacher:
 
     def __call__(self, network: LocalNetwork, batch: Batch) -> list[Tensor]:
         boundaries = len(network.blocks) - 1
-        model = self.model.to(network.device).eval()
+        model = self.model.to(network.device)
+        model.eval()
         inputs = batch.inputs.to(next(model.parameters()).dtype)
         if self.layers is None and boundaries not in self.chosen:
             cuts = by_count(Partition(model, inputs[:1]), boundaries + 1, "unit")

@@ -5,10 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from localgrad.method import Method
-from localgrad.spans import Overlapping
+from localgrad.spans import Ends, Overlapping
 
 
-def windows(base: Method, *, width: int = 2, local: float = 1.0, cascade: float = 1.0) -> Method:
+def windows(
+    base: Method,
+    *,
+    width: int = 2,
+    stride: int = 1,
+    local: float = 1.0,
+    cascade: float = 1.0,
+    ends: Ends = "both",
+) -> Method:
     """Each block is also trained by losses up to ``width - 1`` blocks later, through the blocks between.
 
     ``spans = (k, k + 1) with weight local, (k, k + width) with weight cascade``, each with its own auxiliary network.
@@ -18,6 +26,10 @@ def windows(base: Method, *, width: int = 2, local: float = 1.0, cascade: float 
         width: blocks a window covers.
         local: weight of the losses on single blocks; 0 leaves them out.
         cascade: weight of the losses over windows; 0 leaves them out.
+        ends: where a window ends, the single block has its own loss too (``both``) or not (``cascade``), which lets
+            windows that do not overlap do with one backward pass per block.
+        stride: blocks from the beginning of one window to that of the next; ``width`` for windows that do not overlap,
+            whose backward passes cost half as much.
 
     Raises:
         MethodError: if the base is not local, or for a width below 2.
@@ -30,5 +42,5 @@ def windows(base: Method, *, width: int = 2, local: float = 1.0, cascade: float 
     Source: the two levels of supervision that HPFF (arXiv:2407.05638) and MLAAN (arXiv:2406.16633) share.
     Differs: one forward per block where their code runs two or three; equal weights by default.
     """
-    spans = Overlapping(width, local, cascade, base.require_local("windows").tail)
+    spans = Overlapping(width, local, cascade, base.require_local("windows").tail, stride, ends)
     return replace(base, name=f"windows({base.name})", spans=spans)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from localgrad.partition.cuts import Cut, Partition
 from localgrad.partition.trace import untouched
 
 Stem = Literal["unit", "own", "merged"]
+Held = Literal["none", "own", "earlier"]
 
 
 def by_count(partition: Partition, num_blocks: int, stem: Stem = "unit") -> tuple[Cut, ...]:
@@ -35,7 +36,7 @@ def by_count(partition: Partition, num_blocks: int, stem: Stem = "unit") -> tupl
     if num_blocks < 1 or num_blocks > found + 1:
         raise PartitionError(
             f"num_blocks={num_blocks}, but this {name} has {found} cut points; use 1 to {found + 1} blocks or pass "
-            "cuts=(...)"
+            f"cuts=(...){partition.kept_whole}"
         )
     if stem == "own" and num_blocks < 2:
         raise PartitionError("num_blocks=1 with stem='own': the stem and the rest are two blocks; use num_blocks=2")
@@ -57,17 +58,35 @@ def by_count(partition: Partition, num_blocks: int, stem: Stem = "unit") -> tupl
     return tuple(cut for cut in chosen if cut is not None)
 
 
+class AuxiliaryBytes(NamedTuple):
+    """What an auxiliary network adds to its block: bytes saved for its backward pass, and of its gradients."""
+
+    saved: int
+    gradients: int
+
+
 def by_bytes(
     partition: Partition,
     num_blocks: int,
-    auxiliary_bytes: Callable[[Cut], int] | None = None,
+    auxiliary: Callable[[Cut], AuxiliaryBytes] | None = None,
     saved: Sequence[dict[int, int]] | None = None,
+    *,
+    gradients: Held = "none",
+    share: float = 1.0,
 ) -> tuple[Cut, ...]:
-    """Cut so that the largest block's activation bytes are smallest.
+    """Cut so that the fullest moment of any block's backward pass is smallest.
 
-    A block's bytes are those autograd saves for its units on the example, parameters left out and a tensor that two
-    units save counted once, and ``auxiliary_bytes`` of the boundary it ends at. ``saved`` is what `unit_storages`
-    returned, if it is known already.
+    A block begins its backward pass with all that autograd saved for its units and its auxiliary network; a tensor that
+    two units save counts once, parameters do not. It goes back unit by unit: what a unit saved is freed, the gradients
+    of its parameters appear and stay.
+
+    Args:
+        auxiliary: what a method puts on a cut point; None for nothing.
+        saved: what `unit_storages` returned, if it is known already.
+        gradients: which stay beside the activations: ``none`` counts activations only, ``own`` is for an optimizer that
+            steps each block as soon as it is done, ``earlier`` for one that steps at the end, so that those of the
+            blocks before are alive too (of their units; their auxiliary networks are left out).
+        share: the example's part of a training batch; gradients do not grow with the batch, activations do.
 
     Raises:
         PartitionError: for more blocks than cut points allow, or fewer than 1.
@@ -76,19 +95,40 @@ def by_bytes(
     if num_blocks < 1 or num_blocks > len(cuts) + 1:
         raise PartitionError(
             f"num_blocks={num_blocks}, but this {type(partition.model).__name__} has {len(cuts)} cut points; use 1 to "
-            f"{len(cuts) + 1} blocks or pass cuts=(...)"
+            f"{len(cuts) + 1} blocks or pass cuts=(...){partition.kept_whole}"
         )
     saved = unit_storages(partition) if saved is None else saved
-    heads = [auxiliary_bytes(cut) if auxiliary_bytes else 0 for cut in cuts] + [0]
+    none = AuxiliaryBytes(0, 0)
+    ends = [*(auxiliary(cut) if auxiliary else none for cut in cuts), none]
     n = len(saved)
+    trained = [0] * n
+    if gradients != "none":
+        units = ([p for p in unit.parameters() if p.requires_grad] for unit in partition.units)
+        trained = [int(share * sum(p.numel() * p.element_size() for p in unit)) for unit in units]
+        ends = [AuxiliaryBytes(end.saved, int(end.gradients * share)) for end in ends]
+    else:
+        ends = [AuxiliaryBytes(end.saved, 0) for end in ends]
     cost = [[0] * (n + 1) for _ in range(n)]
     for i in range(n):
+        before = sum(trained[:i]) if gradients == "earlier" else 0
         union: dict[int, int] = {}
+        moments: list[int] = []  # what the units so far saved, and the gradients of those that are done
         for j in range(i + 1, n + 1):
             union |= saved[j - 1]
-            cost[i][j] = sum(union.values()) + heads[j - 1]
-    # Minimise the maximum by dynamic programming: best[k][j] covers units 0 .. j-1 with k blocks; among equal maxima
-    # the smaller sum of squares wins, so that the other blocks stay even.
+            total = sum(union.values())
+            moments = [moment + trained[j - 1] for moment in (*moments, total)]
+            end = ends[j - 1]
+            cost[i][j] = before + max(total + end.saved, max(moments) + end.gradients)
+    return tuple(cuts[start - 1] for start in _smallest_largest(cost, num_blocks) if start > 0)
+
+
+def _smallest_largest(cost: Sequence[Sequence[int]], num_blocks: int) -> list[int]:
+    """Where ``num_blocks`` runs of units begin whose largest ``cost[start][stop]`` is smallest.
+
+    Dynamic programming over how many units the first k runs cover; among equal maxima the smaller sum of squares wins,
+    so that the other runs stay even.
+    """
+    n = len(cost)
     best: list[list[tuple[int, int]]] = [[(0, 0)] + [(1 << 62, 0)] * n]
     choice: list[list[int]] = [[0] * (n + 1)]
     for k in range(1, num_blocks + 1):
@@ -105,7 +145,7 @@ def by_bytes(
     for k in range(num_blocks, 0, -1):
         end = choice[k][end]
         starts.append(end)
-    return tuple(cuts[start - 1] for start in sorted(starts) if start > 0)
+    return sorted(starts)
 
 
 def unit_storages(partition: Partition) -> list[dict[int, int]]:

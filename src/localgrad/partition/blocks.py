@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from localgrad.errors import PartitionError
-from localgrad.partition.trace import ROOT, Trace, note_values, trace
+from localgrad.partition.trace import ROOT, Taps, Trace, note_values, trace
+from localgrad.recompute import recomputed
 
 INPUTS = "inputs"
 OUTPUT = "output"
@@ -59,6 +61,12 @@ class Block(nn.Module):
             self._move_constants(device)
         return (self.train_graph if model.training else self.eval_graph)(*values)
 
+    def compile_graphs(self, **options: Any) -> None:
+        """``torch.compile`` what runs in each mode, in place."""
+        self.train_graph.compile(**options)
+        if self.eval_graph is not self.train_graph:
+            self.eval_graph.compile(**options)
+
     def _move_constants(self, device: torch.device | None) -> None:
         """Tensors that a traced ``forward`` made without any input follow the model from device to device."""
         for graph in (self.train_graph, self.eval_graph):
@@ -66,6 +74,66 @@ class Block(nn.Module):
                 if value is not None and value.device == self._device:
                     graph._buffers[name] = value.to(device)
         self._device = device
+
+
+class RecomputedBlock(nn.Module):
+    """Blocks that run one behind the other as one; each but the last is run again in the backward pass.
+
+    What waits for the backward pass is then the features between them, and what one of them saves.
+
+    Args:
+        model: whose mode is used.
+        parts: in the order they run.
+        read_later: names of values that later blocks read, by training mode.
+    """
+
+    def __init__(self, model: nn.Module, parts: Sequence[Block], read_later: dict[bool, set[str]]) -> None:
+        super().__init__()
+        self._model = (model,)
+        self.parts = tuple(parts)
+        self._registered = nn.ModuleList(parts)
+        self._names = {mode: _joined_names(parts, mode, read_later[mode]) for mode in (True, False)}
+
+    def names(self, training: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the values it reads and of those it makes, in one mode."""
+        return self._names[training]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the values it reads, in the order of the arguments of ``forward``."""
+        return self.names(self._model[0].training)[0]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the values it makes, in the order ``forward`` returns them; the first are the features."""
+        return self.names(self._model[0].training)[1]
+
+    def forward(self, *values: Any) -> tuple[Any, ...]:
+        """Run it; returns one value for each name in ``outputs``."""
+        known = dict(zip(self.inputs, values, strict=True))
+        for index, part in enumerate(self.parts):
+            arguments = [known[name] for name in part.inputs]
+            again = torch.is_grad_enabled() and index < len(self.parts) - 1
+            known |= zip(part.outputs, recomputed(part, *arguments) if again else part(*arguments), strict=True)
+        return tuple(known[name] for name in self.outputs)
+
+    def compile_graphs(self, **options: Any) -> None:
+        """``torch.compile`` what runs in each mode, part by part, in place."""
+        for part in self.parts:
+            part.compile_graphs(**options)
+
+
+def _joined_names(
+    parts: Sequence[Block], training: bool, read_later: set[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    made: dict[str, None] = {}
+    inputs: dict[str, None] = {}
+    for part in parts:
+        reads, returns = part.names(training)
+        inputs |= dict.fromkeys(name for name in reads if name not in made)
+        made |= dict.fromkeys(returns)
+    features = parts[-1].names(training)[1][0]
+    return tuple(inputs), (features, *(name for name in made if name in read_later and name != features))
 
 
 def _tensor_links(graph: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -77,7 +145,7 @@ def _tensor_links(graph: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _device(model: nn.Module) -> torch.device | None:
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
 
 
 def _relink(graph: nn.Module, path: str, model: nn.Module) -> None:
@@ -94,7 +162,7 @@ def ancestors(paths: Iterable[str]) -> set[str]:
 
 
 def split(
-    model: nn.Module, example: Any, points: Sequence[str], taps: Sequence[str] = (), structured: Collection[str] = ()
+    model: nn.Module, example: Any, points: Sequence[str], taps: Taps = (), structured: Collection[str] = ()
 ) -> list[Block]:
     """Blocks that begin with the modules ``points`` (and one before them), in the order they run.
 
@@ -102,7 +170,7 @@ def split(
         model: shared with the blocks.
         example: a tensor, or a tuple of them for several inputs.
         points: paths of modules.
-        taps: paths of modules whose outputs may cross boundaries besides the features.
+        taps: paths of modules whose outputs may cross boundaries besides the features, or ``auto``.
         structured: paths of modules that return several values.
 
     Raises:
@@ -111,6 +179,17 @@ def split(
     parts = {mode: _split_one(model, example, points, taps, structured, mode) for mode in (True, False)}
     blocks = [Block(model, {mode: parts[mode][k] for mode in parts}) for k in range(len(points) + 1)]
     check_shared_parameters(model, blocks, points)
+    return blocks
+
+
+def join(model: nn.Module, parts: Sequence[Block], sizes: Sequence[int]) -> list[Block | RecomputedBlock]:
+    """Blocks of ``sizes`` consecutive parts each; those of several run all but their last part again."""
+    blocks: list[Block | RecomputedBlock] = []
+    stop = 0
+    for size in sizes:
+        start, stop = stop, stop + size
+        later = {mode: {name for part in parts[stop:] for name in part.names(mode)[0]} for mode in (True, False)}
+        blocks.append(parts[start] if size == 1 else RecomputedBlock(model, parts[start:stop], later))
     return blocks
 
 
@@ -134,11 +213,11 @@ def _split_one(
     model: nn.Module,
     example: Any,
     points: Sequence[str],
-    taps: Sequence[str],
+    taps: Taps,
     structured: Collection[str],
     training: bool,
 ) -> list[tuple[fx.GraphModule, tuple[str, ...], tuple[str, ...]]]:
-    watched = [*points, *taps]
+    watched = [*points, *(() if taps == "auto" else taps)]
     num_inputs = len(example) if isinstance(example, (tuple, list)) else None
     through = {"", *ancestors(watched)}
     traced = trace(model, num_inputs, training=training, through=through, structured=structured)

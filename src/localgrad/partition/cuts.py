@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from localgrad.errors import PartitionError, nearest
 from localgrad.layout import Layout, layout_of
-from localgrad.partition.blocks import Block, chain, split
-from localgrad.partition.trace import attribute, channels_hint, check_runs, note_values, trace, writes_in_place
+from localgrad.partition.blocks import Block, RecomputedBlock, chain, join, split
+from localgrad.partition.trace import Taps, attribute, channels_hint, check_runs, note_values, trace, writes_in_place
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,16 @@ class Partition:
     Args:
         model: traced in eval mode, left as it was.
         example: a batch shaped as in training: a tensor, or a tuple of tensors for several positional inputs.
-        taps: paths of modules whose outputs may cross boundaries detached because a later head reads them.
+        taps: paths of modules whose outputs may cross boundaries detached because a later head reads them; or ``auto``
+            for every value that the features at a boundary are themselves computed from.
     """
 
-    def __init__(self, model: nn.Module, example: Any, taps: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module, example: Any, taps: Taps = ()) -> None:
         self.model = model
         self.example = example
-        self.taps = tuple(taps)
+        self.taps: Taps = taps if taps == "auto" else tuple(taps)
         self.modules = dict(model.named_modules())
-        for name in self.taps:
+        for name in () if taps == "auto" else taps:
             if name not in self.modules:
                 raise PartitionError(f"taps: {nearest(name, self.modules, 'module')}")
         check_runs(model, example)
@@ -139,7 +140,8 @@ class Partition:
             if len(crossing) != 1 or not 2 <= len(crossing[0].meta.get("shape", ())) <= 4:
                 continue
             cut = self._cut(position, names, crossing[0])
-            if cut.overwritten is None:
+            inside = any(cut.name.startswith(other.name + ".") for other in cuts)
+            if cut.overwritten is None and not (inside and self.taps == "auto"):
                 cuts.append(cut)
         return tuple(cuts)
 
@@ -197,7 +199,7 @@ class Partition:
             raise PartitionError(
                 f"cuts: {name!r} is no cut point: {len(crossing)} tensors with gradient cross there ({values}). Blocks "
                 f"may begin with {valid}. If a later head reads the earlier one, name the module that returns it in "
-                "taps=(...)."
+                'taps=(...), or write taps="auto".'
             )
         cut = self._cut(position, [name], crossing[0])
         if cut.overwritten is not None and spans_wider_than_one:
@@ -211,6 +213,29 @@ class Partition:
     def blocks(self, cuts: Sequence[Cut]) -> list[Block]:
         """The blocks between ``cuts``; they share the model's parameters."""
         return split(self.model, self.example, [cut.name for cut in cuts], self.taps, self.traced.structured)
+
+    def recomputed_blocks(self, cuts: Sequence[Cut], which: Sequence[int]) -> list[Block | RecomputedBlock]:
+        """The same, those with the indices ``which`` recomputed unit by unit.
+
+        Raises:
+            PartitionError: there is no such block, or it has one unit.
+        """
+        edges = [0, *(cut.position for cut in cuts), len(self.traced.nodes)]
+        points, sizes = list(cuts), [1] * (len(cuts) + 1)
+        for index in which:
+            if not 0 <= index <= len(cuts):
+                raise PartitionError(f"recompute={tuple(which)}: there are {len(cuts) + 1} blocks, counted from 0")
+            inner = [cut for cut in self.cuts if edges[index] < cut.position < edges[index + 1]]
+            if not inner:
+                begins = repr(cuts[index - 1].name) if index else "the input"
+                raise PartitionError(
+                    f"recompute={tuple(which)}: block {index}, from {begins} on, is a single unit, with no cut point "
+                    "inside to recompute from; leave it out"
+                )
+            points += inner
+            sizes[index] += len(inner)
+        parts = self.blocks(sorted(points, key=lambda cut: cut.position))
+        return join(self.model, parts, sizes)
 
     @property
     def units(self) -> list[Block]:
@@ -243,6 +268,18 @@ class Partition:
         if computed or (len(needed) < 2 and path not in traced.structured):
             return module
         return Called(module, *others)  # type: ignore[misc]
+
+    @property
+    def kept_whole(self) -> str:
+        """The end of an error message: which modules hide cut points because they cannot be traced, and the way out."""
+        hidden = {path: why for path, why in self.traced.opaque.items() if is_unit(self.modules[path])}
+        if not hidden:
+            return ""
+        path = max(hidden, key=lambda path: sum(p.numel() for p in self.modules[path].parameters()))
+        return (
+            f". It is cut around {path!r}, which cannot be traced: {hidden[path]}. To cut inside, pass modules=[...], "
+            "modules that run one after the other"
+        )
 
     @property
     def num_units(self) -> int:

@@ -11,18 +11,20 @@ import inspect
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict
 from torch.utils._pytree import tree_leaves
 
 from localgrad.errors import PartitionError
 
 ROOT = "model"
+Taps = Sequence[str] | Literal["auto"]
 
 
 class _Root(nn.Module):
@@ -104,6 +106,7 @@ class Trace:
         returned: module path -> the node it returned.
         structured: paths of modules that returned several values; torch.fx must see each, so they are never kept whole.
         calls: module path -> positional and keyword arguments of its first call, nodes for computed ones.
+        opaque: modules that cannot be traced and are kept whole -> the line and the reason.
         differentiable: nodes whose values carry gradient, once `note_values` has run.
         plain: values of nodes that hold no tensor (sizes, say), once `note_values` has run.
     """
@@ -114,6 +117,7 @@ class Trace:
     returned: dict[str, fx.Node]
     structured: set[str] = field(default_factory=set)
     calls: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    opaque: dict[str, str] = field(default_factory=dict)
     differentiable: set[fx.Node] = field(default_factory=set)
     plain: dict[fx.Node, Any] = field(default_factory=dict)
 
@@ -131,11 +135,23 @@ class Trace:
             if node.op != "get_attr" and any(user not in before for user in node.users)
         ]
 
-    def features(self, position: int, taps: Collection[str]) -> list[fx.Node]:
+    def features(self, position: int, taps: Taps) -> list[fx.Node]:
         """Values with gradient that cross ``position``, taps left out; the last tap if only taps cross."""
         carrying = [node for node in self.crossing(position) if node in self.differentiable]
+        if taps == "auto":
+            return carrying[-1:] if carrying and set(carrying) <= _sources(carrying[-1]) else carrying
         tapped = {self.returned.get(tap) for tap in taps}
         return [node for node in carrying if node not in tapped] or carrying[-1:]
+
+
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """The node and everything that it is computed from."""
+    found, queue = {node}, [node]
+    while queue:
+        new = [source for source in queue.pop().all_input_nodes if source not in found]
+        found.update(new)
+        queue += new
+    return found
 
 
 @contextmanager
@@ -149,6 +165,7 @@ def untouched(model: nn.Module, training: bool) -> Iterator[None]:
         with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
             yield
     finally:
+        model.train(modes[model])  # a module's own train() may do more than set the mode: drop what it cached, say
         for module, mode in modes.items():
             module.training = mode
         with torch.no_grad():
@@ -172,7 +189,7 @@ def trace(
     """
     library_modules, library_functions = _library_leaves()
     default = fx.Tracer()
-    opaque: set[str] = set()
+    opaque: dict[str, str] = {}
     # What is computed from buffers alone is recorded; frozen into the graph only where a forward branches on buffers.
     record_buffers = True
 
@@ -200,7 +217,7 @@ def trace(
                     record_buffers = False
                     continue
                 raise PartitionError(_untraceable(model, culprit, error)) from error
-            opaque.add(culprit)
+            opaque[culprit] = _where(error)
             continue
         if drawn and through is not None:
             raise PartitionError(
@@ -208,21 +225,29 @@ def trace(
                 "has to be traced, so every step would see the same draw. Move the draw into a module of its own, or "
                 "pass modules=[...], a list of modules that run one after the other."
             )
-        return Trace(root, graph, tracer.entered, tracer.returned, tracer.structured, tracer.calls)
+        return Trace(root, graph, tracer.entered, tracer.returned, tracer.structured, tracer.calls, opaque)
 
 
-def _untraceable(model: nn.Module, path: str, error: Exception) -> str:
+def _where(error: Exception) -> str:
+    """The line of the model's code that failed, and why."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if "/torch/fx/" not in frame.filename and frame.filename != __file__
     ]
-    where = f"{frames[-1].filename}:{frames[-1].lineno} `{frames[-1].line}`" if frames else "an unknown line"
+    where = "an unknown line"
+    if frames:  # where a package is installed is of no interest
+        file = frames[-1].filename.rpartition("site-packages/")[2]
+        where = f"{file}:{frames[-1].lineno} `{frames[-1].line}`"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"{where} depends on the values of its input ({reason})"
+
+
+def _untraceable(model: nn.Module, path: str, error: Exception) -> str:
     whose = f"module {path!r} of {type(model).__name__}" if path else f"{type(model).__name__}.forward"
     children = [name for name, _ in model.named_children()]
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
-        f"{whose} cannot be traced: {where} depends on the values of its input ({reason}). "
+        f"{whose} cannot be traced: {_where(error)}. "
         "If cuts= named modules inside it, name its siblings instead; otherwise pass the model as a list of modules "
         "that run one after the other: localize(model, method, modules=["
         + ", ".join(f"model.{name}" for name in children[:3])
@@ -268,7 +293,7 @@ def _mutable(value: Any) -> Any:
     """Lists and dicts as a module gets them outside a graph: it may append to them."""
     if isinstance(value, list):
         return [_mutable(item) for item in value]
-    if isinstance(value, dict):
+    if type(value) in (dict, immutable_dict):  # a dict of another kind may have attributes, as transformers' outputs do
         return {key: _mutable(item) for key, item in value.items()}
     return tuple(_mutable(item) for item in value) if type(value) is tuple else value
 

@@ -17,8 +17,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from localgrad import data, methods, models, tasks
 from localgrad.config import Config, MethodSpec, build_method
 from localgrad.errors import CheckpointError, ConfigError, TrainingError
+from localgrad.method import Method
 from localgrad.network import LocalNetwork, localize
 from localgrad.randomness import seeded
+from localgrad.spans import Constant
 from localgrad.train import checkpoint
 from localgrad.train.meters import Meter
 from localgrad.train.optim import Stepper
@@ -286,13 +288,29 @@ def build(config: Config, replica: int = 0, num_replicas: int = 1) -> Experiment
         len(loaded.train),
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-    stepper = Stepper(network, config.optim, scaler)
+    if config.train.capture:
+        check_capturable(config, network.method)
+    stepper = Stepper(network, config.optim, scaler, config.train.capture)
     average = None
     if config.train.ema_decay is not None:
         average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema_decay), use_buffers=True)
     if config.train.compile:
         network.compile_blocks()
     return Experiment(config, loaded, network, stepper, average, Meter(network))
+
+
+def check_capturable(config: Config, method: Method) -> None:
+    """Raise `ConfigError` unless every step does the same on the device, whatever its number."""
+    reasons = {
+        "scales fp16 losses, which reads gradients back; use bf16": config.train.precision == "fp16",
+        "is compiled, which captures by itself; switch train.compile off": config.train.compile,
+        f"trains other blocks from step to step ({method.name})": not isinstance(method.spans, Constant),
+        f"lets terms rest on some steps ({method.name})": any(term.every > 1 for term in method.terms),
+        f"computes a context of its own for each step ({method.name})": bool(method.contexts),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ConfigError(f"train.capture=true, but this run {found[0]}; or set train.capture=false")
 
 
 def with_method(config: Config, method: MethodSpec) -> Config:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localgrad.capture import Captured, Record
 from localgrad.engine import local_losses
 from localgrad.method import Term
 from localgrad.randomness import keyed_randomness, seeded
 from localgrad.spans import Span
 from localgrad.train.experiment import Experiment, explained
-from localgrad.train.meters import Meter, evaluate, merged
+from localgrad.train.meters import evaluate, merged
 from localgrad.train.optim import learning_rate
 from localgrad.twins import exchange
 
@@ -30,7 +33,11 @@ def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch
         TrainingError: a loss is not finite.
     """
     config, network, meter = run.config, run.network, run.meter
-    with keyed_randomness(config.train.seed, 0 if network.replicas is None else network.replicas.rank):
+    # Keys seed generators at every step, which a captured one cannot do; its draws come from torch's own generators.
+    replica = 0 if network.replicas is None else network.replicas.rank
+    keys = contextlib.nullcontext() if config.train.capture else keyed_randomness(config.train.seed, replica)
+    one_step = captured_step(run) if config.train.capture else functools.partial(step, run)
+    with keys:
         while run.epoch < config.train.epochs:
             network.train()
             started = time.perf_counter()
@@ -39,7 +46,7 @@ def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch
                 if config.train.channels_last:
                     inputs = inputs.contiguous(memory_format=torch.channels_last)
                 run.stepper.set_learning_rate(rate_of(run, run.batch))
-                step(run, *mixed(run, inputs, targets))
+                one_step(*mixed(run, inputs, targets))
                 run.batch += 1
                 run.step += 1
                 meter.end_batch()
@@ -49,7 +56,7 @@ def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch
             meter.check_finite(run.step)
             run.history.append(row(run, time.perf_counter() - started))
             run.epoch, run.batch = run.epoch + 1, 0
-            meter = run.meter = Meter(network)
+            meter.reset()
             after_epoch(run)
 
 
@@ -90,6 +97,18 @@ def step(run: Experiment, inputs: Tensor, targets: Tensor) -> None:
     exchange(run.network)
     if run.average is not None:
         run.average.update_parameters(run.network)  # type: ignore[operator]
+
+
+def captured_step(run: Experiment, record: Record | None = None) -> Callable[[Tensor, Tensor], None]:
+    """`step` as a CUDA graph; ``record`` as in `localgrad.capture.Captured`."""
+    counted: list[dict[str, int]] = []
+
+    def work(inputs: Tensor, targets: Tensor) -> None:
+        before = run.meter.counts()
+        step(run, inputs, targets)
+        counted[:] = [before, run.meter.counts()]
+
+    return Captured(work, again=lambda: run.meter.count_again(*counted), record=record)
 
 
 def mixed(run: Experiment, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,16 +39,38 @@ class Meter:
         """Add the loss of one span of one micro-batch."""
         name = self.name(span)
         self._answered.add(name)
-        self.losses[name] = self.losses.get(name, torch.zeros((), device=self.device)) + loss.detach().float()
+        self._sum(self.losses, name, loss)
 
     def add_output(self, span: Span, term: Term | None, output: Any, targets: Any) -> None:
         """Add the scores of one head on one batch."""
         if term is not None and not term.scored:
             return
         name = self.name(span)
-        total = self.task.score(output, targets).sum()
-        self.scores[name] = self.scores.get(name, torch.zeros((), device=self.device)) + total
+        self._sum(self.scores, name, self.task.score(output, targets).sum())
         self.samples[name] = self.samples.get(name, 0) + len(targets)
+
+    def _sum(self, sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+        # In place, so that a captured step adds to the same tensors at each replay.
+        if name not in sums:
+            sums[name] = torch.zeros((), device=self.device)
+        sums[name] += value.detach().float()
+
+    def counts(self) -> dict[str, int]:
+        """Samples that each head has answered so far."""
+        return dict(self.samples)
+
+    def count_again(self, before: dict[str, int], after: dict[str, int]) -> None:
+        """Count what one step counted, for a replay of it that only the device has run."""
+        self._answered.update(self.losses)
+        for name, samples in after.items():
+            self.samples[name] = self.samples.get(name, 0) + samples - before.get(name, 0)
+
+    def reset(self) -> None:
+        """Begin anew, in the same tensors."""
+        for total in (*self.losses.values(), *self.scores.values()):
+            total.zero_()
+        self.batches.clear()
+        self.samples.clear()
 
     def end_batch(self, weight: int = 1) -> None:
         """Count one batch, or ``weight`` of them, for every head that had a loss."""
@@ -68,8 +90,8 @@ class Meter:
     def read(self) -> dict[str, dict[str, float]]:
         """``{"loss": {head: mean}, "score": {head: mean}}``; waits for the device."""
         return {
-            "loss": {name: loss.item() / max(1, self.batches.get(name, 0)) for name, loss in self.losses.items()},
-            "score": {name: score.item() / self.samples[name] for name, score in self.scores.items()},
+            "loss": _means(self.losses, self.batches),
+            "score": _means(self.scores, self.samples),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,6 +108,10 @@ class Meter:
         self.losses = {name: value.to(self.device) for name, value in state["losses"].items()}
         self.scores = {name: value.to(self.device) for name, value in state["scores"].items()}
         self.batches, self.samples = dict(state["batches"]), dict(state["samples"])
+
+
+def _means(sums: dict[str, Tensor], counts: dict[str, int]) -> dict[str, float]:
+    return {name: total.item() / counts[name] for name, total in sums.items() if counts.get(name)}
 
 
 @torch.no_grad()

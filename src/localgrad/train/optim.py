@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from localgrad.config import OptimConfig
 from localgrad.errors import ConfigError
@@ -42,13 +42,28 @@ def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int)
     return 0.5 * config.lr * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def build(config: OptimConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD or AdamW over ``parameters``."""
+def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor | None = None) -> torch.optim.Optimizer:
+    """SGD or AdamW over ``parameters``; on CUDA in one kernel for all of them.
+
+    Args:
+        config: which, and its settings.
+        parameters: on one device.
+        rate: the learning rate as a scalar on that device, for steps that are captured; None for ``config.lr``.
+    """
+    lr = config.lr if rate is None else rate
+    fused = parameters[0].device.type == "cuda" or None
     if config.name == "adamw":
-        return torch.optim.AdamW(parameters, config.lr, betas=config.betas, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(
+            parameters,
+            lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=fused,
+            capturable=rate is not None and rate.device.type == "cuda",
+        )
     nesterov = config.nesterov and config.momentum > 0
     return torch.optim.SGD(
-        parameters, config.lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay
+        parameters, lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay, fused=fused
     )
 
 
@@ -61,9 +76,12 @@ class Stepper:
         network: whose parameters are trained; those without ``requires_grad`` (twins) are left alone.
         config: see `localgrad.config.OptimConfig`.
         scaler: scales fp16 losses; disabled for other precisions.
+        capture: keep the learning rate on the device, where a captured step finds it.
     """
 
-    def __init__(self, network: LocalNetwork, config: OptimConfig, scaler: torch.amp.GradScaler) -> None:
+    def __init__(
+        self, network: LocalNetwork, config: OptimConfig, scaler: torch.amp.GradScaler, capture: bool = False
+    ) -> None:
         self.network, self.config, self.scaler = network, config, scaler
         self.blocks = range(len(network.blocks)) if network.stage is None else network.stage.blocks
         if config.per_block:
@@ -77,7 +95,8 @@ class Stepper:
             raise ConfigError(
                 f"optim.per_block: block {idle} has nothing to train; unfreeze it or switch per_block off"
             )
-        self.optimizers = [build(config, parameters) for parameters in self.parameters]
+        self.rate = torch.tensor(config.lr, device=network.device) if capture else None
+        self.optimizers = [build(config, parameters, self.rate) for parameters in self.parameters]
         patterns = network.method.spans.patterns(len(network.blocks))
         if config.per_block and config.clip_grad and any(s.stop - s.start > 1 for p in patterns for s in p):
             raise ConfigError(
@@ -98,9 +117,11 @@ class Stepper:
 
     def set_learning_rate(self, value: float) -> None:
         """Set it for every parameter."""
+        if self.rate is not None:
+            self.rate.fill_(value)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = value
+                group["lr"] = value if self.rate is None else self.rate
 
     def _step_block(self, block: int) -> None:
         index = block - self.blocks.start

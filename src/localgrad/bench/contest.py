@@ -1,0 +1,577 @@
+"""Whole training steps of one model by many ways, in turn: memory, time, FLOPs, and which way is worth it.
+
+A step is forward, backward, optimizer (SGD with momentum) and exchange, on random images. Its memory is what lives
+above weights and optimizer state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from localgrad import methods, models
+from localgrad.bench.memory import Memory, measure
+from localgrad.config import MethodSpec, build_method, method_name, parse_method
+from localgrad.engine import local_losses
+from localgrad.errors import ConfigError, MethodError, nearest
+from localgrad.method import Method
+from localgrad.network import Balance, LocalNetwork, localize
+from localgrad.partition import Partition
+from localgrad.planning import EXACT, LOCAL, MICRO, Rates, Work
+from localgrad.spans import Grouped
+from localgrad.twins import exchange
+
+VARIANTS = {"fp32": None, "bf16": torch.bfloat16}
+OPTIONS = ("channels_last", "compile")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt; left to itself it soon has both at their largest
+REFERENCE = "end-to-end"
+UNITS = "checkpointing every unit"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train, yet without a model.
+
+    Args:
+        name: in tables.
+        kind: ``end-to-end``, ``checkpointing``, ``accumulation`` or ``local``; pictures draw each in its own color.
+        method: what trains the blocks.
+        num_blocks: K; None for as many as the model has units.
+        per_block: whether each block steps, and frees its gradients, as soon as its backward pass is done.
+        inside: recompute the units inside a block in its backward pass, all but the last. Ramps then count units.
+        variant: ``fp32`` or ``bf16`` (autocast), then any of ``channels_last`` and ``compile``, joined by ``+``.
+    """
+
+    name: str
+    kind: str
+    method: Method
+    num_blocks: int | None = 1
+    per_block: bool = False
+    inside: bool = False
+    variant: str = "fp32"
+
+    def __post_init__(self) -> None:
+        precision, *options = self.variant.split("+")
+        if precision not in VARIANTS:
+            raise ConfigError(nearest(precision, VARIANTS, "precision") + f" (in variant {self.variant!r})")
+        for option in options:
+            if option not in OPTIONS:
+                raise ConfigError(nearest(option, OPTIONS, "option") + f" (in variant {self.variant!r})")
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Dtype of forward passes, None for that of the weights."""
+        return VARIANTS[self.variant.partition("+")[0]]
+
+    def has(self, option: str) -> bool:
+        """Whether the variant names ``option``."""
+        return option in self.variant.split("+")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What steps of one way were found to cost.
+
+    Args:
+        gradients: ``exact``, ``exact, BatchNorm over micro-batches`` or ``local``.
+        num_blocks: K, and ``cuts`` the paths of the modules that blocks 1 .. K-1 begin with.
+        activation_bytes: the most that was alive at once, gradients of parameters left out; ``total_bytes`` with them.
+            Live tensors, above weights and optimizer state; None for compiled ways, whose tensors cannot be seen.
+        peak_bytes: cross-check: growth of the CUDA allocator's peak, or of the process's resident memory on a CPU; None
+            where the system does not tell.
+        seconds: median of a step.
+        time_ratio: median over the rounds of its seconds by those of the reference in the same round.
+        rounds: seconds of each.
+        flops: of forward and backward, 2 per multiply-add; None for compiled ways.
+        auxiliary_parameters: trained besides the model's.
+        timeline: (seconds, live bytes, gradients among them) after every op of a step, if it was asked for. The seconds
+            hold what tracking costs, and on CUDA they are those at which the op was started.
+    """
+
+    name: str
+    kind: str
+    method: str
+    variant: str
+    gradients: str
+    num_blocks: int
+    cuts: tuple[str, ...]
+    activation_bytes: int | None
+    total_bytes: int | None
+    peak_bytes: int | None
+    seconds: float
+    time_ratio: float
+    rounds: tuple[float, ...]
+    flops: int | None
+    auxiliary_parameters: int
+    timeline: tuple[tuple[float, int, int], ...] = ()
+
+    @property
+    def memory(self) -> int | None:
+        """What ways are compared by: ``total_bytes``, or ``peak_bytes`` where there are none."""
+        return self.peak_bytes if self.total_bytes is None else self.total_bytes
+
+    @property
+    def label(self) -> str:
+        """Name and, unless it is plain float32, variant."""
+        return self.name if self.variant == "fp32" else f"{self.name}, {self.variant}"
+
+    def dominates(self, other: Row) -> bool:
+        """Whether it needs neither more memory nor more time, and less of one."""
+        if self.memory is None or other.memory is None:
+            return False
+        mine, theirs = (self.memory, self.time_ratio), (other.memory, other.time_ratio)
+        return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What `contest` returns; ``print`` it for the table. The first row is the reference, end-to-end in float32."""
+
+    model: str
+    parameters: int
+    batch_size: int
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    device: str
+    threads: int
+    clock: str
+    torch: str
+    rows: tuple[Row, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def frontier(self) -> list[Row]:
+        """Rows that no other one dominates, leanest first."""
+        rows = [row for row in self.rows if row.memory is not None]
+        best = [row for row in rows if not any(other.dominates(row) for other in rows)]
+        return sorted(best, key=lambda row: (row.memory, row.time_ratio))
+
+    def dominated_by(self, row: Row) -> Row | None:
+        """The way with exact gradients that a local one is dominated by, the fastest if there are several."""
+        others = [other for other in self.rows if other.kind != "local" and other.dominates(row)]
+        return min(others, key=lambda other: other.time_ratio) if row.kind == "local" and others else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the timelines, ready for JSON."""
+        rows = [asdict(replace(row, timeline=())) for row in self.rows]
+        for values, row in zip(rows, self.rows, strict=True):
+            del values["timeline"]
+            by = self.dominated_by(row)
+            values["on_frontier"], values["dominated_by"] = row in self.frontier, by.label if by else None
+        return {**asdict(replace(self, rows=())), "rows": rows}
+
+    def __str__(self) -> str:
+        first, frontier = self.rows[0], self.frontier
+        process = "allocator" if self.device != "cpu" else "process"
+        headings = ["way", "activations", "total", process, "time", "FLOPs", "images/s", "auxiliary", "gradients", ""]
+        table = [headings]
+        for row in self.rows:
+            by = self.dominated_by(row)
+            table.append(
+                [
+                    row.label,
+                    _ratio(row.activation_bytes, first.activation_bytes),
+                    _ratio(row.total_bytes, first.total_bytes),
+                    _ratio(row.peak_bytes, first.peak_bytes),
+                    f"{row.time_ratio:.2f}",
+                    _ratio(row.flops, first.flops),
+                    f"{self.batch_size / row.seconds:.3g}",
+                    f"{row.auxiliary_parameters / self.parameters:.2f}",
+                    row.gradients,
+                    "frontier" if row in frontier else f"below {by.label}" if by else "",
+                ]
+            )
+        widths = [max(len(cells[k]) for cells in table) for k in range(len(headings))]
+        left = (0, len(headings) - 2, len(headings) - 1)
+        padded = [
+            [c.ljust(w) if k in left else c.rjust(w) for k, (c, w) in enumerate(zip(cells, widths, strict=True))]
+            for cells in table
+        ]
+        rule = ["-" * w if k in left else "-" * (w - 1) + ":" for k, w in enumerate(widths)]
+        lines = ["| " + " | ".join(cells) + " |" for cells in (padded[0], rule, *padded[1:])]
+        shape = "x".join(map(str, self.image_shape))
+        title = f"{self.model}, {self.parameters / 1e6:.2f} M parameters, {self.batch_size} images of {shape} a step, "
+        title += f"{self.device}, {self.threads} thread{'s' * (self.threads > 1)}, torch {self.torch}"
+        bytes_ = [f"{name} {(b or 0) / 2**20:.1f} MiB" for name, b in (
+            ("activations", first.activation_bytes), ("total", first.total_bytes), (process, first.peak_bytes),
+        )]  # fmt: skip
+        notes = (
+            f"Ratios to {first.label}: {', '.join(bytes_)}, {first.seconds * 1e3:.1f} ms. Time: {self.clock}, median "
+        )
+        notes += (
+            f"of {len(first.rounds)} rounds, ways in turn. Auxiliary: parameters trained besides the model's, as a "
+        )
+        notes += "ratio to them. below: a way with exact gradients needs neither more memory nor more time."
+        return "\n".join([title, "", *lines, "", notes, *(f"Left out: {reason}" for reason in self.skipped)])
+
+
+def _ratio(value: float | None, reference: float | None) -> str:
+    return "-" if value is None or not reference else f"{value / reference:.3f}"
+
+
+def read(path: str | Path) -> Contest:
+    """A contest that ``localgrad bench --out`` wrote.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        derived = ("on_frontier", "dominated_by")
+        rows = [{key: value for key, value in row.items() if key not in derived} for row in content["rows"]]
+        for row in rows:
+            row["cuts"], row["rounds"] = tuple(row["cuts"]), tuple(row["rounds"])
+        lists = {key: tuple(content[key]) for key in ("image_shape", "skipped")}
+        return Contest(**{**content, **lists, "rows": tuple(Row(**row) for row in rows)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} was not written by localgrad bench ({error}); give what --out wrote") from error
+
+
+def standard_ways(
+    task: Any,
+    specs: Sequence[MethodSpec],
+    num_blocks: Sequence[int],
+    *,
+    variants: Sequence[str] = ("fp32",),
+    parts: int = 4,
+    combinations: bool = True,
+) -> list[Way]:
+    """End-to-end training, checkpointing and accumulation, then each method with and without them.
+
+    Args:
+        task: from `localgrad.tasks`.
+        specs: methods as recipes write them, ``["dgl", "man"]``.
+        num_blocks: every K to cut the model into.
+        variants: each way is run in each of them; see `Way`.
+        parts: micro-batches of accumulation.
+        combinations: also run methods with per-block steps, with the units inside a block recomputed, and accumulated.
+    """
+    e2e = methods.e2e(task)
+    recomputing = methods.checkpointing(e2e)
+    ways = [
+        Way(REFERENCE, REFERENCE, e2e),
+        Way(UNITS, "checkpointing", recomputing, None),
+        *(Way(f"checkpointing K={k}", "checkpointing", recomputing, k) for k in num_blocks if k > 1),
+        Way(f"accumulation x{parts}", "accumulation", methods.accumulation(e2e, parts=parts)),
+        Way(f"{UNITS}, x{parts}", "checkpointing", methods.accumulation(recomputing, parts=parts), None),
+    ]
+    for spec in specs:
+        method = build_method(spec, task)
+        if not method.terms:
+            raise ConfigError(
+                f"method {method_name(spec)!r} has no auxiliary heads, so it is no local learning; end-to-end "
+                "training, checkpointing and accumulation are measured anyway. Write a local base such as dgl"
+            )
+        for k in num_blocks:
+            way = Way(f"{described(spec)} K={k}", "local", method, k)
+            stepping = replace(way, name=f"{way.name}, per-block step", per_block=True)
+            ways += [way, stepping] if combinations else [way]
+            if combinations:
+                ways.append(replace(stepping, name=f"{stepping.name}, checkpointing inside", inside=True))
+                several = methods.accumulation(method, parts=parts)
+                accumulated = replace(way, name=f"{way.name}, x{parts}", method=several)
+                recomputed = replace(accumulated, name=f"{way.name}, checkpointing inside, x{parts}", inside=True)
+                ways += [accumulated, recomputed]
+    return [replace(way, variant=variant) for variant in variants for way in ways]
+
+
+def described(spec: MethodSpec) -> str:
+    """``dgl(head=linear)+man``."""
+    texts = []
+    for part in spec:
+        name, options = (part, None) if isinstance(part, str) else next(iter(part.items()))
+        given = ", ".join(f"{key}={value}" for key, value in (options or {}).items())
+        texts.append(f"{name}({given})" if given else name)
+    return "+".join(texts)
+
+
+def read_methods(texts: Sequence[str]) -> list[MethodSpec]:
+    """``dgl+man``, or YAML such as ``[{dgl: {head: linear}}, man]``, as recipes hold them."""
+    import yaml
+
+    specs: list[MethodSpec] = []
+    for text in texts:
+        try:
+            specs.append(yaml.safe_load(text) if text.startswith("[") else parse_method(text))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"method {text!r} is no YAML; write '[{{dgl: {{head: linear}}}}]'") from error
+    return specs
+
+
+class _Contestant:
+    """A way with a model, an optimizer and a batch: ready to step."""
+
+    def __init__(self, way: Way, model: nn.Module, inputs: Tensor, targets: Tensor, balance: Balance) -> None:
+        self.way, self.inputs, self.targets = way, inputs, targets
+        self.network = network = _cut(way, model, inputs[:2], balance).train()
+        if way.has("channels_last"):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if way.has("compile"):
+            network.compile_blocks()
+        groups = [network.block_parameters(k) for k in range(len(network.blocks))]
+        self.trained = [p for p in network.parameters() if p.requires_grad]
+        self.per_block = way.per_block
+        self.optimizers = [
+            torch.optim.SGD(parameters, lr=1e-3, momentum=0.9) if parameters else None
+            for parameters in (groups if way.per_block else [self.trained])
+        ]
+
+    def step(self) -> None:
+        """One step, after which there are no gradients."""
+        losses = local_losses(
+            self.network,
+            self.inputs,
+            self.targets,
+            autocast=self.way.autocast,
+            on_block_done=self._update if self.per_block else None,
+        )
+        for _, loss in losses:
+            loss.backward()
+        if not self.per_block:
+            self._update(0)
+        exchange(self.network)
+
+    def _update(self, index: int) -> None:
+        if (optimizer := self.optimizers[index]) is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def gradients(self) -> str:
+        """What the gradients of training are, compared with back-propagation through the whole network."""
+        patterns = self.network.method.spans.patterns(len(self.network.blocks))
+        if any(span.start > 0 for pattern in patterns for span in pattern):
+            return LOCAL
+        normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
+        return MICRO if self.network.method.micro_batches > 1 and normed else EXACT
+
+    def _peak(self, step: Callable[[], None]) -> int | None:
+        return _allocated(step) if self.inputs.is_cuda else _resident_growth(step)
+
+    def row(self, timeline: bool) -> Row:
+        """Everything but the times, from the second step: in the first the optimizer makes its state."""
+        self.step()
+        activations = total = flops = None
+        ops: tuple[tuple[float, int, int], ...] = ()
+        if self.way.has("compile"):
+            peak = self._peak(self.step)
+        else:
+            seen: list[Memory] = []
+            with Work(Rates(1.0, 1.0, 0.0)) as work, _Moments() as moments:
+                peak = self._peak(lambda: seen.append(measure(self.step, self.trained, timeline)))
+            activations, total, flops = seen[0].peak_activations, seen[0].peak_total, work.flops
+            if timeline:
+                ops = tuple((at, *alive) for at, alive in zip(moments.seconds, seen[0].timeline, strict=True))
+        way = self.way
+        network = self.network
+        auxiliary = sum(p.numel() for p in network.auxiliary.parameters() if p.requires_grad)
+        return Row(
+            way.name, way.kind, way.method.name, way.variant, self.gradients(), len(network.blocks),
+            tuple(cut.name for cut in network.cuts), activations, total, peak, 0.0, 0.0, (), flops, auxiliary, ops,
+        )  # fmt: skip
+
+
+class _Moments(TorchDispatchMode):
+    """When each op was done, in seconds since the first one began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+        self.start: float | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.start = time.process_time() if self.start is None else self.start
+        result = func(*args, **(kwargs or {}))
+        self.seconds.append(time.process_time() - self.start)
+        return result
+
+
+def _cut(way: Way, model: nn.Module, example: Tensor, balance: Balance) -> LocalNetwork:
+    """The model cut as a way asks for."""
+    units = [cut.name for cut in Partition(model, example).cuts]
+    if way.num_blocks is None:
+        return localize(model, way.method, cuts=units, example=example)
+    network = localize(model, way.method, num_blocks=way.num_blocks, balance=balance, example=example)
+    if not way.inside:
+        return network
+    if way.method.reconcile is not None:
+        raise MethodError(f"{way.method.name} reconciles gradients of blocks that are run once; inside=False")
+    starts = [units.index(cut.name) + 1 for cut in network.cuts]
+    spans = Grouped(way.method.spans, (0, *starts, len(units) + 1))
+    return localize(model, replace(way.method, spans=spans, checkpoint=True), cuts=units, example=example)
+
+
+def _allocated(step: Callable[[], None]) -> int:
+    """By how much the peak of the CUDA allocator rises above what it holds, in bytes."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@contextlib.contextmanager
+def _storages_mapped() -> Iterator[None]:
+    """Lets the C library map every large tensor by itself and hand it back when it is freed.
+
+    What it keeps for reuse otherwise hides most of what a lean way saves: 113 MiB of resident memory instead of 49 for
+    46 MiB of live tensors. Reuse is faster, so this is for measuring memory only.
+    """
+    c_library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(c_library, "mallopt"):
+        yield
+        return
+    assert c_library is not None
+    c_library.mallopt(_MMAP_THRESHOLD, 2**16)
+    try:
+        yield
+    finally:
+        c_library.mallopt(_MMAP_THRESHOLD, 2**25)
+        c_library.mallopt(_TRIM_THRESHOLD, 2**26)
+
+
+def _resident_growth(step: Callable[[], None]) -> int | None:
+    """By how much the resident memory of this process rises at most, in bytes; None where the system does not tell."""
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _status("VmRSS")
+        step()
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _status(name: str) -> int:
+    """A line of this process's ``status`` under Linux, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+
+def contest(
+    model: nn.Module | str,
+    ways: Sequence[Way],
+    *,
+    batch_size: int,
+    image_size: int = 224,
+    channels: int = 3,
+    num_classes: int = 1000,
+    balance: Balance = "count",
+    device: torch.device | str = "cpu",
+    rounds: int = 5,
+    seed: int = 0,
+    timeline: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Contest:
+    """Run steps of every way, one after the other in each round, and measure them.
+
+    All ways train the same weights, so that a step of one is as costly whatever the others did.
+
+    Args:
+        model: a name that `localgrad.models.create` knows, or a module, which is copied.
+        ways: the first one is the reference.
+        batch_size: images in a step, of shape ``(channels, image_size, image_size)``, from a normal distribution.
+        num_classes: of the targets.
+        balance: as for `localgrad.localize`.
+        rounds: timed steps of each way.
+        timeline: keep what is alive after every op in the rows.
+        progress: told what is being measured.
+
+    Raises:
+        ConfigError: a number below 1, or a model that does not exist.
+        PartitionError: the model cannot be cut so.
+    """
+    given = {"batch_size": batch_size, "image_size": image_size, "channels": channels, "rounds": rounds}
+    for name, value in given.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value}; it must be at least 1")
+    if not ways:
+        raise ConfigError("no ways to compare; give some, for instance those of standard_ways(task, [['dgl']], [4])")
+    device = torch.device(device)
+    torch.manual_seed(seed)
+    title = model if isinstance(model, str) else type(model).__name__
+    if isinstance(model, str):
+        model = models.create(model, num_classes=num_classes, in_channels=channels, image_size=image_size)
+    else:
+        model = copy.deepcopy(model)
+    model.to(device)
+    inputs = torch.randn(batch_size, channels, image_size, image_size, device=device)
+    targets = torch.randint(num_classes, (batch_size,), device=device)
+    laid_out: dict[bool, tuple[nn.Module, Tensor]] = {False: (model, inputs)}
+    contestants: list[_Contestant] = []
+    rows: list[Row] = []
+    skipped: list[str] = []
+    with _storages_mapped():
+        for way in ways:
+            last = way.has("channels_last")
+            if last not in laid_out:
+                other = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                laid_out[last] = other, inputs.contiguous(memory_format=torch.channels_last)
+            progress(f"memory of {way.name}, {way.variant}")
+            try:
+                contestant = _Contestant(way, laid_out[last][0], laid_out[last][1], targets, balance)
+            except MethodError as error:
+                if not contestants:
+                    raise
+                skipped.append(f"{way.name}: {error}")
+                continue
+            rows.append(contestant.row(timeline))
+            contestants.append(contestant)
+    threads = torch.get_num_threads()
+    own = device.type == "cpu" and threads == 1
+    seconds = _timed(contestants, rounds, time.process_time if own else time.perf_counter, progress)
+    ratios = [statistics.median(a / b for a, b in zip(taken, seconds[0], strict=True)) for taken in seconds]
+    rows = [
+        replace(row, seconds=statistics.median(taken), time_ratio=ratio, rounds=tuple(round(s, 6) for s in taken))
+        for row, taken, ratio in zip(rows, seconds, ratios, strict=True)
+    ]
+    return Contest(
+        title,
+        sum(p.numel() for p in model.parameters()),
+        batch_size,
+        (channels, image_size, image_size),
+        num_classes,
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        threads,
+        "CPU time" if own else "wall clock",
+        torch.__version__,
+        tuple(rows),
+        tuple(skipped),
+    )
+
+
+def _timed(
+    contestants: Sequence[_Contestant], rounds: int, clock: Callable[[], float], progress: Callable[[str], None]
+) -> list[list[float]]:
+    """Seconds of every step; each round begins with another way, and a machine that slows down slows all of them."""
+    taken: list[list[float]] = [[] for _ in contestants]
+    for turn in range(rounds):
+        progress(f"time, round {turn + 1} of {rounds}")
+        for offset in range(len(contestants)):
+            index = (turn + offset) % len(contestants)
+            contestant = contestants[index]
+            _wait(contestant.inputs.device)
+            started = clock()
+            contestant.step()
+            _wait(contestant.inputs.device)
+            taken[index].append(clock() - started)
+    return taken
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

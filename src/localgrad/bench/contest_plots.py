@@ -1,0 +1,147 @@
+"""Pictures of a contest: memory against time with the frontier, and what is alive during a step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from localgrad.bench.contest import REFERENCE, Contest, Row
+from localgrad.bench.plots import INK, new_figure, save_figure
+from localgrad.errors import ConfigError
+
+COLORS = {REFERENCE: INK, "checkpointing": "#16a085", "accumulation": "#2980b9", "local": "#d35400"}
+MARKERS = {"": "o", "per-block step": "^", "checkpointing inside": "v", "micro-batches": "P"}
+
+
+def read_accuracies(path: Path) -> dict[str, float]:
+    """Test accuracies in per cent by the name of a row, from a JSON file such as ``{"dgl K=4": 93.1}``.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): float(value) for name, value in content.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f'{path}: {error}; write accuracies in per cent by way, {{"dgl K=4": 93.1}}') from error
+
+
+def pareto_picture(found: Contest, path: Path, accuracies: Mapping[str, float] | None = None) -> None:
+    """Memory of a step against its time, one point for each way; a line joins those that no other one dominates.
+
+    Args:
+        found: its first row is (1, 1).
+        accuracies: test accuracy in per cent by name of a row, written beside its point.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    accuracies = accuracies or {}
+    unknown = sorted(set(accuracies) - {row.label for row in found.rows})
+    if unknown:
+        raise ConfigError(f"accuracy of {unknown[0]!r}, but the ways are {', '.join(row.label for row in found.rows)}")
+    figure, (axis,) = new_figure(1, 5.2)
+    figure.set_size_inches(9.2, 5.2)
+    reference = found.rows[0].memory or 1
+    rows = [row for row in found.rows if row.memory is not None]
+    frontier = found.frontier
+    steps = [(row.memory / reference, row.time_ratio) for row in frontier if row.memory is not None]
+    axis.step(*zip(*steps, strict=True), where="post", color="#999999", linewidth=1.4, zorder=1)
+    for row in rows:
+        on = row in frontier
+        color, marker = COLORS[row.kind], MARKERS[_form(row)]
+        place = (row.memory or 0) / reference, row.time_ratio
+        axis.scatter(*place, s=75, marker=marker, zorder=3, linewidths=1.3, edgecolors=color,
+                     facecolors=color if on else "white")  # fmt: skip
+    for k, row in enumerate(frontier):
+        place = (row.memory or 0) / reference, row.time_ratio
+        axis.annotate(str(k + 1), place, (-6, -12), textcoords="offset points", fontsize=8.5, ha="right",
+                      color=COLORS[row.kind], fontweight="bold", zorder=4)  # fmt: skip
+    for row in rows:
+        if row.label in accuracies:
+            place = (row.memory or 0) / reference, row.time_ratio
+            axis.annotate(f"{accuracies[row.label]:.1f} %", place, (7, -10), textcoords="offset points", fontsize=8)
+    axis.set_xscale("log")
+    low, high = min(row.memory or 1 for row in rows) / reference, max(row.memory or 1 for row in rows) / reference
+    axis.set_xlim(low / 1.25, high * 1.25)
+    ticks = [m * 10.0**e for e in range(-3, 1) for m in (1, 1.5, 2, 3, 5, 7)]
+    axis.xaxis.set_major_locator(FixedLocator([t for t in ticks if low / 1.25 < t < high * 1.25]))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.margins(y=0.12)
+    axis.set_xlabel("activations and gradients at the peak, end-to-end = 1")
+    axis.set_ylabel("time of a step, end-to-end = 1")
+    shape = "x".join(map(str, found.image_shape))
+    axis.set_title(f"{found.model}, {found.batch_size} images of {shape}, {found.device}", fontsize=10.5)
+    kinds = list(dict.fromkeys(row.kind for row in rows))
+    forms = [form for form in dict.fromkeys(_form(row) for row in rows) if form]
+    keys = [Line2D([], [], color=COLORS[kind], marker="o", linestyle="", label=kind) for kind in kinds]
+    keys += [Line2D([], [], color="#777777", marker=MARKERS[f], linestyle="", fillstyle="none", label=f) for f in forms]
+    legend = axis.legend(handles=keys, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    axis.add_artist(legend)
+    blank = [Line2D([], [], linestyle="", label=f"{k + 1}  {_short(row.label)}") for k, row in enumerate(frontier)]
+    axis.legend(handles=blank, fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(1.01, -0.02),
+                title="not dominated (filled)", title_fontsize=8, alignment="left", handlelength=0)  # fmt: skip
+    figure.tight_layout()  # legends outside the axes need it twice
+    save_figure(figure, path)
+
+
+def _form(row: Row) -> str:
+    if row.name.endswith("inside"):
+        return "checkpointing inside"
+    if row.name.rpartition(" ")[2].startswith("x"):
+        return "micro-batches"
+    return "per-block step" if row.name.endswith("per-block step") else ""
+
+
+def _short(name: str) -> str:
+    return name.replace("checkpointing", "ckpt.").replace("per-block", "per block")
+
+
+def timeline_picture(found: Contest, path: Path) -> None:
+    """What is alive during a step: end-to-end, the leanest checkpointing on the whole batch, the leanest local way.
+
+    Args:
+        found: with timelines.
+    """
+    rows = timeline_rows(found)
+    figure, axes = new_figure(len(rows), 3.2)
+    figure.set_size_inches(3.7 * len(rows) + 0.4, 3.2)
+    highest = max(live for row in rows for _, live, _ in row.timeline) / 2**20
+    for axis, row in zip(axes, rows, strict=True):
+        end = row.timeline[-1][0]
+        moments = [100 * seconds / end for seconds, _, _ in row.timeline]
+        live = [total / 2**20 for _, total, _ in row.timeline]
+        gradients = [grads / 2**20 for _, _, grads in row.timeline]
+        style: dict[str, Any] = {"step": "post", "linewidth": 0}
+        axis.fill_between(moments, gradients, live, color=COLORS[row.kind], alpha=0.4, label="activations", **style)
+        axis.fill_between(moments, 0, gradients, color="#8e44ad", alpha=0.75, label="gradients", **style)
+        axis.step(moments, live, where="post", color=COLORS[row.kind], linewidth=0.9)
+        axis.axhline(max(live), color=COLORS[row.kind], linewidth=0.8, linestyle=":")
+        share = f" = {max(live) / highest:.2f}" if row is not rows[0] else ""
+        axis.annotate(f"{max(live):.0f} MiB{share}", (0.98, max(live)), (0, 3), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", ha="right", fontsize=8.5, color=COLORS[row.kind])  # fmt: skip
+        axis.set_title(_short(row.label), fontsize=9.5)
+        axis.set_xlim(0, 100)
+        axis.set_ylim(0, 1.1 * highest)
+        axis.set_xlabel("% of the step", fontsize=9)
+        axis.tick_params(labelsize=8)
+    axes[0].set_ylabel("alive above weights, MiB", fontsize=9)
+    axes[-1].legend(fontsize=8, frameon=False, loc="center right")
+    shape = "x".join(map(str, found.image_shape))
+    figure.suptitle(f"{found.model}, {found.batch_size} images of {shape}", fontsize=10.5)
+    save_figure(figure, path)
+
+
+def timeline_rows(found: Contest) -> list[Row]:
+    """The rows that `timeline_picture` shows."""
+    whole = [row for row in found.rows if row.timeline and _form(row) != "micro-batches"]
+    if not whole:
+        raise ConfigError("this contest kept no timelines; measure it with timeline=True")
+
+    def leanest(kind: str) -> list[Row]:
+        return sorted((row for row in whole if row.kind == kind), key=lambda row: row.total_bytes or 0)[:1]
+
+    return [whole[0], *leanest("checkpointing"), *leanest("local")]

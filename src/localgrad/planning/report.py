@@ -1,0 +1,242 @@
+"""What a plan says: the ways to train, which one to take, the code for it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from localgrad.planning.sizes import size
+from localgrad.planning.work import Rates
+
+EXACT, MICRO, LOCAL = "exact", "exact, BatchNorm over micro-batches", "local"
+TIE = 1.05  # predicted step times closer than this count as equal
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to train.
+
+    Args:
+        name: for instance ``local K=8, per-block step``.
+        kind: ``plain``, ``accumulation``, ``checkpointing`` or ``local``.
+        method: the expression that makes the method, for instance ``localgrad.methods.dgl(task)``.
+        cuts: paths of the modules that blocks begin with, as for `localgrad.localize`; ``recompute`` the indices of
+            the blocks that are recomputed unit by unit.
+        micro_batches: parts a batch is run in.
+        per_block: whether each block steps, and frees its gradients, as soon as its backward pass is done.
+        weights: bytes of parameters and buffers, auxiliary networks included.
+        optimizer: bytes of the optimizer's state.
+        gradients: bytes of parameter gradients alive at the peak.
+        activations: bytes of everything else alive at the peak: the batch, what is saved for backward, temporaries.
+        flops_ratio: FLOPs of a step as a ratio to plain training; ``time_ratio`` the same for its predicted duration.
+        update: what the gradients are: ``exact``, ``exact, BatchNorm over micro-batches`` or ``local``.
+        fits: whether ``peak`` is within the memory; None without a budget.
+    """
+
+    name: str
+    kind: str
+    method: str
+    cuts: tuple[str, ...]
+    recompute: tuple[int, ...]
+    micro_batches: int
+    per_block: bool
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int
+    flops_ratio: float
+    time_ratio: float
+    update: str
+    fits: bool | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes alive at the fullest moment of a training step."""
+        return self.weights + self.optimizer + self.gradients + self.activations
+
+    @property
+    def num_blocks(self) -> int:
+        """K."""
+        return len(self.cuts) + 1
+
+    @property
+    def call(self) -> str:
+        """How the network is made; empty for plain training, which needs none."""
+        if self.kind == "plain":
+            return ""
+        where = f"cuts={self.cuts!r}" if self.cuts else "num_blocks=1"
+        where += f", recompute={self.recompute!r}" if self.recompute else ""
+        return f"localgrad.localize(model, method, {where}, example=x[:2])"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` returns; ``print`` it for the table.
+
+    Args:
+        model: its name. ``parameters`` are counted.
+        batch_size: images in a step, of shape ``image_shape`` (C, H, W), in ``num_classes`` classes.
+        memory: the budget in bytes, None if none was given; ``headroom`` is the share of it that is left free.
+        largest_unit: bytes that the unit of the model with the most saves for its backward pass: no cut, without
+            recomputation inside it, goes below. Its path is ``largest_name``.
+        options: every way that was tried; plain training first.
+        recommended: the fastest that fits; None if nothing does or there is no budget.
+    """
+
+    model: str
+    parameters: int
+    batch_size: int
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    optimizer: str
+    precision: str
+    memory: int | None
+    headroom: float
+    rates: Rates
+    largest_unit: int
+    largest_name: str
+    options: tuple[Option, ...]
+    skipped: tuple[str, ...] = field(default=())
+
+    @property
+    def recommended(self) -> Option | None:
+        """The fastest option that fits; among those within 5 % of it exact gradients first, then the fewest parts."""
+        fitting = [option for option in self.options if option.fits]
+        if not fitting:
+            return None
+        if fitting[0].kind == "plain":
+            return fitting[0]
+        limit = TIE * min(option.time_ratio for option in fitting)
+        order = (EXACT, MICRO)
+        return min(
+            (option for option in fitting if option.time_ratio <= limit),
+            key=lambda o: (order.index(o.update) if o.update in order else 2, o.micro_batches, o.num_blocks),
+        )
+
+    @property
+    def verdict(self) -> str:
+        """The recommendation in words, and whether local learning is needed at all."""
+        if self.memory is None:
+            return "No memory was given, so nothing is recommended: say how much there is (memory='8GiB')."
+        best, smallest = self.recommended, min(self.options, key=lambda option: option.peak)
+        if best is None:
+            return (
+                f"Nothing fits in {size(self.memory)}. The smallest is {smallest.name}, {size(smallest.peak)}; its "
+                f"weights and optimizer state alone take {size(smallest.weights + smallest.optimizer)}. Use smaller "
+                "batches or images, bf16, or a smaller model."
+            )
+        if best.kind == "plain":
+            return f"Plain training fits ({size(best.peak)}): you need none of this library to train this model."
+        exact = [o for o in self.options if o.fits and o.kind != "local"]
+        text = f"Plain training does not fit ({size(self.options[0].peak)}). Use {best.name}: {size(best.peak)}, "
+        text += f"{best.time_ratio:.2f} of the time of a plain step, gradients {best.update}."
+        if best.kind != "local":
+            return text + " Local learning is not needed."
+        if exact:
+            other = min(exact, key=lambda option: option.time_ratio)
+            text += (
+                f" Local learning is not the only way: {other.name} fits too, {size(other.peak)} and "
+                f"{other.time_ratio:.2f} of the time, gradients {other.update}."
+            )
+        else:
+            text += " Neither accumulation nor checkpointing fits."
+        return text
+
+    @property
+    def code(self) -> str:
+        """Python that trains as recommended, for a ``model``, an ``optimizer`` and a ``loader`` that exist."""
+        return "" if self.recommended is None else self.code_of(self.recommended)
+
+    def code_of(self, option: Option) -> str:
+        """The same for any of the options."""
+        bf16 = self.precision == "bf16"
+        if option.kind == "plain":
+            forward = "torch.nn.functional.cross_entropy(model(x), y)"
+            lines = ["for x, y in loader:", f"    loss = {forward}", "    loss.backward()"]
+            if bf16:
+                lines[1:2] = ["    with torch.autocast(x.device.type, torch.bfloat16):", f"        loss = {forward}"]
+            return "\n".join(["import torch", "", *lines, "    optimizer.step()", "    optimizer.zero_grad()"])
+        make = {
+            "sgd": "torch.optim.SGD({}, lr=0.1, momentum=0.9)",
+            "adamw": "torch.optim.AdamW({}, lr=1e-3)",
+        }[self.optimizer]
+        lines = [
+            "import torch",
+            "import localgrad",
+            "",
+            f"task = localgrad.tasks.classification({self.num_classes})",
+            f"method = {option.method}",
+            "x, y = next(iter(loader))",
+            f"network = {option.call}",
+        ]
+        arguments = "network, x, y, step" + ", autocast=torch.bfloat16" * bf16
+        if option.per_block:
+            lines += [
+                "blocks = [network.block_parameters(k) for k in range(len(network.blocks))]",
+                f"optimizers = [{make.format('parameters')} for parameters in blocks]",
+                "",
+                "def step_block(k):",
+                "    optimizers[k].step()",
+                "    optimizers[k].zero_grad()",
+                "",
+            ]
+            arguments += ", on_block_done=step_block"
+        else:
+            lines += [f"optimizer = {make.format('network.parameters()')}", ""]
+        lines += [
+            "for step, (x, y) in enumerate(loader):",
+            f"    for span, loss in localgrad.local_losses({arguments}):",
+            "        loss.backward()",
+        ]
+        if not option.per_block:
+            lines += ["    optimizer.step()", "    optimizer.zero_grad()"]
+        if option.kind == "local":
+            lines.append("    localgrad.exchange(network)")
+        return "\n".join(lines)
+
+    def picture(self, path: str | Path) -> None:
+        """Draw peak memory against step time, one point for each option and a line for each kind."""
+        from localgrad.planning.picture import draw
+
+        draw(self, Path(path))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        best = self.recommended
+        rows = [{**asdict(o), "peak": o.peak, "num_blocks": o.num_blocks, "call": o.call} for o in self.options]
+        return {
+            **asdict(self),
+            "options": rows,
+            "recommended": best.name if best else None,
+            "verdict": self.verdict,
+            "code": self.code,
+        }
+
+    def __str__(self) -> str:
+        headings = "way to train|peak|weights|optim.|grads|activ.|FLOPs|time|gradients|fits".split("|")  # noqa: SIM905
+        rows = [headings]
+        for o in self.options:
+            sizes = [f"{b / 2**30:.2f}" for b in (o.peak, o.weights, o.optimizer, o.gradients, o.activations)]
+            fits = {None: "", True: "yes", False: "no"}[o.fits]
+            rows.append([o.name, *sizes, f"{o.flops_ratio:.2f}", f"{o.time_ratio:.2f}", o.update, fits])
+        widths = [max(len(row[k]) for row in rows) for k in range(len(headings))]
+        texts = (0, len(headings) - 2, len(headings) - 1)
+        lines = [
+            "  ".join(c.ljust(w) if k in texts else c.rjust(w) for k, (c, w) in enumerate(zip(r, widths, strict=True)))
+            for r in rows
+        ]
+        shape = "x".join(map(str, self.image_shape))
+        title = f"{self.model}, {self.parameters / 1e6:.1f} M parameters, {self.batch_size} images of {shape}, "
+        title += f"{self.optimizer}, {self.precision}"
+        if self.memory is not None:
+            title += f"; {size(self.memory)}, of which {self.headroom:.0%} are left free"
+        notes = "GiB at the fullest moment of a step; FLOPs and time as ratios to plain training. Floor of any cut: "
+        notes += f"{size(self.largest_unit)} saved by the largest unit, {self.largest_name}"
+        cut = [o for o in self.options if o.kind == "local" and not o.recompute and o.micro_batches == 1]
+        if cut:
+            least = min(cut, key=lambda option: option.activations)
+            notes += f"; {least.name} needs {least.activations / self.largest_unit:.2f} times that for activations"
+        notes += "."
+        skipped = [f"Left out: {reason}" for reason in self.skipped]
+        return "\n".join([title, *(line.rstrip() for line in lines), notes, *skipped, "", self.verdict])

@@ -1,0 +1,351 @@
+"""Every way to train a model, tried without data.
+
+The engine runs each on fake tensors, so that a 20 GiB step is counted by the same tracker that counts a real one, on a
+laptop, in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from localgrad import methods, models, tasks
+from localgrad.config import MethodSpec, build_method, parse_method
+from localgrad.errors import ConfigError, MethodError, nearest
+from localgrad.method import Method
+from localgrad.network import LocalNetwork
+from localgrad.partition import RecomputedBlock
+from localgrad.partition.balance import Held
+from localgrad.planning.planner import PRECISIONS, Planner, Predicted
+from localgrad.planning.report import EXACT, LOCAL, MICRO, Option, Plan
+from localgrad.planning.sizes import read_memory, size
+from localgrad.planning.work import Rates, measure_rates
+
+STATES = {"sgd": 1, "adamw": 2}  # copies of the trained parameters that the optimizer keeps; SGD with momentum
+MOST_PARTS = 64
+GRADIENTS: tuple[Held, Held] = ("earlier", "own")  # alive where the optimizer steps at the end, and block by block
+
+
+def written(spec: MethodSpec) -> str:
+    """The Python that builds a method from its specification: ``["e2e", "checkpointing"]`` and the like."""
+    text = "task"
+    for part in spec:
+        name, options = (part, {}) if isinstance(part, str) else next(iter(part.items()))
+        given = "".join(f", {key}={value!r}" for key, value in (options or {}).items())
+        text = f"localgrad.methods.{name}({text}{given})"
+    return text
+
+
+def plan(
+    model: nn.Module | str,
+    *,
+    batch_size: int,
+    memory: str | int | None = None,
+    image_size: int = 224,
+    channels: int = 3,
+    num_classes: int = 1000,
+    method: str | MethodSpec | Method = "dgl",
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    headroom: float = 0.1,
+    rates: Rates | None = None,
+) -> Plan:
+    """Predict peak memory and step time of every way to train ``model``, without training it or needing the memory.
+
+    ``peak = weights + optimizer state + max over the step (gradients + activations)``. A step is forward, backward and
+    the optimizer. Times are promised as ratios only: forward and backward, from the FLOPs and bytes of each operation.
+
+    Args:
+        model: a module, on any device, or a name that `localgrad.models.create` knows; left as it is.
+        batch_size: images in a step.
+        memory: what there is, ``"8GiB"`` or bytes; None to compare only.
+        image_size, channels: of the square images.
+        num_classes: with a name only; a module tells by itself.
+        method: for local learning, a base with its plug-ins: ``"dgl"``, ``"infopro+man"``, a specification as in a
+            recipe, or a `Method`.
+        optimizer: ``sgd`` (with momentum: one copy of the parameters) or ``adamw`` (two).
+        precision: ``bf16`` is autocast; weights stay as they are.
+        headroom: share of ``memory`` left free for what is not counted: the CUDA context, workspaces of kernels, and
+            what an allocator loses by rounding.
+        rates: what the device that will train does; None measures the one the model is on.
+
+    Raises:
+        ConfigError: a value outside its range, or a model that is no classifier.
+        PartitionError: the model cannot be cut.
+
+    Example:
+        >>> import localgrad
+        >>> ways = localgrad.plan("resnet20", batch_size=128, image_size=32, memory="40MiB", num_classes=10)
+        >>> ways.options[0].fits, ways.recommended.kind
+        (False, 'accumulation')
+    """
+    budget = None if memory is None else read_memory(memory)
+    _check(batch_size, image_size, channels, headroom, optimizer, precision)
+    name = model if isinstance(model, str) else type(model).__name__
+    if isinstance(model, str):
+        model = _created(model, num_classes, channels, image_size)
+    dtype = PRECISIONS[precision] or torch.float32
+    if rates is None:
+        device = next(model.parameters()).device
+        rates = measure_rates(None if device.type == "meta" else device, dtype)
+    planner = Planner(model, (channels, image_size, image_size), batch_size, precision, rates)
+    if isinstance(method, Method):
+        local, text, task = method, "method", method.task
+    else:
+        spec = parse_method(method) if isinstance(method, str) else method
+        task = tasks.classification(planner.classes)
+        local, text = build_method(spec, task), written(spec)
+    if not local.terms:
+        raise ConfigError(
+            f"method={local.name}: it has no auxiliary heads, so it is no local learning; end-to-end training, "
+            "accumulation and checkpointing are planned anyway. Write a local base such as dgl"
+        )
+    options, skipped = _Ways(planner, task, local, text, optimizer, budget, headroom).all()
+    largest, largest_name = planner.largest_unit()
+    return Plan(
+        name,
+        sum(p.numel() for p in model.parameters()),
+        batch_size,
+        planner.shape,
+        planner.classes,
+        optimizer,
+        precision,
+        budget,
+        headroom,
+        rates,
+        largest,
+        largest_name,
+        tuple(options),
+        tuple(skipped),
+    )
+
+
+def fit(
+    model: nn.Module, method: Method, memory: str | int, example: Any, batch_size: int, headroom: float = 0.1
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Where to cut, and which blocks to recompute unit by unit, so that a training step fits in ``memory``.
+
+    The fewest blocks that fit, cut by bytes: fewer blocks are fewer heads, and less of the gradient is lost. Where no
+    number of blocks fits, the fewest whose units are recomputed. Counted as `plan` does, for float32, one step of
+    AdamW (two copies of the parameters) at the end: an optimizer with less state, or one that steps block by block,
+    fits all the more.
+
+    Args:
+        model, method, example: as for `localgrad.localize`; square images or not, (B, C, H, W).
+        memory: ``"8GiB"`` or bytes, of which the share ``headroom`` is left free.
+        batch_size: images in a step.
+
+    Returns:
+        ``cuts`` and ``recompute`` of `localgrad.localize`; no cuts, and a warning, if plain training fits.
+
+    Raises:
+        ConfigError: nothing fits, or ``model`` is no classifier of images.
+    """
+    if not isinstance(example, Tensor) or example.dim() != 4:
+        raise ConfigError(
+            f"memory={memory!r} plans models of one batch of images; write num_blocks=, or cuts=, instead"
+        )
+    limit = int(read_memory(memory) * (1 - headroom))
+    _, channels, height, width = example.shape
+    planner = Planner(model, (channels, height, width), batch_size, "fp32", Rates(1.0, 1.0))
+
+    def peak(run: Method, cuts: Sequence[str], recompute: Sequence[int] = ()) -> int:
+        step = planner.step(planner.network(run, cuts, recompute), run, batch_size)
+        return step.weights + STATES["adamw"] * step.trained + sum(step.peak)
+
+    if (plain := peak(methods.e2e(method.task), ())) <= limit:
+        warnings.warn(
+            f"memory={memory!r}: plain training fits ({size(plain)}), so nothing is cut", UserWarning, stacklevel=3
+        )
+        return (), ()
+    smallest = plain
+    found: list[tuple[str, ...]] = []
+    for num_blocks in range(2, len(planner.partition.cuts) + 2):
+        found.append(tuple(cut.name for cut in planner.cuts(num_blocks, method)))
+        needed = peak(method, found[-1])
+        if needed <= limit:
+            return found[-1], ()
+        smallest = min(smallest, needed)
+    for cuts in found:
+        recompute = planner.several_units(cuts)
+        if not recompute:
+            break
+        needed = peak(method, cuts, recompute)
+        if needed <= limit:
+            return cuts, recompute
+        smallest = min(smallest, needed)
+    raise ConfigError(
+        f"memory={memory!r}: no way of cutting {type(model).__name__} for {method.name} fits {batch_size} images; the "
+        f"smallest needs {size(smallest)}, of which {headroom:.0%} more are left free. Use a smaller batch_size (with "
+        "localgrad.methods.accumulation), or see localgrad.plan(...) for every way there is"
+    )
+
+
+def _check(batch_size: int, image_size: int, channels: int, headroom: float, optimizer: str, precision: str) -> None:
+    for name, value, least in (("batch_size", batch_size, 2), ("image_size", image_size, 1), ("channels", channels, 1)):
+        if value < least:
+            raise ConfigError(f"{name}={value}; it must be at least {least}")
+    if not 0 <= headroom < 1:
+        raise ConfigError(f"headroom={headroom}; write a share of the memory, at least 0 and below 1, such as 0.1")
+    for name, choice, known in (("optimizer", optimizer, STATES), ("precision", precision, PRECISIONS)):
+        if choice not in known:
+            raise ConfigError(nearest(choice, known, name))
+
+
+def _created(name: str, num_classes: int, channels: int, image_size: int) -> nn.Module:
+    settings: dict[str, Any] = {"num_classes": num_classes, "in_channels": channels, "image_size": image_size}
+    try:
+        with torch.device("meta"):
+            return models.create(name, **settings)
+    except (ConfigError, NotImplementedError):  # it computes something while it is built; or there is none by this name
+        return models.create(name, **settings)
+
+
+class _Ways:
+    """Tries one way to train after the other."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        task: Any,
+        local: Method,
+        text: str,
+        optimizer: str,
+        budget: int | None,
+        headroom: float,
+    ) -> None:
+        self.planner, self.local, self.text = planner, local, text
+        self.e2e = methods.e2e(task)
+        self.states = STATES[optimizer]
+        self.limit = None if budget is None else budget * (1 - headroom)
+        self.plain: Predicted | None = None
+        self.options: list[Option] = []
+        self.skipped: list[str] = []
+
+    def all(self) -> tuple[list[Option], list[str]]:
+        """Every way, plain training first, and what was left out with the reason."""
+        base = "localgrad.methods.e2e(task)"
+        whole = self.planner.network(self.e2e, ())
+        self.add("plain", "plain", whole, self.e2e, base)
+        self.accumulated("accumulation", "accumulation", whole, self.e2e, base, least=3)
+        checkpointing = methods.checkpointing(self.e2e)
+        recomputing = f"localgrad.methods.checkpointing({base})"
+        by_blocks: dict[int, LocalNetwork] = {}
+        for k in self.counts():
+            names = [cut.name for cut in self.planner.cuts(k, self.e2e)]
+            by_blocks[k] = self.planner.network(self.e2e, names)
+            self.add(f"checkpointing K={k}", "checkpointing", by_blocks[k], checkpointing, recomputing)
+        k = self.leanest("checkpointing").num_blocks
+        label = f"checkpointing K={k}, accumulation"
+        self.accumulated(label, "checkpointing", by_blocks[k], checkpointing, recomputing, least=0)
+        for k in self.counts():
+            self.try_local(k)
+        if any(option.kind == "local" for option in self.options):
+            leanest = self.leanest("local")
+            self.recompute_heads(leanest)
+            network = self.planner.network(self.local, leanest.cuts, leanest.recompute)
+            label = f"local K={leanest.num_blocks}" + ", units recomputed" * bool(leanest.recompute) + ", accumulation"
+            self.accumulated(label, "local", network, self.local, self.text, least=1)
+        return self.options, self.skipped
+
+    def counts(self) -> list[int]:
+        """Numbers of blocks: powers of two, and as many as the model has units."""
+        most = len(self.planner.partition.cuts) + 1
+        return [*(2**n for n in range(1, 12) if 2**n < most), *([most] if most > 1 else [])]
+
+    def leanest(self, kind: str) -> Option:
+        """The option of one kind with the lowest peak."""
+        return min((option for option in self.options if option.kind == kind), key=lambda option: option.peak)
+
+    def try_local(self, k: int) -> None:
+        """Local learning in ``k`` blocks, as far as the method can be built there."""
+        label, planner = f"local K={k}", self.planner
+        at_the_end, by_block = (
+            tuple(cut.name for cut in planner.cuts(k, self.local, gradients)) for gradients in GRADIENTS
+        )
+        try:
+            network = planner.network(self.local, at_the_end)
+            same = at_the_end == by_block
+            self.add(label, "local", network, self.local, self.text, per_block=(False, True) if same else (False,))
+            if not same:
+                network = planner.network(self.local, by_block)
+                self.add(label, "local", network, self.local, self.text, per_block=(True,))
+            if several := planner.several_units(at_the_end):
+                network = planner.network(self.local, at_the_end, several)
+                self.add(f"{label}, units recomputed", "local", network, self.local, self.text)
+        except MethodError as error:
+            self.skipped.append(f"{label}: {error}")
+
+    def recompute_heads(self, leanest: Option) -> None:
+        """The same with recomputed auxiliary networks, if the method does not do so already."""
+        if self.local.checkpoint_auxiliary:
+            return
+        method = methods.checkpointing(self.local, where="auxiliary")
+        text = f"localgrad.methods.checkpointing({self.text}, where='auxiliary')"
+        network = self.planner.network(method, leanest.cuts, leanest.recompute)
+        units = ", units recomputed" * bool(leanest.recompute)
+        self.add(f"local K={leanest.num_blocks}{units}, heads recomputed", "local", network, method, text)
+
+    def accumulated(self, label: str, kind: str, network: LocalNetwork, method: Method, text: str, least: int) -> None:
+        """Accumulation over 2, 4, 8, ... micro-batches: at least so many of them, then until one fits."""
+        parts, tried = 2, 0
+        while parts <= min(MOST_PARTS, self.planner.batch // 2):
+            if tried >= least and (self.limit is None or any(o.fits for o in self.options if o.kind == kind)):
+                return
+            wrapped = f"localgrad.methods.accumulation({text}, parts={parts})"
+            self.add(f"{label} x{parts}", kind, network, method, wrapped, parts)
+            parts, tried = 2 * parts, tried + 1
+
+    def add(
+        self,
+        name: str,
+        kind: str,
+        network: LocalNetwork,
+        method: Method,
+        text: str,
+        parts: int = 1,
+        per_block: Sequence[bool] = (False, True),
+    ) -> None:
+        """Predict one way, stepping at the end and block by block.
+
+        Where they do not lower the peak, the step by block and recomputing units are left out.
+        """
+        planner, images, method_run = self.planner, self.planner.batch, method
+        if parts > 1:  # the fullest moment comes in the second micro-batch already, when there are gradients to add to
+            images = 2 * -(-planner.batch // parts)
+            method_run = methods.accumulation(method, parts=2)
+        step = planner.step(network, method_run, images)
+        self.plain = self.plain or step
+        update = LOCAL if kind == "local" else MICRO if parts > 1 and step.batchnorm else EXACT
+        cuts = tuple(cut.name for cut in network.cuts)
+        recomputed = any(isinstance(block, RecomputedBlock) for block in network.blocks)
+        share = planner.batch / images
+        for by_block in per_block:
+            gradients, rest = step.per_block if by_block else step.peak
+            option = Option(
+                name + ", per-block step" * by_block,
+                kind,
+                text,
+                cuts,
+                planner.several_units(cuts) if recomputed else (),
+                parts,
+                by_block,
+                step.weights,
+                self.states * step.trained,
+                gradients,
+                rest,
+                step.flops * share / self.plain.flops,
+                step.seconds * share / self.plain.seconds,
+                update,
+            )
+            same = (o for o in self.options if (o.kind, o.num_blocks, o.micro_batches) == (kind, len(cuts) + 1, parts))
+            known = min((o.peak for o in same), default=math.inf)
+            if (by_block and kind != "local") or ((by_block or recomputed) and option.peak >= 0.98 * known):
+                continue
+            self.options.append(replace(option, fits=None if self.limit is None else option.peak <= self.limit))

@@ -1,0 +1,273 @@
+"""Steps of many ways in turn: bytes against literal loops, the frontier against brute force, never seconds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import localgrad
+from localgrad import ConfigError, methods
+from localgrad.bench.contest import (
+    Contest,
+    Row,
+    Way,
+    _cut,
+    _resident_growth,
+    _storages_mapped,
+    contest,
+    described,
+    read,
+    read_methods,
+    standard_ways,
+)
+from localgrad.bench.contest_plots import pareto_picture, read_accuracies, timeline_picture, timeline_rows
+from localgrad.bench.cost import cost
+from localgrad.bench.memory import measure
+from localgrad.errors import LocalgradError
+
+TASK = localgrad.tasks.classification(10)
+SETTINGS: dict[str, Any] = {"batch_size": 8, "image_size": 16, "num_classes": 10}
+
+
+@pytest.fixture(scope="module")
+def found() -> Contest:
+    ways = standard_ways(TASK, [["dgl"]], [3], parts=2)
+    bf16 = Way("end-to-end", "end-to-end", methods.e2e(TASK), variant="bf16+channels_last")
+    return contest("resnet8", [*ways, bf16], **SETTINGS, rounds=1, timeline=True)
+
+
+def row(found: Contest, label: str) -> Row:
+    return next(r for r in found.rows if r.label == label)
+
+
+def plain_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, parts: int = 1) -> tuple[int, int]:
+    """(activations, total) of the second step of the loop everybody writes."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            (nn.functional.cross_entropy(model(a), b) * (1 / parts)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    memory = measure(step, model.parameters())
+    return memory.peak_activations, memory.peak_total
+
+
+@pytest.mark.parametrize(("label", "parts"), [("end-to-end", 1), ("accumulation x2", 2)])
+def test_bytes_are_those_of_a_literal_loop(found: Contest, label: str, parts: int) -> None:
+    model = localgrad.models.resnet8().train()
+    expected = plain_step(model, torch.randn(8, 3, 16, 16), torch.randint(10, (8,)), parts)
+    measured = row(found, label)
+    assert measured.activation_bytes is not None and measured.total_bytes is not None
+    logits = 8 * 10 * 4 // parts  # the engine holds the model's output; the rest is the root of its backward pass
+    assert measured.activation_bytes - expected[0] == measured.total_bytes - expected[1] == logits + 8
+
+
+def test_bytes_of_a_local_step_are_those_of_a_literal_loop() -> None:
+    ways = [way for way in standard_ways(TASK, [["dgl"]], [3]) if way.kind == "local"][:2]
+    found = contest("resnet8", ways, batch_size=8, image_size=8, num_classes=10, rounds=1)
+    model = localgrad.models.resnet8().train()
+    x, y = torch.randn(8, 3, 8, 8), torch.randint(10, (8,))
+    network = localgrad.localize(model, methods.dgl(TASK), num_blocks=3, example=x[:2]).train()
+    blocks = [network.block_parameters(k) for k in range(3)]
+    optimizers = [torch.optim.SGD(parameters, lr=1e-3, momentum=0.9) for parameters in blocks]
+
+    def step(per_block: bool) -> None:
+        def update(k: int) -> None:
+            optimizers[k].step()
+            optimizers[k].zero_grad(set_to_none=True)
+
+        for _, loss in localgrad.local_losses(network, x, y, on_block_done=update if per_block else None):
+            loss.backward()
+        for k in range(0 if per_block else 3):
+            update(k)
+
+    step(True)
+    trained = list(network.parameters())
+    for per_block, label in ((False, "dgl K=3"), (True, "dgl K=3, per-block step")):
+        expected = measure(lambda per_block=per_block: step(per_block), trained)  # type: ignore[misc]
+        assert row(found, label).total_bytes == expected.peak_total
+        assert row(found, label).activation_bytes == expected.peak_activations
+    assert (row(found, "dgl K=3, per-block step").total_bytes or 0) < (row(found, "dgl K=3").total_bytes or 0)
+
+
+def test_flops_and_parameters_are_those_of_the_other_counter(found: Contest) -> None:
+    x, y = torch.randn(8, 3, 16, 16), torch.randint(10, (8,))
+    for label, method, k in (("end-to-end", methods.e2e(TASK), 1), ("dgl K=3", methods.dgl(TASK), 3)):
+        network = localgrad.localize(localgrad.models.resnet8(), method, num_blocks=k, example=x[:2])
+        other = cost(network, x, y)
+        assert row(found, label).flops == other.flops
+        assert row(found, label).auxiliary_parameters == other.auxiliary_parameters
+        assert found.parameters == other.parameters
+
+
+def test_what_the_gradients_are(found: Contest) -> None:
+    micro = "exact, BatchNorm over micro-batches"
+    assert {r.label: r.gradients for r in found.rows} == {
+        "end-to-end": "exact",
+        "checkpointing every unit": "exact",
+        "checkpointing K=3": "exact",
+        "accumulation x2": micro,
+        "checkpointing every unit, x2": micro,
+        "dgl K=3": "local",
+        "dgl K=3, per-block step": "local",
+        "dgl K=3, per-block step, checkpointing inside": "local",
+        "dgl K=3, x2": "local",
+        "dgl K=3, checkpointing inside, x2": "local",
+        "end-to-end, bf16+channels_last": "exact",
+    }
+    assert row(found, "checkpointing every unit").num_blocks == 5  # stem, three units, classifier
+    assert (
+        row(found, "dgl K=3, per-block step, checkpointing inside").auxiliary_parameters
+        == row(found, "dgl K=3").auxiliary_parameters
+    )
+    reference = found.rows[0]
+    assert reference.time_ratio == 1.0 and len(reference.rounds) == 1
+    assert (row(found, "end-to-end, bf16+channels_last").total_bytes or 0) < 0.7 * (reference.total_bytes or 0)
+
+
+def test_recomputing_inside_blocks_changes_no_gradient() -> None:
+    x, y = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
+    way = Way("dgl", "local", methods.dgl(TASK), 3)
+    whole, inside = (
+        _cut(replace(way, inside=inside), localgrad.models.resnet8(), x[:2], "count").train()
+        for inside in (False, True)
+    )
+    for source, target in zip(whole.parameters(), inside.parameters(), strict=True):
+        target.data.copy_(source.data)
+    for network in (whole, inside):
+        localgrad.backward(network, x, y)
+    for expected, got in zip(whole.parameters(), inside.parameters(), strict=True):
+        assert expected.grad is not None and got.grad is not None and torch.equal(expected.grad, got.grad)
+
+
+def test_batchnorm_is_looked_for() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10), nn.ReLU(), nn.Linear(10, 10))
+    ways = [Way("a", "accumulation", methods.accumulation(methods.e2e(TASK), parts=2))]
+    (only,) = contest(model, ways, batch_size=4, image_size=4, num_classes=10, rounds=1).rows
+    assert only.gradients == "exact" and only.flops is not None
+    assert only.flops == 2 * 4 * (2 * 48 * 10 + 3 * 10 * 10)  # the first layer's input needs no gradient
+
+
+def test_gradients_of_any_step_count() -> None:
+    ways = [
+        Way("p", "local", methods.pgl(methods.dgl(TASK), every=10), 2),
+        Way("d", "local", methods.deep_supervision(TASK), 2),
+    ]
+    rows = contest("resnet8", ways, **SETTINGS, rounds=1).rows
+    assert [r.gradients for r in rows] == ["local", "exact"]  # step 0 of the first is guided by back-propagation
+
+
+def test_a_module_is_left_alone() -> None:
+    model = localgrad.models.resnet8().eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    contest(model, [Way("e", "end-to-end", methods.e2e(TASK))], **SETTINGS, rounds=1)
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_way_that_cannot_be_built_is_left_out_with_the_reason() -> None:
+    ways = [
+        Way("e", "end-to-end", methods.e2e(TASK)),
+        Way("s", "local", methods.sgr(methods.dgl(TASK)), 3, inside=True),
+    ]
+    result = contest("resnet8", ways, **SETTINGS, rounds=1)
+    assert [r.name for r in result.rows] == ["e"]
+    assert "inside=False" in result.skipped[0]
+
+
+def test_the_frontier_is_what_brute_force_finds(found: Contest) -> None:
+    template = found.rows[0]
+    points = [(m, t) for m, t in product((10, 20, 30), (1.0, 1.5, 2.0)) if m * t >= 30] + [(30, 1.0), (25, 1.2)]
+    rows = [
+        replace(template, name=str(k), kind="local" if k % 2 else "accumulation", total_bytes=m, time_ratio=t)
+        for k, (m, t) in enumerate(points)
+    ]
+    result = replace(found, rows=tuple(rows))
+
+    def better(a: Row, b: Row) -> bool:
+        assert a.total_bytes and b.total_bytes
+        fewer, faster = a.total_bytes <= b.total_bytes, a.time_ratio <= b.time_ratio
+        return fewer and faster and (a.total_bytes < b.total_bytes or a.time_ratio < b.time_ratio)
+
+    expected = {r.name for r in rows if not any(better(o, r) for o in rows)}
+    assert {r.name for r in result.frontier} == expected and 0 < len(expected) < len(rows)
+    assert [r.total_bytes for r in result.frontier] == sorted(r.total_bytes or 0 for r in result.frontier)
+    for r in rows:
+        exact = [o for o in rows if o.kind != "local" and better(o, r)]
+        by = result.dominated_by(r)
+        assert (by is not None) == (r.kind == "local" and bool(exact))
+        assert by is None or by.time_ratio == min(o.time_ratio for o in exact)
+
+
+def test_timelines_end_where_the_step_does(found: Contest) -> None:
+    for r in found.rows:
+        seconds = [at for at, _, _ in r.timeline]
+        assert seconds == sorted(seconds)
+        assert max(live for _, live, _ in r.timeline) == r.total_bytes
+        assert max(live - gradients for _, live, gradients in r.timeline) == r.activation_bytes
+        assert all(0 <= gradients <= live for _, live, gradients in r.timeline)
+    names = [r.name for r in timeline_rows(found)]
+    assert names[0] == "end-to-end" and names[1].startswith("checkpointing") and names[2].startswith("dgl")
+
+
+def test_pictures_json_and_table(found: Contest, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"dgl K=3": 91.25}')
+    pareto_picture(found, tmp_path / "pareto.png", read_accuracies(tmp_path / "a.json"))
+    timeline_picture(found, tmp_path / "timeline.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("pareto", "timeline"))
+    (tmp_path / "found.json").write_text(json.dumps(found.as_dict()))
+    back = read(tmp_path / "found.json")
+    assert back == replace(found, rows=tuple(replace(r, timeline=()) for r in found.rows))
+    assert str(back) == str(found)
+    with pytest.raises(ConfigError, match="timeline=True"):
+        timeline_picture(back, tmp_path / "none.png")
+    with pytest.raises(ConfigError, match="accuracy of 'dgl K=4'"):
+        pareto_picture(found, tmp_path / "none.png", {"dgl K=4": 1.0})
+    lines = [line for line in str(found).splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(found.rows) and len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the high-water mark of a process")
+def test_resident_memory_grows_by_what_a_step_holds() -> None:
+    def step() -> None:
+        first = torch.ones(2**24)  # 64 MiB
+        del first
+        torch.ones(2**23)
+
+    with _storages_mapped():
+        step()
+        grown = _resident_growth(step)
+    assert grown is not None and 0.98 * 2**26 <= grown <= 1.2 * 2**26
+
+
+def test_methods_are_read_and_described() -> None:
+    specs = read_methods(["dgl+man", "[{dgl: {head: linear}}, man]"])
+    assert specs == [["dgl", "man"], [{"dgl": {"head": "linear"}}, "man"]]
+    assert [described(spec) for spec in specs] == ["dgl+man", "dgl(head=linear)+man"]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (lambda: Way("a", "local", methods.dgl(TASK), variant="fp16"), "did you mean 'fp32'|'bf16'"),
+        (lambda: Way("a", "local", methods.dgl(TASK), variant="bf16+channel_last"), "did you mean 'channels_last'"),
+        (lambda: standard_ways(TASK, [["e2e"]], [4]), "no auxiliary heads"),
+        (lambda: read_methods(["[dgl"]), "is no YAML"),
+        (lambda: contest("resnet8", [], **{**SETTINGS, "batch_size": 0}), "batch_size=0; it must be at least 1"),
+        (lambda: contest("resnet8", [], **SETTINGS), "no ways"),
+        (lambda: contest("resnet8", [Way("a", "local", methods.dgl(TASK), 99)], **SETTINGS), "num_blocks=99"),
+    ],
+)
+def test_bad_input_is_refused(what: Any, message: str) -> None:
+    with pytest.raises(LocalgradError, match=message):
+        what()
