@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import gang
 import pytest
 import torch
@@ -220,3 +223,10 @@ def test_placement_balances_costs() -> None:
     seconds = seconds_of_blocks(network, *batch())
     assert len(seconds) == 3 and min(seconds) > 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_nothing_private_of_torch_distributed_is_used() -> None:
+    """Bar D16."""
+    sources = Path(localgrad.__file__).parent.rglob("*.py")
+    private = re.compile(r"(torch\.distributed|\bdist|\bdcp)(\.\w+)*\._|from torch\.distributed[\w.]* import .*\b_")
+    assert [f"{p.name}: {line}" for p in sources for line in p.read_text().splitlines() if private.search(line)] == []
