@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Checkpoints:
         network: as it is trained, in one process or after `data_parallel` and `block_parallel`.
         optimizers: for its parameters; only their state is saved, not their settings.
         keep: so many of the newest are kept.
+        timeout: how long a rank waits for another one to save; torch's 30 minutes if None.
 
     Raises:
         CheckpointError: from `save` if the disk is full or a rank is gone, from `load` if a checkpoint belongs to
@@ -67,13 +69,14 @@ class Checkpoints:
         optimizers: Sequence[torch.optim.Optimizer],
         *,
         keep: int = 2,
+        timeout: timedelta | None = None,
     ) -> None:
         self.folder, self.network, self.optimizers, self.keep = Path(folder), network, list(optimizers), keep
         self.group: dist.ProcessGroup | None = None
         self._writing: tuple[Any, Path, Path, Any] | None = None
         if network.stage is not None or network.replicas is not None:
             # One of its own: in the background its collectives must not meet those of training.
-            group = dist.new_group(backend="gloo")
+            group = dist.new_group(backend="gloo", timeout=timeout)
             assert isinstance(group, dist.ProcessGroup)
             self.group = group
 

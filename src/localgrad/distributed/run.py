@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from localgrad.bench.plots import curves_picture
 from localgrad.config import Config, dump, method_name
@@ -80,9 +80,19 @@ def processes(layout: dict[str, int], device: torch.device, timeout: float) -> I
         )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    yield init_device_mesh(device.type, (layout["block"], layout["data"]), mesh_dim_names=("block", "data"))
+    yield _mesh(layout, device, timedelta(seconds=timeout))
     # Not after an error: what is left to send to ranks that are gone would keep this one from ending.
     dist.destroy_process_group()
+
+
+def _mesh(layout: dict[str, int], device: torch.device, timeout: timedelta) -> DeviceMesh:
+    """As init_device_mesh makes it, whose groups would wait for 30 minutes whatever the job's timeout is."""
+    ranks = torch.arange(layout["block"] * layout["data"]).view(layout["block"], layout["data"])
+    groups: list[dist.ProcessGroup] = []
+    for rows in (ranks.T, ranks):  # along the blocks, along the replicas
+        made = [(row, dist.new_group(row, timeout=timeout)) for row in rows.tolist()]
+        groups += [group for _, group in made if isinstance(group, dist.ProcessGroup)]
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("block", "data"))
 
 
 def run(
@@ -128,7 +138,8 @@ def run(
         if layout["data"] > 1:
             data_parallel(network, mesh)
         experiment.stepper = Stepper(network, config.optim, experiment.stepper.scaler)
-        checkpoints = Checkpoints(path / "checkpoints", network, experiment.stepper.optimizers)
+        patience = timedelta(seconds=timeout)
+        checkpoints = Checkpoints(path / "checkpoints", network, experiment.stepper.optimizers, timeout=patience)
         if continues:
             _restore(experiment, checkpoints)
         _train(experiment, checkpoints, path, console if first else Console(quiet=True), first)
