@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.errors import PartitionError, TrainingError
-from localgrad.method import Batch, Followed, Term
-from localgrad.partition import INPUTS, OUTPUT
+from localgrad.method import Batch, Followed, Term, alone
+from localgrad.partition import INPUTS
 from localgrad.pointwise import pointwise_recomputed
 from localgrad.randomness import draws_of
 from localgrad.recompute import recomputed
@@ -63,7 +63,7 @@ class _Capture(torch.autograd.Function):
         return None, None, None, None
 
 
-class _Run:
+class Run:
     """What the backward pass of a block needs: the way into its graph, and the gradients of its outputs.
 
     ``values`` are the outputs, detached; ``slots`` say which of them carry a gradient, by identity. With ``join`` the
@@ -152,20 +152,26 @@ class _Seam:
         self.passed = True
 
 
-class _Pass:
-    """One forward of every block over one micro-batch, with the runs that some span still has to go back through."""
+class Pass:
+    """One forward of ``blocks`` over one micro-batch, with the runs that some span still has to go back through.
 
-    def __init__(self, network: LocalNetwork, spans: Sequence[Span], batch: Batch, part: int, share: float) -> None:
-        self.network, self.batch, self.part, self.share = network, batch, part, share
+    ``blocks`` are all of them or, where others run elsewhere, the consecutive ones that run here.
+    """
+
+    def __init__(
+        self, network: LocalNetwork, spans: Sequence[Span], batch: Batch, part: int, share: float, blocks: range
+    ) -> None:
+        self.network, self.batch, self.part, self.share, self.blocks = network, batch, part, share, blocks
         self.spans = sorted(spans, key=lambda span: (span.stop, -span.start))
         self.values: dict[str, Any] = {INPUTS: batch.inputs}
         self.maker: dict[str, int] = {INPUTS: -1}
-        self.runs: dict[int, _Run] = {}
+        self.runs: dict[int, Run] = {}
         # Spans that start together share one way back, taken when the widest of them ends; until then the gradients of
         # the narrower ones wait at their boundary.
         self.ends = {s.start: max(t.stop for t in spans if t.start == s.start) for s in spans}
         self.waiting: dict[int, dict[int, list[Tensor | None]]] = {start: {} for start in self.ends}
         self.passes_left = [sum(s <= k < e for s, e in self.ends.items()) for k in range(len(network.blocks))]
+        self.outgoing: dict[int, list[Tensor | None]] = {}
         self.penalties: dict[int, Tensor] = {}
         self.previous: Any = None
         self.answers: tuple[int, Any] | None = None
@@ -186,7 +192,7 @@ class _Pass:
                 f"block {index} overwrites its input in place, but a span that starts before it still needs those "
                 "features; begin the block after that layer, or build the layer with inplace=False"
             )
-        run = self.runs[index] = _Run(outputs, join=self.seam is not None and torch.is_grad_enabled())
+        run = self.runs[index] = Run(outputs, join=self.seam is not None and torch.is_grad_enabled())
         values = list(run.values)
         if len(values) > len(block.outputs):
             self.penalties[index] = values.pop()
@@ -282,7 +288,10 @@ class _Pass:
         due = [entry for entry in self.following if entry[0] < stop]
         self.following = [entry for entry in self.following if entry[0] >= stop]
         for _, term, weight, loss in due:
-            yield weight * (loss - own.get(id(term), total).detach()).abs()
+            apart = loss - own.get(id(term), total).detach()
+            if self.batch.joined is not alone:  # the distance of two means over all samples, not a mean of distances
+                apart = self.batch.joined(apart.expand(len(tree_leaves(self.batch.inputs)[0]))).mean()
+            yield weight * apart.abs()
 
     def back(self, span: Span) -> list[int]:
         """Push the gradient that the caller's ``loss.backward()`` left on the boundary back through the span.
@@ -298,17 +307,24 @@ class _Pass:
                 "local_losses, or run it under torch.no_grad() to evaluate only"
             )
         self._add_waiting(span.start, last, gradients)
-        if span.stop < self.ends[span.start]:
-            return []
+        return [] if span.stop < self.ends[span.start] else self.way_back(span.start, last)
+
+    def way_back(self, start: int, last: int) -> list[int]:
+        """Push the gradients at the ends of the spans from ``start`` back through the blocks up to ``last``.
+
+        Returns the blocks that no later span of this pass trains. Gradients of what came from blocks that run
+        elsewhere are left in ``outgoing``.
+        """
         finished = []
-        for index in range(last, span.start - 1, -1):
-            gradients = self._add_waiting(span.start, index, self.runs[index].take_gradients())
-            del self.waiting[span.start][index]
+        for index in range(last, max(start, self.blocks.start) - 1, -1):
+            gradients = self._add_waiting(start, index, self.runs[index].take_gradients())
+            del self.waiting[start][index]
             self.passes_left[index] -= 1
             again = self.passes_left[index] > 0
             if not again:
                 finished.append(index)
             self.runs[index].backward(gradients, again)
+        self.outgoing = {k: run.take_gradients() for k, run in self.runs.items() if start <= k < self.blocks.start}
         for run in self.runs.values():  # taps and features from before the span: the gradient ends here
             run.take_gradients()
         return finished
@@ -326,7 +342,7 @@ def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abs
     return torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
 
 
-def _parts(inputs: Any, targets: Any, parts: int) -> list[tuple[Any, Any, float]]:
+def parts_of(inputs: Any, targets: Any, parts: int) -> list[tuple[Any, Any, float]]:
     """Micro-batches, each with its share of the batch; fewer than ``parts`` if there are fewer samples."""
     inputs = tuple(inputs) if isinstance(inputs, list) else inputs  # of a model with several, not one for each sample
     size = num_samples(inputs)
@@ -398,11 +414,19 @@ def local_losses(
     arXiv:2407.05638).
     """
     spans = network.spans(step)
-    parts = _parts(inputs, targets, network.method.micro_batches)
-    done = on_block_done or (lambda block: None)
-    for part, (x, y, share) in enumerate(parts):
-        last = part == len(parts) - 1
-        yield from _one_pass(network, spans, Batch(x, y, step), part, share, autocast, on_output, last, done)
+    replicas = network.replicas if torch.is_grad_enabled() else None
+    announce = on_block_done or (lambda block: None)
+    with contextlib.nullcontext(announce) if replicas is None else replicas.reducing(step, announce) as done:
+        if network.stage is not None:
+            yield from network.stage.local_losses(inputs, targets, step, autocast, on_output, done)
+            return
+        if replicas is not None:
+            replicas.count(step, len(tree_leaves(inputs)[0]))
+        parts = parts_of(inputs, targets, network.method.micro_batches)
+        for part, (x, y, share) in enumerate(parts):
+            batch = Batch(x, y, step, joined=alone if replicas is None else replicas.joined)
+            last = part == len(parts) - 1
+            yield from _one_pass(network, spans, batch, part, share, autocast, on_output, last, done)
 
 
 def _one_pass(
@@ -422,7 +446,7 @@ def _one_pass(
         precision(network.device, autocast),
     ):
         batch = replace(batch, context={context: context(network, batch) for context in network.method.contexts})
-    state = _Pass(network, spans, batch, part, share)
+    state = Pass(network, spans, batch, part, share, range(len(network.blocks)))
     held: list[int] = []
     for index in range(len(network.blocks)):
         state.forward(index, autocast)
@@ -472,21 +496,31 @@ def local_outputs(
     Mode is the caller's business: call ``network.eval()`` first to evaluate. ``scored_only`` leaves out heads whose
     output the task cannot score, such as decoders.
     """
-    state = _Pass(network, (), Batch(inputs, None, 0), 0, 1.0)
-    for index, block in enumerate(network.blocks):
+    if network.stage is not None:
+        yield from network.stage.local_outputs(inputs, autocast, scored_only)
+        return
+    state = Pass(network, (), Batch(inputs, None, 0), 0, 1.0, range(len(network.blocks)))
+    for index in state.blocks:
         state.forward(index, autocast)
-        features = state.values[block.outputs[0]]
-        for span, auxiliary in network.auxiliaries_at(index + 1):
-            wanted = [
-                (t, h)
-                for (t, _), h in zip(auxiliary.terms, auxiliary.heads, strict=True)
-                if t.scored or not scored_only
-            ]
-            with precision(network.device, autocast):
-                bridged = auxiliary.bridged(features) if wanted else features
-                outputs = [(term, head(bridged)) for term, head in wanted]
-            for term, output in outputs:
-                yield span, term, output
+        yield from answers_at(state, index, autocast, scored_only)
         state.runs.clear()
-    own = next(span for span in network.spans(0) if span.stop == len(network.blocks))
-    yield own, None, state.values[OUTPUT]
+
+
+def answers_at(
+    state: Pass, index: int, autocast: torch.dtype | None, scored_only: bool
+) -> Iterator[tuple[Span, Term | None, Any]]:
+    """What every head behind block ``index`` answers, the model's own included; see `local_outputs`."""
+    network = state.network
+    features = state.values[network.blocks[index].outputs[0]]
+    for span, auxiliary in network.auxiliaries_at(index + 1):
+        wanted = [
+            (t, h) for (t, _), h in zip(auxiliary.terms, auxiliary.heads, strict=True) if t.scored or not scored_only
+        ]
+        with precision(network.device, autocast):
+            bridged = auxiliary.bridged(features) if wanted else features
+            outputs = [(term, head(bridged)) for term, head in wanted]
+        for term, output in outputs:
+            yield span, term, output
+    if index == len(network.blocks) - 1:
+        own = next(span for span in network.spans(0) if span.stop == len(network.blocks))
+        yield own, None, features

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from localgrad.partition import Chain, Cut, Partition, Unit
 
 
+def alone(rows: Tensor) -> Tensor:
+    """The rows of a batch that no other process has a share of."""
+    return rows
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a loss may read besides the output of its head.
@@ -33,6 +38,8 @@ class Batch:
         boundary: the one whose loss is computed, counted from 1; K for the model's own.
         previous: what the first scored head answered at the boundary before, detached; None before any has.
         context: what each of the method's `Context` made of this batch, by the context itself.
+        joined: the rows (B, ...) of all replicas that share this batch, in order; the gradient reaches those of this
+            one. A loss that compares samples with one another calls it on what it compares.
     """
 
     inputs: Any
@@ -41,6 +48,7 @@ class Batch:
     boundary: int = 0
     previous: Any = None
     context: Mapping[Context, Any] = field(default_factory=dict)
+    joined: Callable[[Tensor], Tensor] = alone
 
 
 class Context(Hashable, Protocol):
@@ -198,6 +206,8 @@ class Ramp:
 
 HeadBuilder = Callable[[Site], nn.Module]
 BridgeBuilder = Callable[[Site], nn.Module | None]
+# One that reads `Batch.inputs` or `Batch.previous` says so by an attribute ``reads_inputs`` or ``reads_previous``:
+# they would have to be sent where blocks run on several ranks.
 Loss = Callable[[Any, Batch], Tensor]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ from localgrad.partition.trace import Taps, check_runs, untouched
 from localgrad.spans import Span, check
 from localgrad.twins import Twin
 
+if TYPE_CHECKING:
+    from localgrad.distributed.block_parallel import Stage
+    from localgrad.distributed.data_parallel import Replicas
+
 Balance = Literal["count", "bytes"]
 
 
@@ -40,7 +44,13 @@ class LocalNetwork(nn.Module):
         blocks: K modules that share the model's parameters.
         cuts: the K - 1 cut points; block ``k`` begins at ``cuts[k - 1]``.
         method: what trains it.
+        replicas: the processes that train copies of it on other samples; set by `localgrad.distributed.data_parallel`.
+        stage: the blocks that this process trains while others train the rest; set by
+            `localgrad.distributed.block_parallel`.
     """
+
+    replicas: Replicas | None = None
+    stage: Stage | None = None
 
     def __init__(
         self,
@@ -59,7 +69,7 @@ class LocalNetwork(nn.Module):
         self.blocks = tuple(blocks)  # a tuple, so that their parameters are registered once, by the model
         self.probes = tuple(probes)
         boundaries = range(1, len(self.blocks))
-        self._early_twins = {b: [t for t in self._twins_at(b) if t.exchange == "before"] for b in boundaries}
+        self._early_twins = {b: [t for t in self.twins_at(b) if t.exchange == "before"] for b in boundaries}
         self._last_reader = {mode: _last_readers(self.blocks, mode) for mode in (True, False)}
 
     def forward(self, *inputs: Any) -> Any:
@@ -92,7 +102,8 @@ class LocalNetwork(nn.Module):
         unique = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
         return list(unique.values())
 
-    def _twins_at(self, boundary: int) -> list[Twin]:
+    def twins_at(self, boundary: int) -> list[Twin]:
+        """The twins in the auxiliary networks on one boundary."""
         return [twin for _, auxiliary in self.auxiliaries_at(boundary) for twin in _twins(auxiliary)]
 
     @property

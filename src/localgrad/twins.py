@@ -74,6 +74,9 @@ def exchange(network: LocalNetwork) -> None:
 
     Does nothing for methods without twins, and for twins that move before the step.
     """
+    if network.stage is not None:
+        network.stage.exchange()
+        return
     for twin in network.twins:
         if twin.exchange == "after":
             twin.update()

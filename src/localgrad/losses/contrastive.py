@@ -37,7 +37,7 @@ class Contrastive:
             raise TrainingError(
                 "the contrastive loss needs one class per image: switch mixup and cutmix off; masks and boxes have none"
             )
-        z = F.normalize(widened(output), dim=1)
+        z, labels = batch.joined(F.normalize(widened(output), dim=1)), batch.joined(labels)
         logits = z @ z.T / self.temperature
         others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
         log_probability = logits - torch.logsumexp(logits.masked_fill(~others, float("-inf")), 1, keepdim=True)

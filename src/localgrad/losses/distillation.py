@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,7 @@ class Consistent:
 
     loss: Loss
     share: float
+    reads_previous: ClassVar[bool] = True
 
     def __call__(self, output: Any, batch: Batch) -> Tensor:
         logits = logits_of(output)

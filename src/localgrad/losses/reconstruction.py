@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Reconstruction:
     """
 
     task: Task
+    reads_inputs: ClassVar[bool] = True
 
     def __call__(self, output: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():

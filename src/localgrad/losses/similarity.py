@@ -50,5 +50,5 @@ class Similarity:
                 "similarity matching needs one class for each image, not masks or boxes; use another method"
             )
         onehot = targets if targets.dim() == 2 else F.one_hot(targets, self.num_classes)
-        values = widened(output)
-        return F.mse_loss(similarity_matrix(values), similarity_matrix(onehot.to(values.dtype)))
+        values = batch.joined(widened(output))
+        return F.mse_loss(similarity_matrix(values), similarity_matrix(batch.joined(onehot).to(values.dtype)))

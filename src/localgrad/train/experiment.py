@@ -169,8 +169,8 @@ def set_up_torch(config: Config) -> torch.device:
     return device_of(config.train.device)
 
 
-def load_data(config: Config, device: torch.device) -> data.Data:
-    """The data of a run.
+def load_data(config: Config, device: torch.device, replica: int = 0, num_replicas: int = 1) -> data.Data:
+    """The data of a run, or one replica's share of them.
 
     Raises:
         ConfigError: settings that these data have no use for.
@@ -186,6 +186,8 @@ def load_data(config: Config, device: torch.device) -> data.Data:
         "augment": settings.augment,
         "workers": settings.workers,
         "device": device,
+        "replica": replica,
+        "num_replicas": num_replicas,
     }
     size = settings.image_size
     dense = data.masks.knows(settings.name) or data.boxes.knows(settings.name)
@@ -327,14 +329,14 @@ def build_network(
     return network.train()
 
 
-def build(config: Config) -> Experiment:
-    """Build a run from its configuration.
+def build(config: Config, replica: int = 0, num_replicas: int = 1) -> Experiment:
+    """Build a run from its configuration; replicas differ only in the samples they train on.
 
     Raises:
         ConfigError, DataError, PartitionError, MethodError: what is wrong, in one paragraph.
     """
     device = set_up_torch(config)
-    loaded = load_data(config, device)
+    loaded = load_data(config, device, replica, num_replicas)
     network = build_network(
         config,
         build_task(config, loaded.num_classes, loaded.mean, loaded.std, loaded.kind, loaded.classes),

@@ -19,7 +19,7 @@ from localgrad.models import freeze_batchnorm
 from localgrad.randomness import keyed_randomness, seeded
 from localgrad.spans import Span
 from localgrad.train.experiment import Experiment, explained
-from localgrad.train.meters import evaluate
+from localgrad.train.meters import evaluate, merged
 from localgrad.train.optim import learning_rate
 from localgrad.twins import exchange
 
@@ -36,7 +36,8 @@ def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch
     """
     config, network, meter = run.config, run.network, run.meter
     # Keys seed generators at every step, which a captured one cannot do; its draws come from torch's own generators.
-    keys = contextlib.nullcontext() if config.train.capture else keyed_randomness(config.train.seed)
+    replica = 0 if network.replicas is None else network.replicas.rank
+    keys = contextlib.nullcontext() if config.train.capture else keyed_randomness(config.train.seed, replica)
     one_step = captured_step(run) if config.train.capture else functools.partial(step, run)
     with keys:
         while run.epoch < config.train.epochs:
@@ -137,7 +138,7 @@ def row(run: Experiment, seconds: float) -> dict[str, Any]:
         "step": run.step,
         "lr": rate_of(run, run.batch - 1),
         "seconds": seconds,
-        "train": run.meter.read(),
+        "train": merged(run.network, run.meter).read(),
     }
     if run.data.validation is not None:
         result["validation"] = evaluate(run.evaluated, run.data.validation, run.autocast)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -144,9 +145,45 @@ def evaluate(network: LocalNetwork, batches: Any, autocast: torch.dtype | None =
     finally:
         for module, mode in modes.items():
             module.training = mode
-    found = {name: metric.compute() for name, metric in metrics.items()}
+    losses, found = agreed(
+        network,
+        {"model": loss.item() / samples} if samples else {},
+        {name: metric.compute() for name, metric in metrics.items()},
+    )
     return {
-        "loss": {"model": loss.item() / max(1, samples)},
+        "loss": losses,
         "score": {name: next(iter(figures.values())) for name, figures in found.items()},
         "metrics": found["model"],
     }
+
+
+def agreed(network: LocalNetwork, *figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of all ranks that train ``network``, by name, for every rank; those that know the same one agree."""
+    if network.stage is None and network.replicas is None:
+        return list(figures)
+    from localgrad.distributed.agreement import everyone, gather_text
+
+    rows = [json.loads(row) for row in gather_text(everyone(), json.dumps(figures))]
+    return [{name: value for known in part for name, value in known.items()} for part in zip(*rows, strict=True)]
+
+
+def merged(network: LocalNetwork, meter: Meter) -> Meter:
+    """The meters of all ranks that train ``network``, as one that every rank gets; ``meter`` where there is only it."""
+    if network.stage is None and network.replicas is None:
+        return meter
+    from localgrad.distributed.agreement import everyone, gather_text
+
+    total = Meter(network)
+    state = {
+        kind: {name: float(value) for name, value in values.items()} for kind, values in meter.state_dict().items()
+    }
+    for row in map(json.loads, gather_text(everyone(), json.dumps(state))):
+        for kind in ("losses", "scores"):
+            known = getattr(total, kind)
+            for name, value in row[kind].items():
+                known[name] = known.get(name, 0.0) + torch.tensor(value, dtype=torch.float64, device=meter.device)
+        for kind in ("batches", "samples"):
+            counts = getattr(total, kind)
+            for name, count in row[kind].items():
+                counts[name] = counts.get(name, 0) + int(count)
+    return total

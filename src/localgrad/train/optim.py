@@ -89,12 +89,15 @@ class Stepper:
         self, network: LocalNetwork, config: OptimConfig, scaler: torch.amp.GradScaler, capture: bool = False
     ) -> None:
         self.network, self.config, self.scaler = network, config, scaler
+        self.blocks = range(len(network.blocks)) if network.stage is None else network.stage.blocks
         if config.per_block:
-            self.parameters = [network.block_parameters(k) for k in range(len(network.blocks))]
+            self.parameters = [network.block_parameters(k) for k in self.blocks]
         else:
             self.parameters = [[p for p in network.parameters() if p.requires_grad]]
         if not all(self.parameters):
-            idle = ", ".join(str(k) for k, parameters in enumerate(self.parameters) if not parameters)
+            idle = ", ".join(
+                str(k) for k, parameters in zip(self.blocks, self.parameters, strict=False) if not parameters
+            )
             raise ConfigError(
                 f"optim.per_block: block {idle} has nothing to train; unfreeze it or switch per_block off"
             )
@@ -112,6 +115,12 @@ class Stepper:
                 f"optim.per_block with optim.clip_grad={config.clip_grad}: {network.method.name} has spans over "
                 "several blocks, whose common gradient norm is known only after the first has stepped; drop one of both"
             )
+        shared = set.intersection(*({g.start for g in groups(p, len(network.blocks))} for p in patterns))
+        if network.stage is not None and config.clip_grad and not {run.start for run in network.stage.runs} <= shared:
+            raise ConfigError(
+                f"optim.clip_grad={config.clip_grad}: {network.method.name} has spans over blocks on several ranks, "
+                "whose common gradient norm no rank knows; drop it, or place such blocks on one rank"
+            )
 
     @property
     def block_done(self) -> Callable[[int], None] | None:
@@ -127,8 +136,9 @@ class Stepper:
                 group["lr"] = value if self.rate is None else self.rate
 
     def _step_block(self, block: int) -> None:
-        with self.offload.at_hand(block) if self.offload is not None else contextlib.nullcontext():
-            self._step(self.optimizers[block], [self.parameters[block]])
+        index = block - self.blocks.start
+        with self.offload.at_hand(index) if self.offload is not None else contextlib.nullcontext():
+            self._step(self.optimizers[index], [self.parameters[index]])
 
     def _step(self, optimizer: torch.optim.Optimizer, clipped_together: list[list[nn.Parameter]]) -> None:
         if self.config.clip_grad is not None:
@@ -142,7 +152,8 @@ class Stepper:
         """Step what has not stepped yet, and adapt the loss scale."""
         if not self.config.per_block:
             runs = groups(self.network.spans(step), len(self.network.blocks))
-            together = [[p for k in run for p in self.network.block_parameters(k)] for run in runs]
+            together = [[p for k in run if k in self.blocks for p in self.network.block_parameters(k)] for run in runs]
+            together = [parameters for parameters in together if parameters]
             self._step(self.optimizers[0], together if self.config.clip_grad is not None else [])
         self.scaler.update()
 

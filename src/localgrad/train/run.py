@@ -31,7 +31,7 @@ class Interrupted(LocalgradError):
 
 
 @contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
+def stop_requests() -> Iterator[Callable[[], bool]]:
     """Turns Ctrl-C and SIGTERM into a question to ask between steps; a second Ctrl-C stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -75,7 +75,7 @@ def run(
     if remark:
         console.print(remark, style="dim", soft_wrap=True)
     every = config.train.checkpoint_every
-    with contextlib.closing(folder), Progress(console, title) as progress, _stop_requests() as stop_requested:
+    with contextlib.closing(folder), Progress(console, title) as progress, stop_requests() as stop_requested:
 
         def after_step(state: Experiment) -> None:
             progress.step(state)
@@ -92,13 +92,14 @@ def run(
                 raise Interrupted(f"stopped after epoch {state.epoch} and saved; continue with: {resume_with}")
 
         train(experiment, after_step, after_epoch)
-    result = _result(experiment, folder)
+    result = result_of(experiment, folder)
     folder.finish(experiment, result)
     curves_picture(experiment.history, title, folder.path / "curves.png")
     return experiment, result
 
 
-def _result(run: Experiment, folder: RunFolder) -> dict[str, Any]:
+def result_of(run: Experiment, folder: RunFolder) -> dict[str, Any]:
+    """What a run that has ended shows: test scores at the last epoch and, if one is known, at the best one."""
     network = run.evaluated
     last = evaluate(network, run.data.test, run.autocast)
     result: dict[str, Any] = {
@@ -157,20 +158,25 @@ def compare(
             experiment, result = run(with_method(config, spec), folder, console, name, resume_with)
             experiments.append(experiment)
             results.append(result)
+    measure_costs(results, experiments)
+    for result, name in zip(results, names, strict=True):
+        result["method"] = name
+    if len(results) > 1:
+        comparison_picture(results, path / "comparison.png")
+    return results
+
+
+def measure_costs(results: list[dict[str, Any]], experiments: list[Experiment]) -> None:
+    """Add what a training step costs to each result; the contestants are timed in turn."""
     inputs, targets = next(iter(experiments[0].data.train.epoch(0)))
     device, autocast = experiments[0].network.device, experiments[0].autocast
     inputs, targets = tree_map_only(torch.Tensor, lambda t: t.to(device), (inputs, targets))
-    if config.train.channels_last:
+    if experiments[0].config.train.channels_last:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     networks = [experiment.network for experiment in experiments]
     seconds = step_seconds(networks, inputs, targets, autocast)
-    for result, name in zip(results, names, strict=True):
-        result["method"] = name
     for result, network, taken in zip(results, networks, seconds, strict=True):
         result["cost"] = asdict(cost(network, inputs, targets, autocast)) | {
             "step_seconds": taken,
             "batch_size": len(inputs),
         }
-    if len(results) > 1:
-        comparison_picture(results, path / "comparison.png")
-    return results

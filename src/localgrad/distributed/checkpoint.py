@@ -1,0 +1,266 @@
+"""Checkpoints that every rank writes its part of, and that any other layout of ranks can load."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from localgrad.distributed.agreement import explained
+from localgrad.errors import CheckpointError
+from localgrad.network import LocalNetwork
+
+FORMAT = "localgrad-distributed/1"
+COMPLETE = "complete.json"
+
+
+class Checkpoints:
+    """Checkpoints of a network and its optimizers in one folder, ``step00000010`` and so on.
+
+    Each is a folder of safetensors files (torch.distributed.checkpoint writes and reads them; no pickle) with one name
+    for each tensor of the network and of the optimizers' state, whatever rank it was on. So what two ranks saved, one
+    process can load, or four, or two that hold other blocks. Replicas save one copy. A checkpoint is the state after
+    one step on every rank; batches that were on their way are trained again from the data.
+
+    A folder gets its name once every rank has written its part: one that a crash left behind is never loaded.
+
+    Args:
+        folder: the same on every rank, on a disk that all of them see.
+        network: as it is trained, in one process or after `data_parallel` and `block_parallel`.
+        optimizers: for its parameters; only their state is saved, not their settings.
+        keep: so many of the newest are kept.
+        timeout: how long a rank waits for another one to save; torch's 30 minutes if None.
+
+    Raises:
+        CheckpointError: from `save` if the disk is full or a rank is gone, from `load` if a checkpoint belongs to
+            another network.
+
+    Example:
+        >>> import tempfile, torch, localgrad
+        >>> from localgrad.distributed import Checkpoints
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> method = localgrad.methods.dgl(localgrad.tasks.classification(3))
+        >>> network = localgrad.localize(model, method, num_blocks=2, example=torch.randn(2, 4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoints = Checkpoints(folder, network, [torch.optim.SGD(network.parameters(), 0.1)])
+        ...     checkpoints.save(10)
+        ...     checkpoints.load()
+        10
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        network: LocalNetwork,
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        keep: int = 2,
+        timeout: timedelta | None = None,
+    ) -> None:
+        self.folder, self.network, self.optimizers, self.keep = Path(folder), network, list(optimizers), keep
+        self.group: dist.ProcessGroup | None = None
+        self._writing: tuple[Any, Path, Path, Any] | None = None
+        if network.stage is not None or network.replicas is not None:
+            # One of its own: in the background its collectives must not meet those of training.
+            group = dist.new_group(backend="gloo", timeout=timeout)
+            assert isinstance(group, dist.ProcessGroup)
+            self.group = group
+
+    @property
+    def _first(self) -> bool:
+        return self.group is None or self.group.rank() == 0
+
+    def steps(self) -> list[int]:
+        """Of the complete checkpoints, in order."""
+        found = (
+            re.fullmatch(r"step(\d+)", path.name) for path in self.folder.glob("step*") if (path / COMPLETE).is_file()
+        )
+        return sorted(int(match[1]) for match in found if match)
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step{step:08d}"
+
+    def save(self, step: int, *, wait: bool = True, beside: Any = None) -> None:
+        """Write the state after ``step`` optimizer steps, and what is to lie ``beside`` it (anything JSON holds).
+
+        Every rank calls it; the first one's ``beside`` is kept, see `beside`.
+
+        Without ``wait`` it returns as soon as the state is copied; `finish` waits for the rest, as the next `save`
+        does. No rank then waits for one that has yet to reach this step, but for twins, which first take the weights
+        they follow.
+        """
+        self.finish()
+        place = self._place(step)
+        partial = place.with_name(place.name + ".partial")
+        if self.network.stage is not None:
+            self.network.stage.settle()
+        state = {name: _writable(tensor) for name, tensor in self._tensors().items()}
+        writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        try:
+            if self._first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            if self.group is None:
+                with _alone():
+                    dcp.save(state, storage_writer=writer, no_dist=True)
+                self._complete(partial, place, step, beside)
+            elif wait:
+                dist.barrier(self.group)
+                dcp.save(state, storage_writer=writer, process_group=self.group)
+                self._complete(partial, place, step, beside)
+                dist.barrier(self.group)
+            else:
+                future = dcp.async_save(state, storage_writer=writer, process_group=self.group)
+                assert isinstance(future, Future)
+                self._writing = future, partial, place, beside
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            raise self._failed(place, error) from error
+
+    def finish(self) -> None:
+        """Wait until a checkpoint that is being written is complete."""
+        if self._writing is None:
+            return
+        (future, partial, place, beside), self._writing = self._writing, None
+        try:
+            future.result()
+            self._complete(partial, place, int(place.name.removeprefix("step")), beside)
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            raise self._failed(place, error) from error
+
+    def _failed(self, place: Path, error: BaseException) -> CheckpointError:
+        return CheckpointError(
+            f"could not save the checkpoint {place}: {' '.join(str(error).split())[:300]}; the ones before it are as "
+            "they were. Free space on the disk, or save elsewhere"
+        )
+
+    def beside(self, step: int) -> Any:
+        """What `save` was given to keep beside the state after ``step``."""
+        return json.loads((self._place(step) / COMPLETE).read_text())["beside"]
+
+    def _complete(self, partial: Path, place: Path, step: int, beside: Any) -> None:
+        if not self._first:
+            return
+        facts = {"format": FORMAT, "step": step, "tensors": sorted(_names(partial)), "blocks": self._blocks()}
+        facts["beside"] = beside
+        (partial / COMPLETE).write_text(json.dumps(facts))
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self._place(old), ignore_errors=True)
+
+    def _blocks(self) -> list[str]:
+        return ["input", *(cut.name for cut in self.network.cuts)]
+
+    def load(self, step: int | None = None) -> int:
+        """Continue from the checkpoint after ``step`` steps, the newest if None; every rank calls it.
+
+        Returns:
+            the step; 0, and nothing is loaded, if there is none and ``step`` is None.
+        """
+        known = self.steps()
+        if step is None and not known:
+            return 0
+        step = known[-1] if step is None else step
+        place = self._place(step)
+        if step not in known:
+            raise CheckpointError(f"{self.folder} has no complete checkpoint of step {step}; it has {known or 'none'}")
+        try:
+            facts = json.loads((place / COMPLETE).read_text())
+            if facts["format"] != FORMAT or facts["blocks"] != self._blocks():
+                raise CheckpointError(
+                    f"{place} was written for blocks that begin at {', '.join(facts['blocks'])} ({facts['format']}), "
+                    f"but here they begin at {', '.join(self._blocks())} ({FORMAT}); cut the network as it was cut then"
+                )
+            reader = dcp.HuggingFaceStorageReader(str(place))
+            saved = reader.read_metadata().state_dict_metadata
+            self._prepare_optimizers(saved)
+            targets = self._tensors(followed=True)
+            own = {name for name in targets if name.startswith("network.")}
+            lost = sorted(own - set(saved))
+            if lost:
+                raise CheckpointError(f"{place} lacks {lost[0]} and {len(lost) - 1} more; it is of another network")
+            surplus = sorted(set(facts["tensors"]) - set(saved))
+            if surplus:
+                raise CheckpointError(f"{place} has lost {surplus[0]} and {len(surplus) - 1} more; restore its files")
+            state = {name: _writable(tensor) for name, tensor in targets.items()}
+            # Every rank reads what it needs; there is nothing to agree about.
+            with _alone():
+                dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(place)), no_dist=True)
+            with torch.no_grad():
+                for name, tensor in targets.items():
+                    tensor.copy_(state[name].view(tensor.shape))
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, dcp.CheckpointException) as error:
+            raise CheckpointError(
+                f"{place} cannot be loaded: {' '.join(str(error).split())[:300]}. Remove it to continue from the one "
+                "before it"
+            ) from error
+        if self.group is not None:
+            with explained("loading a checkpoint"):
+                dist.barrier(self.group)
+        return step
+
+    def _tensors(self, followed: bool = False) -> dict[str, Tensor]:
+        """What this rank saves, by name; with ``followed`` also what twins here follow."""
+        network, stage = self.network, self.network.stage
+        if stage is None:
+            own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        else:
+            own = stage.tensors(followed)
+        found = {f"network.{name}": tensor.detach() for name, tensor in own.items()}
+        for name, slots in self._slots():
+            for slot, value in slots.items():
+                if isinstance(value, Tensor):
+                    found[f"optimizer.{name}.{slot}"] = value
+        return found
+
+    def _slots(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.network.named_parameters()}
+        for optimizer in self.optimizers:
+            for parameter, slots in optimizer.state.items():
+                yield names[parameter], slots
+
+    def _prepare_optimizers(self, saved: dict[str, Any]) -> None:
+        """Give each parameter the state it had, still empty."""
+        names = {parameter: name for name, parameter in self.network.named_parameters()}
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+            for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
+                start = f"optimizer.{names[parameter]}."
+                for name in (n for n in saved if n.startswith(start) and "." not in n[len(start) :]):
+                    size, dtype = saved[name].size, saved[name].properties.dtype
+                    like = tuple(size) == tuple(parameter.shape)
+                    empty = torch.empty_like(parameter, dtype=dtype) if like else torch.empty(size, dtype=dtype)
+                    optimizer.state[parameter][name[len(start) :]] = empty.detach()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """torch warns of saving and loading without other ranks, which is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    """A copy in one piece of memory on the CPU, which is what a safetensors file holds."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _names(folder: Path) -> Iterator[str]:
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            yield from file.keys()

@@ -1,0 +1,252 @@
+"""``localgrad train --parallel``: one run on several processes that torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch.distributed.device_mesh import DeviceMesh
+
+from localgrad.bench.plots import curves_picture
+from localgrad.config import Config, dump, method_name
+from localgrad.distributed.agreement import agree, everyone, explained, gather_text
+from localgrad.distributed.block_parallel import block_parallel
+from localgrad.distributed.checkpoint import Checkpoints
+from localgrad.distributed.data_parallel import data_parallel
+from localgrad.errors import ConfigError
+from localgrad.train.experiment import Experiment, build, device_of
+from localgrad.train.folder import RunFolder, metrics_csv, write
+from localgrad.train.loop import train
+from localgrad.train.meters import merged
+from localgrad.train.optim import Stepper
+from localgrad.train.progress import Progress
+from localgrad.train.run import Interrupted, measure_costs, result_of, stop_requests
+
+
+def parsed(layout: str) -> dict[str, int]:
+    """``data=2,block=2`` as numbers of ranks along each axis; 1 where an axis is not named.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    found = {"block": 1, "data": 1}
+    for word in layout.split(","):
+        name, _, number = word.partition("=")
+        if name not in found or not number.isdecimal() or int(number) < 1:
+            raise ConfigError(f"--parallel {layout}: {word!r} is no axis; write data=2, block=2 or data=2,block=2")
+        found[name] = int(number)
+    return found
+
+
+@contextlib.contextmanager
+def processes(layout: dict[str, int], device: torch.device, timeout: float) -> Iterator[DeviceMesh]:
+    """The mesh of a job that torchrun started, (block, data).
+
+    Args:
+        layout: ranks along each axis.
+        device: whose backend carries gradients; links between blocks go through the memory of the host.
+        timeout: seconds after which a rank that waits for another one gives up.
+
+    Raises:
+        ConfigError: not started by torchrun, or with another number of processes.
+    """
+    needed = layout["block"] * layout["data"]
+    command = f"torchrun --nproc-per-node={needed} -m localgrad train ..."
+    if "RANK" not in os.environ:
+        raise ConfigError(f"--parallel needs {needed} processes; start them with: {command}")
+    if int(os.environ["WORLD_SIZE"]) != needed:
+        raise ConfigError(
+            f"--parallel block={layout['block']},data={layout['data']} needs {needed} processes, but "
+            f"{os.environ['WORLD_SIZE']} were started; write: {command}"
+        )
+    if (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in os.environ
+    ):
+        warnings.warn(
+            "restarted without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: ranks may meet addresses of those that died; set "
+            "it in the environment of torchrun",
+            stacklevel=2,
+        )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    yield _mesh(layout, device, timedelta(seconds=timeout))
+    # Not after an error: what is left to send to ranks that are gone would keep this one from ending.
+    dist.destroy_process_group()
+
+
+def _mesh(layout: dict[str, int], device: torch.device, timeout: timedelta) -> DeviceMesh:
+    """As init_device_mesh makes it, whose groups would wait for 30 minutes whatever the job's timeout is."""
+    ranks = torch.arange(layout["block"] * layout["data"]).view(layout["block"], layout["data"])
+    groups: list[dist.ProcessGroup] = []
+    for rows in (ranks.T, ranks):  # along the blocks, along the replicas
+        made = [(row, dist.new_group(row, timeout=timeout)) for row in rows.tolist()]
+        groups += [group for _, group in made if isinstance(group, dist.ProcessGroup)]
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("block", "data"))
+
+
+def run(
+    config: Config,
+    path: Path,
+    layout: dict[str, int],
+    console: Console,
+    *,
+    resume: bool,
+    overwrite: bool,
+    timeout: float,
+) -> dict[str, Any] | None:
+    """Train one method on all processes and write its directory from the first.
+
+    A run that torchrun has restarted goes on from its last checkpoint, at most ``train.checkpoint_every`` steps or an
+    epoch ago.
+
+    Returns:
+        the result on rank 0, None on the others; see `localgrad.train.run.run`. The weights of the best epoch are not
+        kept.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM on any rank, after the next checkpoint.
+    """
+    _check(config, layout)
+    device = device_of(config.train.device)
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, device=f"cuda:{local}"))
+        torch.cuda.set_device(local)
+    with processes(layout, device, timeout) as mesh:
+        first = dist.get_rank() == 0
+        continues = resume or _restarts() > 0
+        agree(everyone(), {"settings": dump(config)})
+        refusal = _prepared(config, path, continues, overwrite) if first else None
+        _heed(refusal)
+        experiment = build(config, mesh["data"].get_local_rank(), layout["data"])
+        data = experiment.data
+        agree(everyone(), {"data": f"{data.title}, {data.train.num_images} images, {len(data.train)} batches"})
+        network = experiment.network
+        if layout["block"] > 1:
+            block_parallel(network, mesh)
+        if layout["data"] > 1:
+            data_parallel(network, mesh)
+        experiment.stepper = Stepper(network, config.optim, experiment.stepper.scaler)
+        patience = timedelta(seconds=timeout)
+        checkpoints = Checkpoints(path / "checkpoints", network, experiment.stepper.optimizers, timeout=patience)
+        if continues:
+            _restore(experiment, checkpoints)
+        _train(experiment, checkpoints, path, console if first else Console(quiet=True), first)
+        return _finished(experiment, path, first)
+
+
+def _restarts() -> int:
+    """How often torchrun has restarted this job."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _check(config: Config, layout: dict[str, int]) -> None:
+    if config.beside:
+        raise ConfigError("--parallel trains one method; add --alone, or leave --beside out")
+    if config.train.precision == "fp16" and layout["block"] > 1:
+        raise ConfigError("train.precision=fp16 scales the loss of all blocks by one number; use bf16 with block > 1")
+    if config.train.capture:
+        raise ConfigError("train.capture=true records the steps of one process; switch it off with --parallel")
+    if config.train.ema_decay is not None:
+        raise ConfigError(f"train.ema_decay={config.train.ema_decay} is for one process; leave it out with --parallel")
+
+
+def _prepared(config: Config, path: Path, continues: bool, overwrite: bool) -> str | None:
+    """Make the run directory; what is wrong with it, if anything."""
+    try:
+        RunFolder(path, resume=continues, overwrite=overwrite)
+        write(path / "config.yaml", dump(config))
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _heed(refusal: str | None) -> None:
+    """Raise on every rank the `ConfigError` that the first one met; None is passed by the others."""
+    told = json.loads(gather_text(everyone(), json.dumps(refusal))[0])
+    if told is not None:
+        raise ConfigError(told)
+
+
+def _restore(run: Experiment, checkpoints: Checkpoints) -> None:
+    step = checkpoints.load()
+    if step == 0:
+        return
+    beside = checkpoints.beside(step)
+    run.epoch, run.batch, run.step = beside["position"]
+    run.history, run.best = beside["history"], beside["best"]
+    if dist.get_rank() == 0:  # the sums of all ranks so far; the others begin with none
+        sums = {kind: {n: torch.tensor(v) for n, v in beside["meter"][kind].items()} for kind in ("losses", "scores")}
+        run.meter.load_state_dict(sums | {kind: beside["meter"][kind] for kind in ("batches", "samples")})
+
+
+def _save(run: Experiment, checkpoints: Checkpoints) -> None:
+    run.meter.check_finite(run.step)
+    meter = merged(run.network, run.meter).state_dict()
+    sums = {kind: {name: float(value) for name, value in values.items()} for kind, values in meter.items()}
+    beside = {
+        "position": [run.epoch, run.batch, run.step],
+        "history": run.history,
+        "best": run.best,
+        "meter": sums,
+    }
+    if run.network.replicas is not None:
+        run.network.replicas.check_equal()
+        run.network.replicas.average_buffers()
+    checkpoints.save(run.step, beside=beside)
+
+
+def _train(run: Experiment, checkpoints: Checkpoints, path: Path, console: Console, first: bool) -> None:
+    every = run.config.train.checkpoint_every
+    title = method_name(run.config.method)
+    with Progress(console, title) as progress, stop_requests() as asked:
+
+        def stop_if_asked() -> None:
+            stopping = torch.tensor([int(asked())])
+            with explained("asking all ranks whether to stop"):
+                dist.all_reduce(stopping, dist.ReduceOp.MAX)
+            if stopping.item():
+                raise Interrupted(f"stopped at step {run.step} and saved; continue with the same command and --resume")
+
+        def after_step(state: Experiment) -> None:
+            if every is not None and state.step % every == 0:
+                _save(state, checkpoints)
+                stop_if_asked()
+
+        def after_epoch(state: Experiment) -> None:
+            _save(state, checkpoints)
+            progress.epoch(state)
+            if first:
+                write(path / "metrics.csv", metrics_csv(state.history))
+            stop_if_asked()
+
+        train(run, after_step, after_epoch)
+
+
+def _finished(run: Experiment, path: Path, first: bool) -> dict[str, Any] | None:
+    network = run.network
+    if network.replicas is not None:
+        network.replicas.average_buffers()
+        network.replicas = None
+    if network.stage is not None:
+        network.stage.gather()
+    if not first:
+        return None
+    run.best = None
+    folder = RunFolder(path, resume=True)
+    result = result_of(run, folder)
+    folder.finish(run, result)
+    curves_picture(run.history, result["method"], path / "curves.png")
+    measure_costs([result], [run])
+    return result
