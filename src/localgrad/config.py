@@ -328,7 +328,7 @@ def _unconverted(kind: Any, settings: dict[str, Any], place: str) -> Any:
         inner = fields[key].default_factory
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             value = _unconverted(inner, value, f"{place}: {key}")
-        elif isinstance(fields[key].default, tuple):
+        elif isinstance(value, list) and "tuple[" in str(fields[key].type):
             value = tuple(value)
         values[key] = value
     missing = [name for name, f in fields.items() if name not in values and _is_required(f)]

@@ -386,7 +386,7 @@ def test_heads_answer_for_the_levels_of_their_stride_and_coarser_ones() -> None:
 
 
 def test_peak_activations_fall_with_local_losses() -> None:
-    inputs, targets = batch(2)
+    inputs, targets = batch(16)
 
     def peak(method: Method, num_blocks: int) -> int:
         torch.manual_seed(0)
