@@ -307,6 +307,7 @@ class Pass:
                 "local_losses, or run it under torch.no_grad() to evaluate only"
             )
         self._add_waiting(span.start, last, gradients)
+        del gradients  # the way back frees them as it goes
         return [] if span.stop < self.ends[span.start] else self.way_back(span.start, last)
 
     def way_back(self, start: int, last: int) -> list[int]:
