@@ -643,7 +643,9 @@ def summary(
 
     known = SOURCES.get(settings.data.name if recipe is not None else "")
     sides = settings.data.crop_size or settings.data.image_size or (known.shape[1] if known else 32)
-    height, width = (image_size or sides,) * 2 if image_size or isinstance(sides, int) else sides
+    if image_size is not None:
+        sides = image_size
+    height, width = (sides, sides) if isinstance(sides, int) else sides
     if channels is None:
         channels = known.shape[0] if known else 3
     if min(height, width, channels, batch_size) < 1:

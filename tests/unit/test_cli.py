@@ -131,7 +131,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "not YAML": ([*DIGITS, "optim.lr={"], ["is not a YAML value"]),
     "section as value": ([*DIGITS, "optim=5"], ["optim", "5"]),
     "type": ([*DIGITS, "train.batch_size=many"], ["train.batch_size", "'many'"]),
-    "choice": ([*DIGITS, "optim.schedule=step"], ["optim.schedule", "'cosine', 'paper' or 'constant'", "'step'"]),
+    "choice": ([*DIGITS, "optim.schedule=zigzag"], ["optim.schedule", "'cosine', 'paper'", "'zigzag'"]),
     "precision": ([*DIGITS, "train.precision=fp8"], ["train.precision", "'fp32'"]),
     "lr": ([*DIGITS, "optim.lr=-0.1"], ["optim.lr=-0.1", "positive"]),
     "lr infinite": ([*DIGITS, "optim.lr=.inf"], ["optim.lr=inf"]),
