@@ -198,13 +198,14 @@ def localize(
         cuts: paths of the modules that blocks 1 .. K-1 begin with, ``("layer2", "layer3")``.
         modules: K modules that run one after the other and together are the model, for what cannot be traced.
         balance: ``count`` for equally many units per block, ``bytes`` for the smallest memory of the fullest one:
-            activations, head, bridge and gradients.
+            activations, head and bridge, and with ``batch_size`` gradients too, which do not grow with the batch.
         stem: what runs before the first cut point: a ``unit``, its ``own`` block, or ``merged`` with the first unit.
         taps: paths of modules whose outputs later heads read; they cross boundaries detached. ``auto`` lets whatever
             the features at a boundary are computed from cross, as ``num_blocks`` does where it finds no other way.
         memory: what there is for a training step, ``"8GiB"`` or bytes. The fewest blocks that fit are made, by
             ``localgrad.planning.fit``, which says what is counted; a warning says if plain training fits.
-        batch_size: images in a training step, for ``memory`` and ``balance="bytes"``; None for those of ``example``.
+        batch_size: images in a training step, for ``memory`` and ``balance="bytes"``; None for those of ``example``
+            under ``memory``.
         recompute: indices of blocks, from 0, to run unit by unit, each unit but the last run again in the backward
             pass, so that what one of them saves is alive at a time.
 
@@ -250,7 +251,7 @@ def localize(
                 partition,
                 num_blocks,
                 auxiliary_bytes(method, partition, num_blocks),
-                gradients="earlier" if method.terms else "none",
+                gradients="earlier" if method.terms and batch_size is not None else "none",
                 share=len(tree_leaves(example)[0]) / (batch_size or len(tree_leaves(example)[0])),
             )
         else:

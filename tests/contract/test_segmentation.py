@@ -160,7 +160,7 @@ def test_methods_that_need_one_class_for_an_image_say_so(name: str) -> None:
 
 
 def test_the_contrastive_loss_says_so_too() -> None:
-    with pytest.raises(localgrad.TrainingError, match="masks have none"):
+    with pytest.raises(localgrad.TrainingError, match="masks and boxes have none"):
         localgrad.backward(build("dilated", localgrad.methods.infopro(TASK, loss="contrast")), *batch())
 
 

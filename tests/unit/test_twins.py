@@ -69,7 +69,7 @@ def test_exchange_moves_every_twin_once_and_builds_no_graph() -> None:
     torch.manual_seed(0)
     pairs = [(unit(), frozen()) for _ in range(2)]
     before = [[p.clone() for p in follower.parameters()] for _, follower in pairs]
-    localgrad.exchange(SimpleNamespace(twins=[Twin(a, b, 0.5) for a, b in pairs]))
+    localgrad.exchange(SimpleNamespace(twins=[Twin(a, b, 0.5) for a, b in pairs], stage=None))
     for (source, follower), start in zip(pairs, before, strict=True):
         for p, q, old in zip(source.parameters(), follower.parameters(), start, strict=True):
             torch.testing.assert_close(q, (old + p) / 2, rtol=1e-12, atol=1e-14)
