@@ -17,7 +17,33 @@ INPUTS = "inputs"
 OUTPUT = "output"
 
 
-class Block(nn.Module):
+Names = tuple[tuple[str, ...], tuple[str, ...]]
+
+
+class _Named(nn.Module):
+    """Reads values by name and makes others, in the mode of the model; ``names`` by training mode."""
+
+    def __init__(self, model: nn.Module, names: dict[bool, Names]) -> None:
+        super().__init__()
+        self._model = (model,)  # a tuple, so that it is no child
+        self._names = names
+
+    def names(self, training: bool) -> Names:
+        """Names of the values it reads and of those it makes, in one mode."""
+        return self._names[training]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the values it reads, in the order of the arguments of ``forward``."""
+        return self.names(self._model[0].training)[0]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the values it makes, in the order ``forward`` returns them; the first are the features."""
+        return self.names(self._model[0].training)[1]
+
+
+class Block(_Named):
     """One part of a model: values by name in, values by name out.
 
     The graph is kept for both modes, because a ``forward`` may read ``self.training``; the mode is the model's, whoever
@@ -31,26 +57,10 @@ class Block(nn.Module):
     def __init__(
         self, model: nn.Module, graphs: dict[bool, tuple[nn.Module, tuple[str, ...], tuple[str, ...]]]
     ) -> None:
-        super().__init__()
-        self._model = (model,)
-        self._names = {mode: (inputs, outputs) for mode, (_, inputs, outputs) in graphs.items()}
+        super().__init__(model, {mode: (inputs, outputs) for mode, (_, inputs, outputs) in graphs.items()})
         self.train_graph, self.eval_graph = graphs[True][0], graphs[False][0]
         self._links = _tensor_links(self.train_graph) + _tensor_links(self.eval_graph)
         self._device = _device(model)  # where constants were when they were recorded
-
-    def names(self, training: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of the values it reads and of those it makes, in one mode."""
-        return self._names[training]
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the values it reads, in the order of the arguments of ``forward``."""
-        return self.names(self._model[0].training)[0]
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of the values it makes, in the order ``forward`` returns them; the first are the features."""
-        return self.names(self._model[0].training)[1]
 
     def forward(self, *values: Any) -> tuple[Any, ...]:
         """Run it; returns one value for each name in ``outputs``."""
@@ -76,7 +86,7 @@ class Block(nn.Module):
         self._device = device
 
 
-class RecomputedBlock(nn.Module):
+class RecomputedBlock(_Named):
     """Blocks that run one behind the other as one; each but the last is run again in the backward pass.
 
     What waits for the backward pass is then the features between them, and what one of them saves.
@@ -88,25 +98,9 @@ class RecomputedBlock(nn.Module):
     """
 
     def __init__(self, model: nn.Module, parts: Sequence[Block], read_later: dict[bool, set[str]]) -> None:
-        super().__init__()
-        self._model = (model,)
+        super().__init__(model, {mode: _joined_names(parts, mode, read_later[mode]) for mode in (True, False)})
         self.parts = tuple(parts)
         self._registered = nn.ModuleList(parts)
-        self._names = {mode: _joined_names(parts, mode, read_later[mode]) for mode in (True, False)}
-
-    def names(self, training: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of the values it reads and of those it makes, in one mode."""
-        return self._names[training]
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the values it reads, in the order of the arguments of ``forward``."""
-        return self.names(self._model[0].training)[0]
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of the values it makes, in the order ``forward`` returns them; the first are the features."""
-        return self.names(self._model[0].training)[1]
 
     def forward(self, *values: Any) -> tuple[Any, ...]:
         """Run it; returns one value for each name in ``outputs``."""
@@ -123,9 +117,7 @@ class RecomputedBlock(nn.Module):
             part.compile_graphs(**options)
 
 
-def _joined_names(
-    parts: Sequence[Block], training: bool, read_later: set[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _joined_names(parts: Sequence[Block], training: bool, read_later: set[str]) -> Names:
     made: dict[str, None] = {}
     inputs: dict[str, None] = {}
     for part in parts:
