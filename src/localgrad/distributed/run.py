@@ -23,7 +23,7 @@ from localgrad.distributed.agreement import agree, everyone, explained, gather_t
 from localgrad.distributed.block_parallel import block_parallel
 from localgrad.distributed.checkpoint import Checkpoints
 from localgrad.distributed.data_parallel import data_parallel
-from localgrad.errors import ConfigError
+from localgrad.errors import ConfigError, TrainingError
 from localgrad.train.experiment import Experiment, build, device_of
 from localgrad.train.folder import RunFolder, metrics_csv, write
 from localgrad.train.loop import train
@@ -79,7 +79,14 @@ def processes(layout: dict[str, int], device: torch.device, timeout: float) -> I
             stacklevel=2,
         )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:  # DistStoreError and DistNetworkError are RuntimeErrors
+        raise TrainingError(
+            f"rank {os.environ['RANK']} did not meet the others within {timeout:g} s of starting "
+            f"({next(iter(str(error).splitlines()), type(error).__name__)}): one has died, hangs, or starts more "
+            "slowly than --timeout allows"
+        ) from error
     yield _mesh(layout, device, timedelta(seconds=timeout))
     # Not after an error: what is left to send to ranks that are gone would keep this one from ending.
     dist.destroy_process_group()
