@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -296,7 +296,7 @@ class _Message:
                     parameter.grad.copy_(gradient.view(parameter.shape))
 
 
-def digest_of(tensors: Iterator[nn.Parameter]) -> Tensor:
+def digest_of(tensors: Iterable[Tensor]) -> Tensor:
     """Two 64-bit words, equal for equal bits in the same order."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
