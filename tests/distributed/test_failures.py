@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import ctypes
+import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,10 +31,13 @@ BOUND = TIMEOUT + 30 + 15  # what detecting, reporting and ending may take in al
 PATIENCE = 600  # of these tests, on machines that do other things
 
 
-def launched(folder: Path, *words: str, restarts: int = 0, ranks: int = 2) -> subprocess.Popen[bytes]:
+def launched(
+    folder: Path, *words: str, restarts: int = 0, ranks: int = 2, resume: bool = False
+) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
-    command += ["--standalone", "--monitor-interval=0.1", "-m", "localgrad", "train", *SETTINGS]
-    command += ["--run-dir", str(folder), "--timeout", str(TIMEOUT), *words]
+    command += ["--standalone", "--monitor-interval=0.1", "-m", "localgrad", "train"]
+    command += ["--resume", str(folder)] if resume else [*SETTINGS, "--run-dir", str(folder)]
+    command += ["--timeout", str(TIMEOUT), *words]
     environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
     with log_of(folder).open("w") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -232,6 +238,111 @@ def test_a_folder_that_cannot_be_written_ends_the_job_with_a_message(tmp_path: P
     assert launcher.returncode != 0 and "could not save the checkpoint" in output
 
 
+def until_saved(launcher: subprocess.Popen[bytes], folder: Path, step: int) -> None:
+    """Wait for a checkpoint of at least this step."""
+    while newest(folder) < step:
+        assert launcher.poll() is None, log_of(folder).read_text()
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not yet asked about does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+SIX = ["--epochs", "6", "train.checkpoint_every=2"]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the same run in one process, without --parallel."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    command = [sys.executable, "-m", "localgrad", "train", *SETTINGS, *SIX, "--run-dir", str(folder)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return folder
+
+
+def check_same(folder: Path, single: Path) -> None:
+    """Weights of the last and of the best epoch, scores and metrics are those of the single process."""
+    for name in ("model.safetensors", "best.safetensors"):
+        found, expected = load_file(folder / name), load_file(single / name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items()), name
+    found, expected = (json.loads((path / "result.json").read_text()) for path in (folder, single))
+    assert [found[key] for key in ("last", "best", "cuts")] == [expected[key] for key in ("last", "best", "cuts")]
+    found, expected = (
+        list(csv.DictReader((path / "metrics.csv").read_text().splitlines())) for path in (folder, single)
+    )
+    assert [row | {"seconds": ""} for row in found] == [row | {"seconds": ""} for row in expected]
+
+
+@pytest.mark.slow_distributed
+@pytest.mark.timeout(2 * PATIENCE)
+def test_a_killed_launcher_leaves_nothing_and_one_process_takes_all_blocks(single: Path, tmp_path: Path) -> None:
+    """Bar D11: every batch is in the final lineage once, whoever trained it, or weights would differ."""
+    folder = tmp_path / "run"
+    launcher = launched(folder, *SIX, "--parallel", "block=2")
+    try:
+        until_saved(launcher, folder, 20)
+        ranks = workers(launcher)
+        launcher.kill()
+        launcher.wait()
+        deadline = time.monotonic() + 10
+        while any(map(alive, ranks)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(ranks) == 2 and not any(map(alive, ranks))
+    finally:
+        end(launcher)
+    whole = newest(folder)
+    partial = folder / "checkpoints" / f"step{whole + 2:08d}"  # without complete.json it does not count
+    shutil.copytree(folder / "checkpoints" / f"step{whole:08d}", partial, dirs_exist_ok=True)
+    (partial / "complete.json").unlink()
+    (partial / min(path.name for path in partial.glob("*.safetensors"))).write_bytes(b"half")
+    launcher = launched(folder, "--parallel", "block=1", ranks=1, resume=True)
+    output = ended(launcher, folder, PATIENCE)
+    assert launcher.returncode == 0, output
+    check_same(folder, single)
+
+
+@pytest.mark.slow_distributed
+@pytest.mark.timeout(2 * PATIENCE)
+def test_a_stop_signal_on_one_rank_stops_all_at_one_step(single: Path, tmp_path: Path) -> None:
+    """Bar D12, and that such a run continues exactly."""
+    folder = tmp_path / "run"
+    launcher = launched(folder, *SIX, "--parallel", "block=2")
+    try:
+        until_saved(launcher, folder, 10)
+        os.kill(workers(launcher)[1], signal.SIGTERM)
+    except BaseException:
+        end(launcher)
+        raise
+    output = ended(launcher, folder, BOUND)
+    steps = [line.partition("stopped at step ")[2].split()[0] for line in output.splitlines() if "stopped at" in line]
+    assert launcher.returncode != 0 and len(steps) == 2 and steps[0] == steps[1] == str(newest(folder)), output
+    launcher = launched(folder, "--parallel", "block=2", resume=True)
+    output = ended(launcher, folder, PATIENCE)
+    assert launcher.returncode == 0, output
+    check_same(folder, single)
+
+
+@pytest.mark.slow_distributed
+@pytest.mark.timeout(2 * PATIENCE)
+def test_ranks_with_other_settings_or_data_are_refused_by_all(tmp_path: Path) -> None:
+    """Each rank is told something else; nothing is trained."""
+    shell = 'exec "$0" -m localgrad train "$@" train.seed=$RANK'
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python"]
+    command += ["bash", "-c", shell, sys.executable, *SETTINGS, *SHORT, "--run-dir", str(folder)]
+    command += ["--parallel", "data=2", "--timeout", str(TIMEOUT)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    output = " ".join((found.stdout + found.stderr).split())
+    assert found.returncode != 0 and output.count("rank 1 does not run the same job as rank 0: settings is") == 2
+    assert not folder.exists()
+
+
 @pytest.mark.slow_distributed
 @pytest.mark.timeout(2 * PATIENCE)
 def test_two_by_two_on_the_command_line(tmp_path: Path) -> None:
@@ -258,7 +369,14 @@ def test_misuse_of_the_command_is_refused_at_once(tmp_path: Path) -> None:
         (["--parallel", "data=2"], "needs --run-dir"),
         (["--parallel", "data=0", "--run-dir", str(tmp_path)], "is no axis; write data=2"),
         (["--parallel", "data=2,block=2", "--run-dir", str(tmp_path)], "torchrun --nproc-per-node=4"),
+        (["--parallel", "data=2", "--run-dir", str(tmp_path), "--wire", "int8"], "add block=2 to --parallel"),
+        (["--wire", "int8"], "add --parallel block=2"),
+        (["--parallel", "block=2", "--run-dir", str(tmp_path), "train.precision=fp16"], "use bf16 with block > 1"),
+        (["--parallel", "block=2", "--run-dir", str(tmp_path), "train.capture=true"], "switch it off with --parallel"),
+        (["--parallel", "data=2", "--run-dir", str(tmp_path), "train.ema_decay=0.9"], "leave it out with --parallel"),
+        (["--parallel", "data=2", "--run-dir", str(tmp_path), "--beside", "e2e"], "trains one method"),
     ):
-        result = CliRunner().invoke(app, ["train", "digits", "--alone", *words])
+        alone = [] if "--beside" in words else ["--alone"]
+        result = CliRunner().invoke(app, ["train", "digits", *alone, *words])
         assert result.exit_code != 0 and message in str(result.exception), result.output
     assert not list(tmp_path.iterdir())
