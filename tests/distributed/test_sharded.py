@@ -74,7 +74,7 @@ def test_sharded_blocks_equal_one_process() -> None:
 
 @pytest.mark.slow_distributed
 def test_sharded_blocks_equal_one_process_by_every_method() -> None:
-    check([name for name in EVERY if name not in BRIEF])
+    check([name for name in EVERY if name not in BRIEF and "sgr" not in name])
 
 
 def models() -> dict[str, float]:
@@ -96,6 +96,11 @@ def models() -> dict[str, float]:
     found["share of memory"] = local / sum(t.numel() for t in kept)
     x, y = batch()
     try:
+        data_parallel(network_of("sgr(dgl)"), mesh, shard=True)
+    except localgrad.MethodError as error:
+        assert "differentiates a block twice" in str(error)
+        found["twice"] = 0.0
+    try:
         localgrad.backward(network, x.double()[rank:], y[rank:])
     except localgrad.TrainingError as error:
         assert "have [8, 7] samples at step 0, but shard=True averages over ranks" in str(error)
@@ -105,7 +110,7 @@ def models() -> dict[str, float]:
 
 def test_memory_is_divided_also_where_a_model_reads_its_own_parameters() -> None:
     for found in gang.run(models, 2):
-        assert found["transformer"] < 1e-10 and "uneven" in found
+        assert found["transformer"] < 1e-10 and {"twice", "uneven"} <= found.keys()
         assert found["share of memory"] < 0.52
 
 

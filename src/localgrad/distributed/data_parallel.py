@@ -49,6 +49,7 @@ def data_parallel(network: LocalNetwork, mesh: DeviceMesh, *, shard: bool = Fals
 
     Raises:
         ConfigError: ranks differ in code, versions, model, method or cuts; a module is wrapped in DDP or DataParallel.
+        MethodError: ``shard``, and the method needs whole weights where there are none.
 
     Example:
         >>> import localgrad, torch
@@ -80,6 +81,11 @@ def data_parallel(network: LocalNetwork, mesh: DeviceMesh, *, shard: bool = Fals
         raise MethodError(
             f"{network.method.name} has twins of units on other ranks, whose weights would have to be put together to "
             "be sent; leave out shard=True, or place such blocks on one rank (place=...)"
+        )
+    if shard and network.method.reconcile is not None:
+        raise MethodError(
+            f"{network.method.name} differentiates a block twice, and FSDP2 frees its weights after the first time; "
+            "leave out shard=True"
         )
     axis_mesh = axis(mesh, "data")
     replicas = Replicas(network, axis_mesh.get_group(), shard)
