@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 import localgrad
+from localgrad.bench.contest import read_methods
 from localgrad.bench.cost import cost
-from localgrad.config import build_method, parse_method
+from localgrad.config import build_method
 from localgrad.partition.balance import module_bytes
 
 METHODS = ("e2e", "e2e+checkpointing", "dgl", "dgl+man_pp")
@@ -43,7 +44,8 @@ def main() -> None:
     for name in asked.methods:
         torch.manual_seed(0)
         model = localgrad.models.retinanet(80)
-        method = build_method(parse_method(name), localgrad.tasks.detection(80, head_width=asked.head_width))
+        (spec,) = read_methods([name])
+        method = build_method(spec, localgrad.tasks.detection(80, head_width=asked.head_width))
         where: dict[str, Any] = {"num_blocks": asked.num_blocks, "balance": "bytes"}
         if asked.cuts:
             where = {"cuts": [f"backbone.body.{name}" for name in asked.cuts]}

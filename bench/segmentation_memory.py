@@ -18,7 +18,7 @@ from torch import nn
 import localgrad
 from localgrad.bench.memory import measure
 from localgrad.method import Method, Site, Term
-from localgrad.methods import checkpointing, dgl, e2e, infopro, man_pp, mlaan
+from localgrad.methods import checkpointing, dgl, e2e, infopro, man_pp, mlaan, pooled
 
 STAGES = ("backbone.layer2", "backbone.layer3", "backbone.layer4")
 CLASSES = 11
@@ -53,9 +53,11 @@ def main() -> None:
     masks = torch.randint(CLASSES, (asked.batch_size, *asked.size))
     ways: dict[str, Callable[[], localgrad.LocalNetwork]] = {}
     for method in (e2e(task), checkpointing(e2e(task)), alone(task), dgl(task), infopro(task, network="imagenet"),
-                   man_pp(dgl(task)), mlaan(dgl(task))):  # fmt: skip
+                   man_pp(dgl(task)), checkpointing(man_pp(dgl(task)), where="auxiliary"), mlaan(dgl(task)),
+                   checkpointing(mlaan(dgl(task))), mlaan(pooled(dgl(task), factor=2)),
+                   checkpointing(mlaan(pooled(dgl(task), factor=2)))):  # fmt: skip
         for cut, where in (("stages", {"cuts": STAGES}), ("bytes", {"num_blocks": 4, "balance": "bytes"})):
-            if cut == "stages" or method.name in ("checkpointing(e2e)", "alone", "dgl", "man_pp(dgl)"):
+            if cut == "stages" or not any(name in method.name for name in ("mlaan", "infopro")):
                 ways[f"{method.name}, {cut}"] = lambda method=method, where=where: localgrad.localize(
                     model, method, example=inputs, **where
                 )

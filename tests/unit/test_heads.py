@@ -220,6 +220,22 @@ def test_decoder_works_at_a_share_of_the_image() -> None:
     assert network.auxiliary["0-1"].heads[0](features).shape == (2, 3, 6, 4)
 
 
+def test_patches_keep_the_memory_format() -> None:
+    """Else each convolution behind them, forward and backward, begins by copying what it reads."""
+    network, _ = build("maps", heads.Patches(heads.Decoder(scale=0.5)))
+    head = network.auxiliary["0-1"].heads[0].double()
+    (maps,) = network.blocks[0](torch.randn(2, 3, 12, 8))
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        features = maps.detach().double().contiguous(memory_format=memory_format).requires_grad_()
+        answers = head.to(memory_format=memory_format)(features)
+        (gradient,) = torch.autograd.grad(answers.square().sum(), features)
+        found.append((answers, gradient))
+        assert all(tensor.is_contiguous(memory_format=memory_format) for tensor in found[-1])
+    for plain, last in zip(*found, strict=True):
+        torch.testing.assert_close(plain, last, rtol=1e-12, atol=1e-12)
+
+
 # --- the auxiliary network and its weights ---------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from localgrad.data import masks
 from localgrad.partition import Partition
 from localgrad.predict import overlay, palette
 from localgrad.tasks import segmentation
-from localgrad.train.optim import learning_rate
+from localgrad.train.optim import Stepper, learning_rate
 
 
 def given(targets: Tensor) -> Batch:
@@ -461,7 +462,9 @@ def run(*arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-def test_train_evaluate_resume_and_predict(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_evaluate_resume_and_predict(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("segmentation_models_pytorch")
     place = tmp_path / "run"
     recipe = tmp_path / "small.yaml"
@@ -483,6 +486,21 @@ def test_train_evaluate_resume_and_predict(folder: Path, tmp_path: Path, capsys:
     assert json.loads(capsys.readouterr().out)["score"] == result["last"]["test"]
     assert run("eval", str(place)) == 0
     assert "miou" in capsys.readouterr().out
+
+    stopped, finish = tmp_path / "stopped", Stepper.finish
+
+    def finish_and_stop(stepper: Stepper, step: int) -> Any:
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return finish(stepper, step)
+
+    monkeypatch.setattr(Stepper, "finish", finish_and_stop)
+    assert run("train", str(recipe), "--run-dir", str(stopped)) == 130
+    monkeypatch.undo()
+    assert not (stopped / "model.safetensors").exists()
+    assert run("train", "--resume", str(stopped)) == 0
+    assert (stopped / "model.safetensors").read_bytes() == (place / "model.safetensors").read_bytes()
+    capsys.readouterr()
 
     out = tmp_path / "shown"
     assert run("predict", str(place), str(folder / "images/test"), "--out", str(out), "--json") == 0

@@ -73,12 +73,22 @@ class _Patched(nn.Module):
             return self.head.joined(answers, n)
         if answers.dim() == 2:
             return answers.unflatten(0, (-1, n * n)).mean(1)
+        if _is_channels_last(answers):
+            rows = answers.permute(0, 2, 3, 1).unflatten(0, (-1, n, n))  # B, row, column, h, w, C
+            return rows.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
         rows = answers.unflatten(0, (-1, n, n))  # B, row, column, C, h, w
         return rows.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def _split(maps: Tensor, count: int) -> Tensor:
-    """Maps (B, C, H, W) as patches (B * count ** 2, C, H / count, W / count), row by row."""
+    """Maps (B, C, H, W) as patches (B * count ** 2, C, H / count, W / count), row by row, in their memory format."""
     height, width = maps.shape[2] // count, maps.shape[3] // count
+    if _is_channels_last(maps):
+        last = maps.permute(0, 2, 3, 1).unflatten(1, (count, height)).unflatten(3, (count, width))
+        return last.transpose(2, 3).flatten(0, 2).permute(0, 3, 1, 2)
     patches = maps.unflatten(2, (count, height)).unflatten(4, (count, width))  # B, C, row, h, column, w
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def _is_channels_last(maps: Tensor) -> bool:
+    return maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
