@@ -369,13 +369,15 @@ def test_ranks_with_other_settings_or_data_are_refused_by_all(differing: str, tm
 def test_two_by_two_on_the_command_line(tmp_path: Path) -> None:
     """Output, metrics and results come out once; blocks on other ranks change no weight of two replicas."""
     weights = {}
-    for name, parallel, ranks in (("2x2", "data=2,block=2", 4), ("data", "data=2", 2)):
+    for name, parallel, ranks in (("2x2", {"block": 2, "data": 2}, 4), ("data", {"block": 1, "data": 2}, 2)):
         folder = tmp_path / name
-        launcher = launched(folder, *SHORT, "--parallel", parallel, ranks=ranks)
+        layout = ",".join(f"{axis}={number}" for axis, number in parallel.items())
+        launcher = launched(folder, *SHORT, "--parallel", layout, ranks=ranks)
         output = ended(launcher, folder, PATIENCE)
         assert launcher.returncode == 0, output
         assert output.count("dgl+man 4/4") == 1 and output.count("test accuracy of every head") == 1
         assert len((folder / "metrics.csv").read_text().splitlines()) == 5
+        assert json.loads((folder / "result.json").read_text())["parallel"] == parallel | {"wire": "same"}
         weights[name] = load_file(folder / "model.safetensors")
     assert all(torch.equal(weights["2x2"][key], value) for key, value in weights["data"].items())
 

@@ -158,7 +158,7 @@ def run(
         if continues:
             _restore(experiment, checkpoints, path)
         _train(experiment, checkpoints, path, console if first else Console(quiet=True), first)
-        return _finished(experiment, path, first)
+        return _finished(experiment, path, first, layout | {"wire": wire})
 
 
 def _digest(split: Loader) -> str:
@@ -266,7 +266,7 @@ def _train(run: Experiment, checkpoints: Checkpoints, path: Path, console: Conso
         train(run, after_step, after_epoch)
 
 
-def _finished(run: Experiment, path: Path, first: bool) -> dict[str, Any] | None:
+def _finished(run: Experiment, path: Path, first: bool, parallel: dict[str, Any]) -> dict[str, Any] | None:
     network = run.network
     if network.replicas is not None:
         network.replicas.average_buffers()
@@ -276,7 +276,7 @@ def _finished(run: Experiment, path: Path, first: bool) -> dict[str, Any] | None
     if not first:
         return None
     folder = RunFolder(path, resume=True)
-    result = result_of(run, folder)
+    result = result_of(run, folder) | {"parallel": parallel}
     folder.finish(run, result)
     curves_picture(run.history, result["method"], path / "curves.png")
     measure_costs([result], [run])
