@@ -139,6 +139,15 @@ def runs_of(base: Config, ways: Iterable[Settings], seeds: Sequence[int]) -> lis
     return list(found.values())
 
 
+def check_compared(specs: Sequence[MethodSpec], ways: Sequence[Settings]) -> None:
+    """Raise `ConfigError` for a method that is not among ``ways``."""
+    for spec in specs:
+        if _plain(spec) not in [way["method"] for way in ways]:
+            raise ConfigError(
+                f"--equal-time {described(spec)}: it is not among the methods; give it with -m too, written alike"
+            )
+
+
 def in_the_same_time(
     ways: Sequence[Settings], costs: dict[str, Settings], timed_methods: Sequence[MethodSpec]
 ) -> list[Settings]:
@@ -147,16 +156,8 @@ def in_the_same_time(
 
     A method of 1.3 times the time of a step and 10 epochs stands against 13 epochs of end-to-end training, with a
     learning rate that falls over all 13.
-
-    Raises:
-        ConfigError: a method that is not compared.
     """
     wanted = [_plain(spec) for spec in timed_methods]
-    for spec in wanted:
-        if spec not in [way["method"] for way in ways]:
-            raise ConfigError(
-                f"--equal-time {described(spec)}: it is not among the methods; give it with -m too, written alike"
-            )
     reference = ways[0]
     found = []
     for way in (way for way in ways if way["method"] in wanted):
@@ -235,21 +236,21 @@ def train_all(runs: Sequence[Config], out: Path, console: Console, resume_with: 
     Raises:
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
-    elsewhere = 0
-    for number, config in enumerate(runs, start=1):
-        key = key_of(identity(config))
-        if key in read_rows(out):
-            continue
-        with claimed(out / RUNS / f"{key}.lock") as mine:
-            if not mine:
-                elsewhere += 1
-            elif key not in read_rows(out):  # it may have been finished a moment ago
-                title = f"[{number}/{len(runs)}] {label(config)}"
-                row = train_one(config, out / RUNS / key, console, title, resume_with)
-                add_row(out, row)
-                shutil.rmtree(out / RUNS / key)
-                (out / RUNS / f"{key}.lock").unlink(missing_ok=True)
-    return elsewhere
+    waiting = {key_of(identity(config)): config for config in runs}
+    titles = {key: f"[{number}/{len(runs)}] {label(config)}" for number, (key, config) in enumerate(waiting.items(), 1)}
+    while True:
+        before = len(waiting)
+        for key, config in list(waiting.items()):
+            with claimed(out / RUNS / f"{key}.lock") as mine:
+                if mine and key not in read_rows(out):
+                    row = train_one(config, out / RUNS / key, console, titles[key], resume_with)
+                    add_row(out, row)
+                    shutil.rmtree(out / RUNS / key)
+                if mine:
+                    (out / RUNS / f"{key}.lock").unlink(missing_ok=True)
+                    del waiting[key]
+        if not waiting or len(waiting) == before:
+            return len(waiting)
 
 
 def label(config: Config) -> str:

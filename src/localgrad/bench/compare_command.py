@@ -7,7 +7,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from localgrad.bench.compare import check_same_task, in_the_same_time, runs_of, train_all, update_costs, variants
+from localgrad.bench.compare import (
+    check_compared,
+    check_same_task,
+    in_the_same_time,
+    runs_of,
+    train_all,
+    update_costs,
+    variants,
+)
 from localgrad.bench.compare_report import picture, table
 from localgrad.bench.contest import read_methods
 from localgrad.config import Config
@@ -36,9 +44,11 @@ def run(
             raise ConfigError(f"--{name} {value}; it must be at least 1")
     specs = read_methods(method) if method else [base.method, *base.beside]
     ways = variants(base, specs, num_blocks, parts)
+    rivals = read_methods(equal_time)
+    check_compared(rivals, ways)
     check_same_task(out, base)
     costs = update_costs(base, ways, out, rounds, lambda what: console.print(what, style="dim"))
-    longer = in_the_same_time(ways, costs, read_methods(equal_time))
+    longer = in_the_same_time(ways, costs, rivals)
     left = train_all(runs_of(base, [*ways, *longer], seed or [base.train.seed]), out, console, again)
     if left:
         console.print(f"{left} more runs: other processes are at them")
