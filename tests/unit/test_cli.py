@@ -455,7 +455,22 @@ def test_bench(call: Call, tmp_path: Path) -> None:
     refused(call(*tiny, "--variant", "fp16"), "unknown precision 'fp16'")
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["list"], ["summary"], ["doctor"], ["bench"]])
+def test_compare(call: Call, tmp_path: Path) -> None:
+    tiny = ["compare", "digits", "--epochs", "1", "-k", "2", "--parts", "1", "--rounds", "1", "data.limit=100"]
+    code, out, _ = call(*tiny, "-m", "dgl", "--seed", "3", "--out", str(tmp_path))
+    assert code == 0 and "| dgl, K=2 " in out and "as end-to-end, bit for bit" in out
+    assert {"rows.jsonl", "costs.json", "table.md", "picture.png"} <= {path.name for path in tmp_path.iterdir()}
+    code, again, _ = call("compare", "--table", "--out", str(tmp_path))
+    assert code == 0 and again == out
+    code, _, error = call("compare")
+    assert code == 2 and "nothing to compare: name a recipe" in error
+    code, _, error = call(*tiny, "-m", "dlg", "--out", str(tmp_path))
+    assert code == 2 and "unknown method 'dlg'; did you mean 'dgl'?" in error
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["eval"], ["list"], ["summary"], ["doctor"], ["bench"], ["compare"]]
+)
 def test_help(command: list[str], call: Call) -> None:
     said = call(*command, "--help")
     assert said.code == 0 and "Usage:" in said.out
