@@ -457,15 +457,12 @@ def test_bench(call: Call, tmp_path: Path) -> None:
 
 def test_compare(call: Call, tmp_path: Path) -> None:
     tiny = ["compare", "digits", "--epochs", "1", "-k", "2", "--parts", "1", "--rounds", "1", "data.limit=100"]
-    code, out, _ = call(*tiny, "-m", "dgl", "--seed", "3", "--out", str(tmp_path))
-    assert code == 0 and "| dgl, K=2 " in out and "as end-to-end, bit for bit" in out
+    said = call(*tiny, "-m", "dgl", "--seed", "3", "--out", str(tmp_path))
+    assert "| dgl, K=2 " in said.out and "as end-to-end, bit for bit" in said.out
     assert {"rows.jsonl", "costs.json", "table.md", "picture.png"} <= {path.name for path in tmp_path.iterdir()}
-    code, again, _ = call("compare", "--table", "--out", str(tmp_path))
-    assert code == 0 and again == out
-    code, _, error = call("compare")
-    assert code == 2 and "nothing to compare: name a recipe" in error
-    code, _, error = call(*tiny, "-m", "dlg", "--out", str(tmp_path))
-    assert code == 2 and "unknown method 'dlg'; did you mean 'dgl'?" in error
+    assert call("compare", "--table", "--out", str(tmp_path)).out == said.out
+    refused(call("compare"), "nothing to compare: name a recipe")
+    refused(call(*tiny, "-m", "dlg", "--out", str(tmp_path)), "unknown method 'dlg'; did you mean 'dgl'?")
 
 
 @pytest.mark.parametrize(
