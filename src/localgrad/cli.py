@@ -880,6 +880,7 @@ def compare_command(
     ] = None,
     parts: Annotated[int, typer.Option(help="Micro-batches of accumulation; 1 leaves it out.")] = 4,
     rounds: Annotated[int, typer.Option(help="Timed steps of each method.")] = 7,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep weights and checkpoints of finished runs.")] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="Rows, costs, table and picture; default runs/compare-RECIPE.", show_default=False),
@@ -915,6 +916,7 @@ def compare_command(
             parts=parts,
             equal_time=equal_time or [],
             rounds=rounds,
+            keep=keep,
             again="the same command",
         )
     )

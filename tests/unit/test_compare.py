@@ -31,7 +31,15 @@ SETTINGS: dict[str, Any] = {
     "train": {"epochs": 2, "batch_size": 48, "eval_batch_size": 400, "threads": 1},
 }
 BASE = validate(SETTINGS, "test")
-COMPARED: dict[str, Any] = {"num_blocks": [3], "seed": [], "parts": 1, "equal_time": [], "rounds": 1, "again": "it"}
+COMPARED: dict[str, Any] = {
+    "num_blocks": [3],
+    "seed": [],
+    "parts": 1,
+    "equal_time": [],
+    "rounds": 1,
+    "keep": False,
+    "again": "it",
+}
 
 
 def trained(config: Config, out: Path) -> dict[str, Any]:

@@ -228,10 +228,11 @@ def claimed(path: Path) -> Iterator[bool]:
         lock.release()
 
 
-def train_all(runs: Sequence[Config], out: Path, console: Console, resume_with: str) -> int:
+def train_all(runs: Sequence[Config], out: Path, console: Console, resume_with: str, keep: bool = False) -> int:
     """Train what has no row yet and no other process is at; returns how many runs other processes are still at.
 
-    Rows are added to ``out``; unfinished runs have a directory below it, from which they continue.
+    Rows are added to ``out``; unfinished runs have a directory below it, from which they continue, and finished ones
+    too if they are to be kept.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
@@ -245,7 +246,8 @@ def train_all(runs: Sequence[Config], out: Path, console: Console, resume_with: 
                 if mine and key not in read_rows(out):
                     row = train_one(config, out / RUNS / key, console, titles[key], resume_with)
                     add_row(out, row)
-                    shutil.rmtree(out / RUNS / key)
+                    if not keep:
+                        shutil.rmtree(out / RUNS / key)
                 if mine:
                     (out / RUNS / f"{key}.lock").unlink(missing_ok=True)
                     del waiting[key]

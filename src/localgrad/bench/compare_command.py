@@ -36,6 +36,7 @@ def run(
     parts: int,
     equal_time: Sequence[str],
     rounds: int,
+    keep: bool,
     again: str,
 ) -> str:
     """Measure costs, train what is missing, and write table and picture; returns the table."""
@@ -49,7 +50,7 @@ def run(
     check_same_task(out, base)
     costs = update_costs(base, ways, out, rounds, lambda what: console.print(what, style="dim"))
     longer = in_the_same_time(ways, costs, rivals)
-    left = train_all(runs_of(base, [*ways, *longer], seed or [base.train.seed]), out, console, again)
+    left = train_all(runs_of(base, [*ways, *longer], seed or [base.train.seed]), out, console, again, keep)
     if left:
         console.print(f"{left} more runs: other processes are at them")
     return report(out)
