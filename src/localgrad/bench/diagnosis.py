@@ -34,7 +34,7 @@ def features_of(network: LocalNetwork, inputs: Tensor, grid: int = 4) -> Iterato
         features = values[block.outputs[0]]
         if features.ndim > 2:
             maps = ToMaps(layout_of(features, inputs))(features)
-            features = F.adaptive_avg_pool2d(maps, [min(grid, side) for side in maps.shape[2:]])
+            features = F.adaptive_avg_pool2d(maps, (min(grid, maps.shape[2]), min(grid, maps.shape[3])))
         yield features.flatten(1)
 
 
