@@ -52,7 +52,10 @@ class Batch:
 
 
 class Context(Hashable, Protocol):
-    """Something computed once for a batch before the first block runs, without gradient: a teacher's answer, say."""
+    """Something computed once for a batch before the first block runs, without gradient: a teacher's answer, say.
+
+    One that has nothing to do at some steps says so by a method ``rests(step)``.
+    """
 
     def __call__(self, network: LocalNetwork, batch: Batch) -> Any:
         """What losses find in ``batch.context[self]``."""
@@ -303,6 +306,11 @@ class Method:
                 f"{self.name}: gradients are reconciled between blocks that train alone, but span {wide} of "
                 f"{num_blocks} blocks covers several; use a base whose spans are single blocks, such as dgl"
             )
+
+    def work(self, num_blocks: int, step: int) -> Hashable:
+        """What a step consists of: equal for steps that do the same, whatever their number."""
+        resting = [context.rests(step) for context in self.contexts if hasattr(context, "rests")]
+        return self.spans(num_blocks, step), tuple(step % term.every == 0 for term in self.terms), tuple(resting)
 
     def require_heads(self, plugin: str) -> None:
         """Raise `MethodError` for a plug-in that has nothing to act on because there are no auxiliary heads."""

@@ -455,7 +455,19 @@ def test_bench(call: Call, tmp_path: Path) -> None:
     refused(call(*tiny, "--variant", "fp16"), "unknown precision 'fp16'")
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["list"], ["summary"], ["doctor"], ["bench"]])
+def test_compare(call: Call, tmp_path: Path) -> None:
+    tiny = ["compare", "digits", "--epochs", "1", "-k", "2", "--parts", "1", "--rounds", "1", "data.limit=100"]
+    said = call(*tiny, "-m", "dgl", "--seed", "3", "--out", str(tmp_path))
+    assert "| dgl, K=2 " in said.out and "as end-to-end, bit for bit" in said.out
+    assert {"rows.jsonl", "costs.json", "table.md", "picture.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert call("compare", "--table", "--out", str(tmp_path)).out == said.out
+    refused(call("compare"), "nothing to compare: name a recipe")
+    refused(call(*tiny, "-m", "dlg", "--out", str(tmp_path)), "unknown method 'dlg'; did you mean 'dgl'?")
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["eval"], ["list"], ["summary"], ["doctor"], ["bench"], ["compare"]]
+)
 def test_help(command: list[str], call: Call) -> None:
     said = call(*command, "--help")
     assert said.code == 0 and "Usage:" in said.out

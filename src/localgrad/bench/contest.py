@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -331,6 +331,11 @@ class _Contestant:
             for parameters in (groups if way.per_block else [self.trained])
         ]
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.inputs.device
+
     def step(self) -> None:
         """One step, after which there are no gradients."""
         losses = local_losses(
@@ -544,7 +549,7 @@ def contest(
             contestants.append(contestant)
     threads = torch.get_num_threads()
     own = device.type == "cpu" and threads == 1
-    seconds = _timed(contestants, rounds, time.process_time if own else time.perf_counter, progress)
+    seconds = timed(contestants, rounds, time.process_time if own else time.perf_counter, progress)
     ratios = [statistics.median(a / b for a, b in zip(taken, seconds[0], strict=True)) for taken in seconds]
     rows = [
         replace(row, seconds=statistics.median(taken), time_ratio=ratio, rounds=tuple(round(s, 6) for s in taken))
@@ -565,8 +570,19 @@ def contest(
     )
 
 
-def _timed(
-    contestants: Sequence[_Contestant], rounds: int, clock: Callable[[], float], progress: Callable[[str], None]
+class Stepping(Protocol):
+    """What can be timed: something that steps on a device."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def step(self) -> None:
+        """One training step."""
+
+
+def timed(
+    contestants: Sequence[Stepping], rounds: int, clock: Callable[[], float], progress: Callable[[str], None]
 ) -> list[list[float]]:
     """Seconds of every step; each round begins with another way, and a machine that slows down slows all of them."""
     taken: list[list[float]] = [[] for _ in contestants]
@@ -575,10 +591,10 @@ def _timed(
         for offset in range(len(contestants)):
             index = (turn + offset) % len(contestants)
             contestant = contestants[index]
-            _wait(contestant.inputs.device)
+            _wait(contestant.device)
             started = clock()
             contestant.step()
-            _wait(contestant.inputs.device)
+            _wait(contestant.device)
             taken[index].append(clock() - started)
     return taken
 

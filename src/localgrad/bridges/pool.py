@@ -14,19 +14,22 @@ from localgrad.method import Site
 
 @dataclass(frozen=True)
 class Pool:
-    """``factor x factor`` average pooling of positions, as far as the grid allows; prefix tokens stay.
+    """``factor x factor`` average pooling of positions, as far as ``least`` of them remain; prefix tokens stay.
 
     A head or a copied unit behind it costs ``factor ** 2`` times less. Ours.
     """
 
     factor: int = 2
+    least: int = 1
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise MethodError(f"factor={self.factor}; pooling needs a factor of at least 1")
+        if self.factor < 1 or self.least < 1:
+            raise MethodError(
+                f"factor={self.factor}, least={self.least}; pooling needs a factor and a grid of at least 1"
+            )
 
     def __call__(self, site: Site) -> nn.Module | None:
-        factors = tuple(min(self.factor, side) for side in site.layout.grid)
+        factors = tuple(max(1, min(self.factor, side // self.least)) for side in site.layout.grid)
         if site.layout.kind == "vector" or factors == (1, 1):
             return None
         return _Pool(site.layout, factors)  # type: ignore[arg-type]

@@ -21,7 +21,9 @@ from localgrad.methods.pgl import pgl
 from localgrad.methods.pooled import pooled
 from localgrad.methods.predsim import predsim
 from localgrad.methods.sgr import sgr
+from localgrad.methods.tail import tail
 from localgrad.methods.trgl import trgl
+from localgrad.methods.weighted import weighted
 from localgrad.methods.windows import windows
 
 __all__ = [
@@ -43,6 +45,8 @@ __all__ = [
     "pooled",
     "predsim",
     "sgr",
+    "tail",
     "trgl",
+    "weighted",
     "windows",
 ]

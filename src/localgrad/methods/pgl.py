@@ -100,8 +100,12 @@ class FinalLogits:
 
     schedule: Periodic
 
+    def rests(self, step: int) -> bool:
+        """Whether the model answers nothing at ``step``."""
+        return not self.schedule.guided(step)
+
     def __call__(self, network: LocalNetwork, batch: Batch) -> Any:
-        if not self.schedule.guided(batch.step):
+        if self.rests(batch.step):
             return None
         with BuffersKept(network.model):
             inputs = batch.inputs if isinstance(batch.inputs, (tuple, list)) else (batch.inputs,)

@@ -27,6 +27,8 @@ from localgrad.train import checkpoint
 from localgrad.train.meters import Meter
 from localgrad.train.optim import Stepper
 
+# Settings that may change in mid-run, since they do not decide what it comes to.
+FREE = ("beside", "about", "data.root", "data.workers", "train.checkpoint_every", "train.device", "train.threads")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -127,10 +129,8 @@ class Experiment:
 
 
 def _differences(saved: dict[str, Any], own: dict[str, Any], place: str = "") -> Iterator[str]:
-    """``optim.lr: 0.2 there, 0.1 here`` for each setting that differs, but for those that may change in mid-run."""
-    free = {"beside", "about", "data.root", "data.workers"}
-    free |= {f"train.{name}" for name in ("checkpoint_every", "device", "threads")}
-    for name in (n for n in {**own, **saved} if place + n not in free):
+    """``optim.lr: 0.2 there, 0.1 here`` for each setting that differs, but for those in `FREE`."""
+    for name in (n for n in {**own, **saved} if place + n not in FREE):
         a, b = saved.get(name), own.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{place}{name}.")

@@ -1,0 +1,458 @@
+"""Many methods on one task with equal data, seeds, data order and epochs, and what their steps cost, measured in turn.
+
+A run is known by what decides its outcome, so a comparison may be stopped, continued, extended, and worked on by
+several processes at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from rich.console import Console
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+import localgrad
+from localgrad.bench.contest import described, timed
+from localgrad.bench.memory import measure
+from localgrad.config import BlocksConfig, Config, MethodSpec
+from localgrad.engine import local_losses
+from localgrad.errors import ConfigError, TrainingError
+from localgrad.network import LocalNetwork
+from localgrad.planning import Rates, Work
+from localgrad.randomness import keyed_randomness
+from localgrad.train.experiment import DTYPES, FREE, build_network, build_task, load_data, set_up_torch
+from localgrad.train.folder import RunFolder, write
+from localgrad.train.optim import Stepper
+from localgrad.train.run import run
+from localgrad.twins import exchange
+
+ROWS, COSTS, RUNS = "rows.jsonl", "costs.json", "runs"
+REFERENCE: MethodSpec = ["e2e"]
+RECOMPUTED = "checkpointing"
+
+Settings = dict[str, Any]
+
+
+def identity(config: Config) -> Settings:
+    """What decides the outcome of a run, ready for JSON: every setting but those that may change in mid-run."""
+    settings: Settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    for path in FREE:
+        section, _, name = path.rpartition(".")
+        del (settings[section] if section else settings)[name]
+    settings["method"] = _plain(config.method)
+    return settings
+
+
+def _plain(spec: MethodSpec) -> MethodSpec:
+    """The same method in one form: a part without options is its name."""
+    parts = [part if isinstance(part, str) else next(iter(part.items())) for part in spec]
+    return [part if isinstance(part, str) else {part[0]: part[1]} if part[1] else part[0] for part in parts]
+
+
+def _name(part: str | dict[str, dict[str, Any] | None]) -> str:
+    return part if isinstance(part, str) else next(iter(part))
+
+
+def trained_as(settings: Settings) -> Settings:
+    """The settings of the run that yields the same weights, bit for bit, and is trained in place of these.
+
+    Recomputation changes no gradient, so it is left out; without it, where end-to-end training is cut changes nothing.
+    """
+    method = [part for part in settings["method"] if _name(part) != RECOMPUTED]
+    blocks = dataclasses.asdict(BlocksConfig(num_blocks=1)) if method[:1] == REFERENCE else settings["blocks"]
+    return {**settings, "method": method, "blocks": blocks}
+
+
+def without(settings: Settings, *names: str) -> Settings:
+    """The settings but for some of ``train``."""
+    return {**settings, "train": {k: v for k, v in settings["train"].items() if k not in names}}
+
+
+def costing(settings: Settings) -> Settings:
+    """What decides the cost of a step: seed and epochs do not, nor where end-to-end training is cut if all is kept."""
+    recomputes = any(_name(part) == RECOMPUTED for part in settings["method"])
+    return without(settings if recomputes else trained_as(settings), "seed", "epochs")
+
+
+def key_of(settings: Settings) -> str:
+    """A short name for settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def as_config(base: Config, settings: Settings) -> Config:
+    """The run that ``settings`` describe, with the free settings of ``base``."""
+    train = dataclasses.replace(base.train, seed=settings["train"]["seed"], epochs=settings["train"]["epochs"])
+    blocks = BlocksConfig(**settings["blocks"])
+    return dataclasses.replace(base, method=settings["method"], blocks=blocks, train=train, beside=[])
+
+
+def variants(base: Config, specs: Sequence[MethodSpec], num_blocks: Sequence[int], parts: int) -> list[Settings]:
+    """The settings of each method for each number of blocks: end-to-end training, with checkpointing and accumulation,
+    then ``specs``; every one once.
+
+    Args:
+        num_blocks: K of each; none for the blocks of ``base``.
+        parts: micro-batches of accumulation; 1 leaves it out.
+    """
+    references: list[MethodSpec] = [REFERENCE, [*REFERENCE, RECOMPUTED]]
+    if parts > 1:
+        references.append([*REFERENCE, {"accumulation": {"parts": parts}}])
+    whole = dataclasses.replace(base, blocks=BlocksConfig(num_blocks=1))
+    cut = [
+        dataclasses.replace(base, blocks=dataclasses.replace(base.blocks, num_blocks=k, cuts=None)) for k in num_blocks
+    ] or [base]
+    found: dict[str, Settings] = {}
+    for config in cut:
+        for spec in (*references, *specs):
+            plain = _plain(spec)
+            recomputed = any(_name(part) == RECOMPUTED for part in plain)
+            place = whole if plain[:1] == REFERENCE and not recomputed else config
+            settings = identity(dataclasses.replace(place, method=plain, beside=[]))
+            found.setdefault(key_of(settings), settings)
+    return list(found.values())
+
+
+def runs_of(base: Config, ways: Iterable[Settings], seeds: Sequence[int]) -> list[Config]:
+    """What has to be trained, every run once: all ways of a seed before the next seed."""
+    found: dict[str, Config] = {}
+    for seed in seeds:
+        for way in ways:
+            settings = trained_as({**way, "train": {**way["train"], "seed": seed}})
+            found.setdefault(key_of(settings), as_config(base, settings))
+    return list(found.values())
+
+
+def check_compared(specs: Sequence[MethodSpec], ways: Sequence[Settings]) -> None:
+    """Raise `ConfigError` for a method that is not among ``ways``."""
+    for spec in specs:
+        if _plain(spec) not in [way["method"] for way in ways]:
+            raise ConfigError(
+                f"--equal-time {described(spec)}: it is not among the methods; give it with -m too, written alike"
+            )
+
+
+def in_the_same_time(
+    ways: Sequence[Settings], costs: dict[str, Settings], timed_methods: Sequence[MethodSpec]
+) -> list[Settings]:
+    """End-to-end training for as many epochs as it does in the time that the epochs of each of ``timed_methods`` take:
+    once keeping its activations, once recomputing them in as many blocks.
+
+    A method of 1.3 times the time of a step and 10 epochs stands against 13 epochs of end-to-end training, with a
+    learning rate that falls over all 13.
+    """
+    wanted = [_plain(spec) for spec in timed_methods]
+    reference = ways[0]
+    found = []
+    for way in (way for way in ways if way["method"] in wanted):
+        recomputed = {**way, "method": [*REFERENCE, RECOMPUTED]}
+        for rival in (reference, recomputed):
+            if key_of(costing(rival)) in costs:
+                epochs = equal_epochs(way, rival, costs)
+                found.append({**reference, "train": {**reference["train"], "epochs": epochs}})
+    return found
+
+
+def equal_epochs(way: Settings, rival: Settings, costs: dict[str, Settings]) -> int:
+    """Epochs that ``rival`` does in the time in which ``way`` does its own, to the nearest."""
+    mine, theirs = (costs[key_of(costing(settings))]["time_ratio"] for settings in (way, rival))
+    return max(1, round(way["train"]["epochs"] * mine / theirs))
+
+
+def read_rows(out: Path) -> dict[str, dict[str, Any]]:
+    """Rows by key; a line that was not written to its end is left out."""
+    rows: dict[str, dict[str, Any]] = {}
+    path = out / ROWS
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows[row["run"]] = row
+    return rows
+
+
+def read_costs(out: Path) -> dict[str, dict[str, Any]]:
+    """What steps were found to cost, by key.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    path = out / COSTS
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); delete it, and costs are measured again") from error
+
+
+def check_same_task(out: Path, base: Config) -> None:
+    """Raise `ConfigError` if the rows in ``out`` are about another model or other data."""
+    own = identity(base)
+    for row in (*read_rows(out).values(), *read_costs(out).values()):
+        for section in ("model", "data", "task"):
+            theirs = row["settings"][section]
+            if theirs != own[section]:
+                raise ConfigError(
+                    f"{out} compares methods with {section} {theirs}, this command has {own[section]}; give another "
+                    "--out"
+                )
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process got the lock ``path``, which it then holds; a process that ends, however, lets go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def train_all(runs: Sequence[Config], out: Path, console: Console, resume_with: str, keep: bool = False) -> int:
+    """Train what has no row yet and no other process is at; returns how many runs other processes are still at.
+
+    Rows are added to ``out``; unfinished runs have a directory below it, from which they continue, and finished ones
+    too if they are to be kept.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
+    """
+    waiting = {key_of(identity(config)): config for config in runs}
+    titles = {key: f"[{number}/{len(runs)}] {label(config)}" for number, (key, config) in enumerate(waiting.items(), 1)}
+    while True:
+        before = len(waiting)
+        for key, config in list(waiting.items()):
+            with claimed(out / RUNS / f"{key}.lock") as mine:
+                if mine and key not in read_rows(out):
+                    row = train_one(config, out / RUNS / key, console, titles[key], resume_with)
+                    add_row(out, row)
+                    if not keep:
+                        shutil.rmtree(out / RUNS / key)
+                if mine:
+                    (out / RUNS / f"{key}.lock").unlink(missing_ok=True)
+                    del waiting[key]
+        if not waiting or len(waiting) == before:
+            return len(waiting)
+
+
+def label(config: Config) -> str:
+    """What progress calls a run."""
+    where = f" K={config.blocks.num_blocks}" if config.blocks.num_blocks not in (None, 1) else ""
+    return f"{described(config.method)}{where}, seed {config.train.seed}"
+
+
+def train_one(config: Config, folder: Path, console: Console, title: str, resume_with: str) -> dict[str, Any]:
+    """Train one run, from where it was stopped if it was, and return its row; one that diverges has ``failed``."""
+    row: dict[str, Any] = {"run": key_of(identity(config)), "settings": identity(config), **circumstances(config)}
+    try:
+        experiment, result = run(
+            config, RunFolder(folder, resume=(folder / "config.yaml").is_file()), console, title, resume_with
+        )
+    except TrainingError as error:
+        console.print(f"{title} failed: {error}")
+        return {**row, "failed": str(error)}
+    return {
+        **row,
+        "score": result["last"]["test"]["model"],
+        "metrics": result["last"]["metrics"],
+        "heads": {name: score for name, score in result["last"]["test"].items() if name != "model"},
+        "history": experiment.history,
+        "steps": result["steps"],
+        "blocks": result["blocks"],
+        "cuts": result["cuts"],
+        "data": result["data"],
+        "seconds": round(sum(epoch["seconds"] for epoch in experiment.history), 1),
+    }
+
+
+def add_row(out: Path, row: dict[str, Any]) -> None:
+    """Append one line, on a line of its own even behind one that was not written to its end."""
+    with FileLock(out / f"{ROWS}.lock"), (out / ROWS).open("a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def processor() -> str:
+    """What the system calls the processor."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def circumstances(config: Config) -> dict[str, Any]:
+    """Where and with what something was measured."""
+    device = set_up_torch(config)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    package = Path(localgrad.__file__).parent
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        commit = ""
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "localgrad": localgrad.__version__,
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+class _Contestant:
+    """A way with a network, an optimizer and a batch, and the kinds of steps it consists of."""
+
+    def __init__(self, config: Config, network: LocalNetwork, inputs: Any, targets: Any, steps: int) -> None:
+        self.config, self.network, self.inputs, self.targets = config, network, inputs, targets
+        self.scaler = torch.amp.GradScaler(network.device.type, enabled=config.train.precision == "fp16")
+        self.stepper = Stepper(network, config.optim, self.scaler)
+        blocks = len(network.blocks)
+        counts = Counter(network.method.work(blocks, step) for step in range(steps))
+        first: dict[Any, int] = {}
+        for step in range(steps):
+            first.setdefault(network.method.work(blocks, step), step)
+        # The first step of each kind stands for all of them, with its share of the run.
+        self.kinds = [_Kind(self, step, counts[work] / steps) for work, step in first.items()]
+
+    def cost(self) -> dict[str, Any]:
+        """Everything but the times, from the second step of each kind: in the first the optimizer makes its state."""
+        network = self.network
+        trained = [p for p in network.parameters() if p.requires_grad]
+        seen = []
+        for kind in self.kinds:
+            kind.step()
+            with Work(Rates(1.0, 1.0, 0.0)) as work:
+                seen.append((kind, measure(kind.step, trained), work))
+        auxiliary = list(network.auxiliary.parameters())
+        return {
+            "activation_bytes": max(memory.peak_activations for _, memory, _ in seen),
+            "total_bytes": max(memory.peak_total for _, memory, _ in seen),
+            "flops": sum(kind.share * work.flops for kind, _, work in seen),
+            "parameters": sum(p.numel() for p in network.model.parameters()),
+            "auxiliary_parameters": sum(p.numel() for p in auxiliary if p.requires_grad),
+            "twin_parameters": sum(p.numel() for p in auxiliary if not p.requires_grad),
+            "blocks": len(network.blocks),
+            "cuts": [cut.name for cut in network.cuts],
+        }
+
+
+class _Kind:
+    """One kind of step of a contestant."""
+
+    def __init__(self, of: _Contestant, number: int, share: float) -> None:
+        self.of, self.number, self.share = of, number, share
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.of.network.device
+
+    def step(self) -> None:
+        """A whole training step, after which there are no gradients."""
+        of, config = self.of, self.of.config
+        with keyed_randomness(config.train.seed):
+            for _, loss in local_losses(
+                of.network, of.inputs, of.targets, self.number,
+                autocast=DTYPES[config.train.precision], on_block_done=of.stepper.block_done,
+            ):  # fmt: skip
+                of.scaler.scale(loss).backward()
+            of.stepper.finish(self.number)
+        exchange(of.network)
+
+
+def measure_costs(
+    base: Config, ways: Sequence[Settings], rounds: int, progress: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """What a training step of each way costs, by key: forward, backward, optimizer and exchange on the first batch.
+
+    Ways take turns, so that a machine that slows down slows all of them. Steps that differ, as those of periodic
+    methods do, are measured once of each kind and weighted by how often a run has them; bytes are those of the largest.
+
+    Args:
+        ways: the first is the one that times are compared with.
+        rounds: timed steps of each kind.
+
+    Raises:
+        ConfigError, DataError, PartitionError, MethodError: what is wrong with a way.
+    """
+    device = set_up_torch(base)
+    loaded = load_data(base, device)
+    inputs, targets = next(iter(loaded.train.epoch(0)))
+    inputs, targets = tree_map_only(Tensor, lambda t: t.to(device), (inputs, targets))
+    if base.train.channels_last:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    contestants, found = [], []
+    for way in ways:
+        config = as_config(base, way)
+        progress(f"memory of {described(config.method)}")
+        task = build_task(config, loaded.num_classes, loaded.mean, loaded.std, loaded.kind, loaded.classes)
+        network = build_network(config, task, loaded.image_shape, device, len(loaded.train))
+        contestants.append(_Contestant(config, network, inputs, targets, len(loaded.train) * config.train.epochs))
+        found.append(contestants[-1].cost())
+    own = device.type == "cpu" and torch.get_num_threads() == 1
+    kinds = [kind for contestant in contestants for kind in contestant.kinds]
+    taken = dict(
+        zip(kinds, timed(kinds, rounds, time.process_time if own else time.perf_counter, progress), strict=True)
+    )
+    rows = [
+        [math.fsum(kind.share * taken[kind][turn] for kind in contestant.kinds) for turn in range(rounds)]
+        for contestant in contestants
+    ]
+    where = circumstances(base)
+    result = {}
+    for way, cost, seconds in zip(ways, found, rows, strict=True):
+        result[key_of(costing(way))] = {
+            "settings": costing(way),
+            **cost,
+            "seconds": statistics.median(seconds),
+            "time_ratio": statistics.median(a / b for a, b in zip(seconds, rows[0], strict=True)),
+            "clock": "CPU time of one thread" if own else "wall clock",
+            "rounds": rounds,
+            **where,
+        }
+    return result
+
+
+def update_costs(
+    base: Config, ways: Sequence[Settings], out: Path, rounds: int, progress: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """`measure_costs` of the ways that the file of ``out`` lacks, beside end-to-end training; one process at a time."""
+    out.mkdir(parents=True, exist_ok=True)
+    with FileLock(out / f"{COSTS}.lock"):
+        costs = read_costs(out)
+        reference = ways[0]
+        missing = {key_of(costing(way)): way for way in ways if key_of(costing(way)) not in costs}
+        if missing:
+            compared = [reference, *(way for way in missing.values() if costing(way) != costing(reference))]
+            costs = {**measure_costs(base, compared, rounds, progress), **costs}
+            order = {key: costs[key] for key in (*read_costs(out), *costs)}
+            write(out / COSTS, json.dumps(order, indent=1) + "\n")
+            costs = order
+    return costs
