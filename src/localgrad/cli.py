@@ -137,6 +137,10 @@ def train(
         ),
     ] = None,
     timeout: Annotated[float, typer.Option(help="With --parallel: seconds a rank waits for another one.")] = 600.0,
+    wire: Annotated[
+        Literal["same", "bf16", "int8"],
+        typer.Option(help="With --parallel: how features travel between ranks; all but the first round them."),
+    ] = "same",
     as_json: Json = False,
 ) -> None:
     """Train a network block by block (or end to end), and show what it did.
@@ -192,9 +196,12 @@ def train(
 
     if parallel is not None:
         _train_parallel(
-            console, settings, folder, parallel, run_dir or resume, resume is not None, overwrite, timeout, as_json
-        )
+            console, settings, folder, parallel, run_dir or resume, resume is not None, overwrite, timeout, wire,
+            as_json,
+        )  # fmt: skip
         return
+    if wire != "same":
+        raise ConfigError(f"--wire {wire} is for blocks on several ranks; add --parallel block=2, under torchrun")
     scaled = _scaled_down(recipe, settings)
     if scaled:
         console.print(f"Not as published: {scaled}.")
@@ -219,7 +226,7 @@ def train(
 
 def _train_parallel(
     console: Console, settings: Any, folder: Path, layout: str, named: Path | None, resume: bool, overwrite: bool,
-    timeout: float, as_json: bool,
+    timeout: float, wire: Literal["same", "bf16", "int8"], as_json: bool,
 ) -> None:  # fmt: skip
     from localgrad.distributed import run
     from localgrad.train.folder import write
@@ -227,7 +234,7 @@ def _train_parallel(
     axes = run.parsed(layout)
     if named is None:
         raise ConfigError("--parallel needs --run-dir, which all ranks and every restart share")
-    result = run.run(settings, folder, axes, console, resume=resume, overwrite=overwrite, timeout=timeout)
+    result = run.run(settings, folder, axes, console, resume=resume, overwrite=overwrite, timeout=timeout, wire=wire)
     if result is None:
         return
     write(folder / "results.json", json.dumps([result], indent=2) + "\n")

@@ -16,11 +16,13 @@ from zoo import METHODS, batch, build
 import localgrad
 from localgrad import methods
 from localgrad.bench.memory import LiveBytes
-from localgrad.distributed import block_parallel
+from localgrad.config import OptimConfig
+from localgrad.distributed import block_parallel, device_mesh
 from localgrad.distributed.block_parallel import VALUES
 from localgrad.distributed.link import Inlet, Outlet
 from localgrad.distributed.placement import balanced, seconds_of_blocks
 from localgrad.train.meters import evaluate
+from localgrad.train.optim import Stepper
 
 DGL = METHODS["dgl"]
 
@@ -125,6 +127,9 @@ def refusals() -> dict[str, str]:
         network.stage.close()
         localgrad.backward(network, x, y)
 
+    def clipped() -> None:
+        Stepper(placed(METHODS["windows(dgl)"]), OptimConfig(clip_grad=1.0), torch.amp.GradScaler(enabled=False))
+
     early = methods.man(DGL, exchange="before", buffers="copy")
     found = {}
     for name, act in {
@@ -138,6 +143,8 @@ def refusals() -> dict[str, str]:
         "data": uneven,
         "blind": blind,
         "closed": unclosed,
+        "clipped": clipped,
+        "mesh": lambda: device_mesh("cpu", block=3),
     }.items():
         try:
             act()
@@ -200,6 +207,8 @@ def test_refusals_say_what_to_write(both: list[dict[str, object]]) -> None:
         assert ("different numbers of batches" in messages.get("data", "")) == (rank == 1)
         assert ("was given None" in messages.get("blind", "")) == (rank == 0)
         assert "links are closed" in messages["closed"]
+        assert "has spans over blocks on several ranks" in messages["clipped"]
+        assert "block=3, data=1 needs 3 processes, but this job has 2" in messages["mesh"]
 
 
 def test_placement_balances_costs() -> None:

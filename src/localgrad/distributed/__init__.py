@@ -3,5 +3,6 @@
 from localgrad.distributed.block_parallel import Stage, block_parallel
 from localgrad.distributed.checkpoint import Checkpoints
 from localgrad.distributed.data_parallel import Replicas, data_parallel
+from localgrad.distributed.mesh import device_mesh
 
-__all__ = ["Checkpoints", "Replicas", "Stage", "block_parallel", "data_parallel"]
+__all__ = ["Checkpoints", "Replicas", "Stage", "block_parallel", "data_parallel", "device_mesh"]

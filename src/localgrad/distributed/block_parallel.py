@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten, treespec_dumps, treespec_loads
+from torch.utils._pytree import tree_leaves
 
 from localgrad.distributed.agreement import agree, explained, facts_about
+from localgrad.distributed.compression import Wire
 from localgrad.distributed.data_parallel import axis, digest_of
+from localgrad.distributed.gradient_order import InOrder, kept
 from localgrad.distributed.link import Inlet, Message, Outlet
+from localgrad.distributed.ownership import shipments, tensors_by_rank
 from localgrad.distributed.placement import runs_of
 from localgrad.distributed.timeline import Timeline
+from localgrad.distributed.trees import decoded, encoded
 from localgrad.engine import OnOutput, Pass, Run, answers_at, parts_of
-from localgrad.errors import ConfigError, MethodError, TrainingError
+from localgrad.errors import ConfigError, MethodError, TrainingError, nearest
 from localgrad.method import Batch, Term, alone
 from localgrad.network import LocalNetwork
 from localgrad.partition import INPUTS
@@ -31,7 +34,12 @@ VALUES, GRADIENTS, WEIGHTS = range(3)  # channels between two ranks
 
 
 def block_parallel(
-    network: LocalNetwork, mesh: DeviceMesh, *, place: Sequence[int] | None = None, depth: int = 2
+    network: LocalNetwork,
+    mesh: DeviceMesh,
+    *,
+    place: Sequence[int] | None = None,
+    depth: int = 2,
+    wire: Wire = "same",
 ) -> LocalNetwork:
     """Keep some of the blocks of ``network`` on each rank of ``mesh`` and let the others be trained elsewhere.
 
@@ -58,13 +66,18 @@ def block_parallel(
         place: the rank of each block along that dimension, ``[0, 0, 1, 1]``; None gives each rank about equally many
             parameters in training. `localgrad.distributed.placement.balanced` makes one from measured costs.
         depth: batches a rank may be ahead of the next one; each takes memory for one batch of features on both.
+        wire: ``same`` sends features as they are; ``bf16`` or ``int8`` in fewer bytes, see
+            `localgrad.distributed.compression.compressed`. Blocks behind a boundary between ranks are then trained and
+            evaluated on rounded features: weights are no longer those of a single process. Targets, and weights that
+            twins follow, are never rounded.
 
     Returns:
         the same network; ``network.stage`` is its `Stage`.
 
     Raises:
         ConfigError: ranks differ, there are more of them than blocks, or a placement is not in order.
-        MethodError: the method computes something over all blocks, or between blocks, that does not travel.
+        MethodError: the method computes something over all blocks, or between blocks, that does not travel; or
+            ``wire`` would round features whose gradient comes back.
 
     Source: forward-only pipelines of local learning: Decoupled Greedy Learning (Belilovsky et al., ICML 2020,
     arXiv:1901.08164, synchronous form); windows as in interlocking back-propagation (Gomez et al., JMLR 23(171), 2022).
@@ -75,10 +88,12 @@ def block_parallel(
     if depth < 1:
         raise ConfigError(f"depth={depth}; at least one batch has to travel, depth=2 lets the next one follow")
     check_method(network, runs)
+    check_wire(network, runs, wire)
     with explained("comparing networks"):
         weights = digest_of(network.parameters()).tolist()
-        agree(group, facts_about(network) | {"weights": f"{weights}", "placement": f"{runs}", "depth": f"{depth}"})
-    network.stage = Stage(network, group, runs, depth)
+        options = {"weights": f"{weights}", "placement": f"{runs}", "depth": f"{depth}", "wire": wire}
+        agree(group, facts_about(network) | options)
+    network.stage = Stage(network, group, runs, depth, wire)
     return network
 
 
@@ -114,13 +129,20 @@ def check_method(network: LocalNetwork, runs: Sequence[range]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Shipment:
-    """What one rank sends another after each step: the tensors that twins there follow."""
-
-    reader: int
-    owner: int
-    tensors: tuple[Tensor, ...]
+def check_wire(network: LocalNetwork, runs: Sequence[range], wire: Wire) -> None:
+    """Raise if ``wire`` is not known, or would round features through which a gradient has to come back."""
+    if wire not in get_args(Wire):
+        raise ConfigError(nearest(wire, get_args(Wire), "wire"))
+    if wire == "same":
+        return
+    for run in runs[1:]:
+        for span in (s for pattern in network.method.spans.patterns(len(network.blocks)) for s in pattern):
+            if span.start < run.start < span.stop:
+                raise MethodError(
+                    f"wire={wire!r} rounds the features that block {run.start} receives from another rank, but "
+                    f"{network.method.name} trains blocks {span.start} to {span.stop - 1} together, so a gradient "
+                    "comes back there. Write wire='same', or place these blocks on one rank (place=...)"
+                )
 
 
 @dataclass
@@ -142,36 +164,6 @@ class _Part:
         return self.state.part == self.parts - 1
 
 
-class _InOrder:
-    """Gradients of ``blocks``, whose contributions arrive in another order than in one process, added up as there."""
-
-    def __init__(self, network: LocalNetwork, blocks: Sequence[int]) -> None:
-        self.parameters = {k: [p for p in network.blocks[k].parameters() if p.requires_grad] for k in blocks}
-        self._kept: dict[int, list[tuple[tuple[int, ...], list[Tensor | None]]]] = {k: [] for k in blocks}
-
-    @contextlib.contextmanager
-    def kept(self, place: tuple[int, ...]) -> Iterator[None]:
-        """What backward passes inside it contribute is put aside; ``place`` says when it would come in one process."""
-        before = [(p, p.grad) for block in self._kept for p in self.parameters[block]]
-        for parameter, _ in before:
-            parameter.grad = None
-        yield
-        for block, contributions in self._kept.items():
-            contributions.append((place, [p.grad for p in self.parameters[block]]))
-        for parameter, gradient in before:
-            parameter.grad = gradient
-
-    @torch.no_grad()
-    def add_up(self, block: int) -> None:
-        """Leave the sum in the parameters of a block that no more gradients will reach."""
-        for _, gradients in sorted(self._kept.pop(block, []), key=lambda entry: entry[0]):
-            for parameter, gradient in zip(self.parameters[block], gradients, strict=True):
-                if parameter.grad is None:
-                    parameter.grad = gradient
-                elif gradient is not None:
-                    parameter.grad += gradient
-
-
 class _NotSent:
     """Stands for inputs that were not sent to a rank."""
 
@@ -188,7 +180,7 @@ class Stage:
         network: of which some blocks are trained here.
         group: the ranks along the blocks, in order.
         runs: the blocks of each of them.
-        depth: see `block_parallel`.
+        depth, wire: see `block_parallel`.
 
     Attributes:
         rank, size: of the group.
@@ -196,8 +188,10 @@ class Stage:
         timeline: when each block ran; notes nothing unless asked to.
     """
 
-    def __init__(self, network: LocalNetwork, group: dist.ProcessGroup, runs: Sequence[range], depth: int) -> None:
-        self.network, self.group, self.runs = network, group, list(runs)
+    def __init__(
+        self, network: LocalNetwork, group: dist.ProcessGroup, runs: Sequence[range], depth: int, wire: Wire = "same"
+    ) -> None:
+        self.network, self.group, self.runs, self.wire = network, group, list(runs), wire
         self.rank, self.size = group.rank(), group.size()
         self.blocks = self.runs[self.rank]
         self.timeline = Timeline()
@@ -216,15 +210,15 @@ class Stage:
         self._gradients_in = Inlet(group, after, GRADIENTS, depth, device) if forth else None
         # The rank before takes gradients only after all its micro-batches have run: sending them must not wait.
         self._gradients_out = Outlet(group, before, GRADIENTS, depth, waits=False) if back else None
-        owner_of = {id(tensor): rank for tensor, rank in _tensors_by_rank(network, self._rank_of).items()}
+        owner_of = {id(tensor): rank for tensor, rank in tensors_by_rank(network, self._rank_of).items()}
         self._sources = {
             twin: next((owner_of[id(p)] for p in twin.source.parameters()), self.rank)
             for boundary in self._boundaries
             for twin in network.twins_at(boundary)
         }
-        shipments = _shipments(network, self._rank_of)
-        self._shipped = {s.reader: s.tensors for s in shipments if s.owner == self.rank}
-        self._followed = {s.owner: s.tensors for s in shipments if s.reader == self.rank}
+        sent = shipments(network, self._rank_of)
+        self._shipped = {s.reader: s.tensors for s in sent if s.owner == self.rank}
+        self._followed = {s.owner: s.tensors for s in sent if s.reader == self.rank}
         self._weights_out = {reader: Outlet(group, reader, WEIGHTS, depth) for reader in self._shipped}
         self._weights_in = {owner: Inlet(group, owner, WEIGHTS, depth, device) for owner in self._followed}
         self._coming: dict[int, deque[int]] = {owner: deque() for owner in self._followed}
@@ -243,6 +237,11 @@ class Stage:
         auxiliary = [aux for b in self._boundaries for _, aux in self.network.auxiliaries_at(b)]
         return [*(self.network.blocks[k] for k in self.blocks), *auxiliary]
 
+    @property
+    def follows(self) -> bool:
+        """Whether twins follow units on other ranks, here or elsewhere along the blocks."""
+        return bool(shipments(self.network, self._rank_of))
+
     def tensors(self, followed: bool = False) -> dict[str, Tensor]:
         """Parameters and buffers of what is trained here, by their names in the network.
 
@@ -258,7 +257,7 @@ class Stage:
     def _give_up(self) -> None:
         """Free what other ranks train, but for what twins here follow."""
         kept = {id(tensor) for tensors in self._followed.values() for tensor in tensors}
-        for tensor, rank in _tensors_by_rank(self.network, self._rank_of).items():
+        for tensor, rank in tensors_by_rank(self.network, self._rank_of).items():
             if rank == self.rank:
                 continue
             self._given_up[tensor] = tensor.stride(), tensor.requires_grad
@@ -288,12 +287,12 @@ class Stage:
         # Where there are several micro-batches, a block that gradients from another rank reach gets them in another
         # order than in one process.
         late = [k for k in self.blocks if any(start <= k for start in returning)]
-        gradients: _InOrder | None = None
+        gradients: InOrder | None = None
         waiting: list[_Part] = []
         for part in self._parts(inputs, targets, step, spans):
             state = part.state
             if gradients is None and late and part.parts > 1:
-                gradients = _InOrder(network, late)
+                gradients = InOrder(network, late)
             for index in self.blocks:
                 with self.timeline.during("forward", step, state.part, index):
                     state.forward(index, autocast)
@@ -305,7 +304,7 @@ class Stage:
                     with self.timeline.during("loss", step, state.part, index):
                         yield span, state.loss(span, autocast, on_output)
                         if training:
-                            with _kept(gradients, (state.part, ends[span.start], -span.start)):
+                            with kept(gradients, (state.part, ends[span.start], -span.start)):
                                 finished += state.back(span)
                     self._send_gradients(part, span.start, step)
                 if training and part.last:
@@ -322,7 +321,7 @@ class Stage:
             part, start = self._take_gradients(waiting, step)
             with (
                 self.timeline.during("back", step, part.state.part, self.blocks[-1]),
-                _kept(gradients, (part.state.part, ends[start], -start)),
+                kept(gradients, (part.state.part, ends[start], -start)),
             ):
                 finished = part.state.way_back(start, self.blocks[-1])
             self._send_gradients(part, start, step)
@@ -408,7 +407,7 @@ class Stage:
             if name == INPUTS or self.network.last_reader(name) <= last:
                 continue
             maker, first = state.maker[name], len(tensors)
-            values.append([name, maker, encoded(value, tensors, name)])
+            values.append([name, maker, encoded(value, tensors, name, self.wire)])
             crossed = any(s.start <= maker and s.stop > last + 1 for s in state.spans)
             for index, leaf in enumerate(tensors[first:] if crossed and torch.is_grad_enabled() else (), start=first):
                 slot = state.runs[maker].slots.get(id(leaf))
@@ -552,14 +551,19 @@ class Stage:
         """Give every rank all parameters and buffers; ``network`` is then an ordinary network again on each of them.
 
         Closes the links. Optimizers know only the parameters they were built with.
+
+        Raises:
+            ConfigError: blocks are sharded.
         """
+        if self.network.replicas is not None and self.network.replicas.shard:
+            raise ConfigError("blocks are sharded (shard=True); save with Checkpoints and load that into a new network")
         self.close()
         for tensor, (strides, trained) in self._given_up.items():
             if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
                 tensor.data = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
             tensor.requires_grad_(trained)
         with explained("gathering the network"):
-            for tensor, rank in _tensors_by_rank(self.network, self._rank_of).items():
+            for tensor, rank in tensors_by_rank(self.network, self._rank_of).items():
                 data = tensor.detach().contiguous()
                 dist.broadcast(data, dist.get_global_rank(self.group, rank), group=self.group)
                 tensor.detach().copy_(data)
@@ -573,68 +577,3 @@ class Stage:
             "gradients": 0 if self._gradients_out is None else self._gradients_out.bytes,
             "weights": sum(outlet.bytes for outlet in self._weights_out.values()),
         }
-
-
-def _kept(gradients: _InOrder | None, place: tuple[int, ...]) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if gradients is None else gradients.kept(place)
-
-
-def encoded(value: Any, tensors: list[Tensor], name: str) -> dict[str, Any]:
-    """A tree of tensors, numbers and sizes as JSON that names places in ``tensors``, to which its own are added.
-
-    Raises:
-        TrainingError: it holds something else.
-    """
-    leaves, spec = tree_flatten(value)
-    found: list[tuple[str, Any]] = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            found.append(("tensor", len(tensors)))
-            tensors.append(leaf)
-        elif isinstance(leaf, torch.Size):
-            found.append(("size", list(leaf)))
-        elif leaf is None or isinstance(leaf, (bool, int, float, str)):
-            found.append(("constant", leaf))
-        else:
-            raise TrainingError(
-                f"{name} holds a {type(leaf).__name__}, which cannot be sent to another rank; only tensors, numbers, "
-                "strings and sizes can. Cut the network elsewhere, or pass targets as tensors"
-            )
-    return {"tree": treespec_dumps(spec), "leaves": found}
-
-
-def decoded(code: dict[str, Any] | None, tensors: Sequence[Tensor]) -> Any:
-    """What was `encoded`; None for None."""
-    if code is None:
-        return None
-    kinds: dict[str, Callable[[Any], Any]] = {
-        "tensor": tensors.__getitem__,
-        "size": torch.Size,
-        "constant": lambda x: x,
-    }
-    leaves = [kinds[kind](content) for kind, content in code["leaves"]]
-    return tree_unflatten(leaves, treespec_loads(code["tree"]))
-
-
-def _tensors_by_rank(network: LocalNetwork, rank_of: dict[int, int]) -> dict[Tensor, int]:
-    """Every parameter and buffer of blocks and auxiliary networks, with the rank that trains it."""
-    found: dict[Tensor, int] = {}
-    for block, rank in rank_of.items():
-        modules = [network.blocks[block], *(auxiliary for _, auxiliary in network.auxiliaries_at(block + 1))]
-        for tensor in (t for module in modules for t in (*module.parameters(), *module.buffers())):
-            found.setdefault(tensor, rank)
-    return found
-
-
-def _shipments(network: LocalNetwork, rank_of: dict[int, int]) -> list[_Shipment]:
-    """What has to be sent after each step because twins on one rank follow units on another."""
-    owner_of = {id(tensor): rank for tensor, rank in _tensors_by_rank(network, rank_of).items()}
-    found: dict[tuple[int, int], dict[int, Tensor]] = {}
-    for boundary in range(1, len(network.blocks)):
-        for twin in network.twins_at(boundary):
-            followed = [*twin.source.parameters(), *(twin.source.buffers() if twin.buffers != "none" else ())]
-            for tensor in followed:
-                reader, owner = rank_of[boundary - 1], owner_of[id(tensor)]
-                if reader != owner:
-                    found.setdefault((reader, owner), {})[id(tensor)] = tensor
-    return [_Shipment(reader, owner, tuple(tensors.values())) for (reader, owner), tensors in found.items()]

@@ -113,7 +113,7 @@ class Checkpoints:
         try:
             if self._first:
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                partial.mkdir(parents=True, exist_ok=True)  # another rank may write in the background already
             if self.group is None:
                 with _alone():
                     dcp.save(state, storage_writer=writer, no_dist=True)
@@ -142,14 +142,28 @@ class Checkpoints:
             raise self._failed(place, error) from error
 
     def _failed(self, place: Path, error: BaseException) -> CheckpointError:
+        failures = error.failures if isinstance(error, dcp.CheckpointException) else {}
+        reason = "; ".join(f"rank {rank}: {why}" for rank, (why, _) in failures.items()) or str(error)
         return CheckpointError(
-            f"could not save the checkpoint {place}: {' '.join(str(error).split())[:300]}; the ones before it are as "
+            f"could not save the checkpoint {place}: {' '.join(reason.split())[:300]}; the ones before it are as "
             "they were. Free space on the disk, or save elsewhere"
         )
 
     def beside(self, step: int) -> Any:
         """What `save` was given to keep beside the state after ``step``."""
         return json.loads((self._place(step) / COMPLETE).read_text())["beside"]
+
+    def weights(self, step: int) -> dict[str, Tensor]:
+        """The whole network after ``step`` steps, whatever this rank trains, keyed like its ``state_dict``."""
+        reader = dcp.HuggingFaceStorageReader(str(self._place(step)))
+        saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        own = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        names = {id(tensor): name for name, tensor in own.items()}
+        keys = {key: f"network.{names[id(t)]}" for key, t in self.network.state_dict(keep_vars=True).items()}
+        state = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in keys.values()}
+        with _alone():
+            dcp.load(state, storage_reader=reader, no_dist=True)
+        return {key: state[name] for key, name in keys.items()}
 
     def _complete(self, partial: Path, place: Path, step: int, beside: Any) -> None:
         if not self._first:

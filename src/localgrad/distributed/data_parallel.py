@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from localgrad.distributed.agreement import agree, explained, facts_about, gather_rows
-from localgrad.errors import ConfigError, TrainingError
+from localgrad.errors import ConfigError, MethodError, TrainingError
 from localgrad.network import LocalNetwork
 
 
-def data_parallel(network: LocalNetwork, mesh: DeviceMesh) -> LocalNetwork:
+def data_parallel(network: LocalNetwork, mesh: DeviceMesh, *, shard: bool = False) -> LocalNetwork:
     """Train ``network`` on every rank of ``mesh``, each with its own share of every batch.
 
     The loop stays as it is: `localgrad.local_losses` averages the gradients of a block over all ranks as soon as its
@@ -37,12 +38,18 @@ def data_parallel(network: LocalNetwork, mesh: DeviceMesh) -> LocalNetwork:
     Args:
         network: from `localize`, with equal arguments on every rank.
         mesh: of one dimension, or with one called ``data``.
+        shard: keep only a part of each block's parameters, gradients and optimizer state on a rank, by torch's FSDP2
+            (``fully_shard`` for each block and auxiliary network). A block is whole while it runs. FSDP2 then averages
+            gradients after each backward pass through a block: with windows and micro-batches more often than once a
+            step. Shares of a batch must be equal. Build optimizers afterwards: parameters are DTensors from then on,
+            which `Checkpoints` put together again.
 
     Returns:
         the same network; ``network.replicas`` has `Replicas.average_buffers` and `Replicas.check_equal`.
 
     Raises:
         ConfigError: ranks differ in code, versions, model, method or cuts; a module is wrapped in DDP or DataParallel.
+        MethodError: ``shard``, and the method needs whole weights where there are none.
 
     Example:
         >>> import localgrad, torch
@@ -70,10 +77,40 @@ def data_parallel(network: LocalNetwork, mesh: DeviceMesh) -> LocalNetwork:
             f"the network contains a {type(wrapped).__name__}; give localize the plain model, data_parallel averages "
             "the gradients"
         )
-    replicas = Replicas(network, axis(mesh, "data").get_group())
+    if shard and network.stage is not None and network.stage.follows:
+        raise MethodError(
+            f"{network.method.name} has twins of units on other ranks, whose weights would have to be put together to "
+            "be sent; leave out shard=True, or place such blocks on one rank (place=...)"
+        )
+    if shard and network.method.reconcile is not None:
+        raise MethodError(
+            f"{network.method.name} differentiates a block twice, and FSDP2 frees its weights after the first time; "
+            "leave out shard=True"
+        )
+    axis_mesh = axis(mesh, "data")
+    replicas = Replicas(network, axis_mesh.get_group(), shard)
     replicas.spread()
+    if shard:
+        _shard(network, axis_mesh)
     network.replicas = replicas
     return network
+
+
+def _shard(network: LocalNetwork, mesh: DeviceMesh) -> None:
+    """Give each rank a part of what is trained here, in place."""
+    from torch.distributed.fsdp import fully_shard  # a second of importing that others need not wait for
+
+    everything = [*network.blocks, *network.auxiliary.values()]
+    own = set(network.model.modules()) | set(network.auxiliary.modules())
+    for module in everything if network.stage is None else network.stage.modules:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.contiguous()  # FSDP2 takes no other
+        # FSDP2 takes no scalars, and it replaces parameters where they are: what a traced forward reads off the model
+        # itself is in two places, of which it would see one. Both stay whole.
+        whole = {p for p in module.parameters() if p.dim() == 0}
+        whole |= {p for part in module.modules() if part not in own for p in part.parameters(recurse=False)}
+        if set(module.parameters()) - whole:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 
 
 def axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
@@ -118,10 +155,11 @@ class Replicas:
     Args:
         network: whose gradients are averaged.
         group: the ranks.
+        shard: see `data_parallel`.
     """
 
-    def __init__(self, network: LocalNetwork, group: dist.ProcessGroup) -> None:
-        self.network, self.group = network, group
+    def __init__(self, network: LocalNetwork, group: dist.ProcessGroup, shard: bool = False) -> None:
+        self.network, self.group, self.shard = network, group, shard
         self.rank, self.size = group.rank(), group.size()
         self._share = 1.0
 
@@ -165,7 +203,8 @@ class Replicas:
 
         def done(block: int) -> None:
             with explained(f"averaging the gradients of block {block} at step {step}"):
-                waiting.append(_Message(block, self.network.block_parameters(block), self._share, self.group))
+                parameters = [p for p in self.network.block_parameters(block) if not isinstance(p, DTensor)]
+                waiting.append(_Message(block, parameters, self._share, self.group))
             while len(waiting) > 1:  # the one just sent travels while the next block runs
                 finish(waiting.popleft())
 
@@ -189,7 +228,13 @@ class Replicas:
                 f"the ranks of the data axis are at different steps, {steps}: they have different numbers of batches. "
                 "Give each the same number, for instance with torch.utils.data.DistributedSampler(drop_last=True)"
             )
-        self._share = samples / sum(int(row[1]) for row in rows)
+        shares = [int(row[1]) for row in rows]
+        if self.shard and len(set(shares)) > 1:
+            raise TrainingError(
+                f"the ranks of the data axis have {shares} samples at step {step}, but shard=True averages over ranks "
+                "and not over samples: give each equally many (drop_last=True)"
+            )
+        self._share = samples / sum(shares)
 
     @torch.no_grad()
     def average_buffers(self) -> None:
@@ -206,8 +251,9 @@ class Replicas:
 
     @torch.no_grad()
     def check_equal(self) -> None:
-        """Raise `TrainingError` unless every rank has the same parameters, bit for bit."""
-        parameters = (tensor for tensor in self._state().values() if isinstance(tensor, nn.Parameter))
+        """Raise `TrainingError` unless every rank has the same parameters, bit for bit; sharded ones are only one."""
+        whole = (tensor for tensor in self._state().values() if not isinstance(tensor, DTensor))
+        parameters = (tensor for tensor in whole if isinstance(tensor, nn.Parameter))
         digest = digest_of(parameters).to(self.network.device)
         with explained("comparing parameters"):
             rows = [torch.empty_like(digest) for _ in range(self.size)]
@@ -256,7 +302,7 @@ class _Message:
                     parameter.grad.copy_(gradient.view(parameter.shape))
 
 
-def digest_of(tensors: Iterator[nn.Parameter]) -> Tensor:
+def digest_of(tensors: Iterable[Tensor]) -> Tensor:
     """Two 64-bit words, equal for equal bits in the same order."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
+import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,21 +19,28 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_leaves
 
 from localgrad.bench.plots import curves_picture
 from localgrad.config import Config, dump, method_name
+from localgrad.data.loaders import Loader
 from localgrad.distributed.agreement import agree, everyone, explained, gather_text
 from localgrad.distributed.block_parallel import block_parallel
 from localgrad.distributed.checkpoint import Checkpoints
-from localgrad.distributed.data_parallel import data_parallel
-from localgrad.errors import ConfigError
+from localgrad.distributed.compression import Wire
+from localgrad.distributed.data_parallel import data_parallel, digest_of
+from localgrad.distributed.mesh import device_mesh
+from localgrad.errors import ConfigError, TrainingError
+from localgrad.train import checkpoint
 from localgrad.train.experiment import Experiment, build, device_of
-from localgrad.train.folder import RunFolder, metrics_csv, write
+from localgrad.train.folder import BEST, RunFolder, metrics_csv, write
 from localgrad.train.loop import train
 from localgrad.train.meters import merged
 from localgrad.train.optim import Stepper
 from localgrad.train.progress import Progress
 from localgrad.train.run import Interrupted, measure_costs, result_of, stop_requests
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def parsed(layout: str) -> dict[str, int]:
@@ -78,21 +88,25 @@ def processes(layout: dict[str, int], device: torch.device, timeout: float) -> I
             "it in the environment of torchrun",
             stacklevel=2,
         )
+    _end_with_launcher()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    yield _mesh(layout, device, timedelta(seconds=timeout))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:  # DistStoreError and DistNetworkError are RuntimeErrors
+        raise TrainingError(
+            f"rank {os.environ['RANK']} did not meet the others within {timeout:g} s of starting "
+            f"({next(iter(str(error).splitlines()), type(error).__name__)}): one has died, hangs, or starts more "
+            "slowly than --timeout allows"
+        ) from error
+    yield device_mesh(device.type, **layout, timeout=timeout)
     # Not after an error: what is left to send to ranks that are gone would keep this one from ending.
     dist.destroy_process_group()
 
 
-def _mesh(layout: dict[str, int], device: torch.device, timeout: timedelta) -> DeviceMesh:
-    """As init_device_mesh makes it, whose groups would wait for 30 minutes whatever the job's timeout is."""
-    ranks = torch.arange(layout["block"] * layout["data"]).view(layout["block"], layout["data"])
-    groups: list[dist.ProcessGroup] = []
-    for rows in (ranks.T, ranks):  # along the blocks, along the replicas
-        made = [(row, dist.new_group(row, timeout=timeout)) for row in rows.tolist()]
-        groups += [group for _, group in made if isinstance(group, dist.ProcessGroup)]
-    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("block", "data"))
+def _end_with_launcher() -> None:
+    """Have the kernel end this process when torchrun is killed: it would train on, beside those started next."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run(
@@ -104,6 +118,7 @@ def run(
     resume: bool,
     overwrite: bool,
     timeout: float,
+    wire: Wire = "same",
 ) -> dict[str, Any] | None:
     """Train one method on all processes and write its directory from the first.
 
@@ -111,13 +126,12 @@ def run(
     epoch ago.
 
     Returns:
-        the result on rank 0, None on the others; see `localgrad.train.run.run`. The weights of the best epoch are not
-        kept.
+        the result on rank 0, None on the others; see `localgrad.train.run.run`.
 
     Raises:
         Interrupted: SIGINT or SIGTERM on any rank, after the next checkpoint.
     """
-    _check(config, layout)
+    _check(config, layout, wire)
     device = device_of(config.train.device)
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -126,24 +140,31 @@ def run(
     with processes(layout, device, timeout) as mesh:
         first = dist.get_rank() == 0
         continues = resume or _restarts() > 0
-        agree(everyone(), {"settings": dump(config)})
+        agree(everyone(), {"settings": dump(config), "wire": wire})
         refusal = _prepared(config, path, continues, overwrite) if first else None
         _heed(refusal)
         experiment = build(config, mesh["data"].get_local_rank(), layout["data"])
         data = experiment.data
-        agree(everyone(), {"data": f"{data.title}, {data.train.num_images} images, {len(data.train)} batches"})
+        amount = f"{data.title}, {data.train.num_images} images, {len(data.train)} batches"
+        agree(everyone(), {"data": amount, "first images of the test split": _digest(data.test)})
         network = experiment.network
         if layout["block"] > 1:
-            block_parallel(network, mesh)
+            block_parallel(network, mesh, wire=wire)
         if layout["data"] > 1:
             data_parallel(network, mesh)
         experiment.stepper = Stepper(network, config.optim, experiment.stepper.scaler)
         patience = timedelta(seconds=timeout)
         checkpoints = Checkpoints(path / "checkpoints", network, experiment.stepper.optimizers, timeout=patience)
         if continues:
-            _restore(experiment, checkpoints)
+            _restore(experiment, checkpoints, path)
         _train(experiment, checkpoints, path, console if first else Console(quiet=True), first)
-        return _finished(experiment, path, first)
+        return _finished(experiment, path, first, layout | {"wire": wire})
+
+
+def _digest(split: Loader) -> str:
+    """Of the first batch."""
+    tensors = [leaf for leaf in tree_leaves(next(iter(split.epoch(0)))) if isinstance(leaf, torch.Tensor)]
+    return f"{digest_of(tensors).tolist()}"
 
 
 def _restarts() -> int:
@@ -151,7 +172,9 @@ def _restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def _check(config: Config, layout: dict[str, int]) -> None:
+def _check(config: Config, layout: dict[str, int], wire: Wire) -> None:
+    if wire != "same" and layout["block"] == 1:
+        raise ConfigError(f"--wire {wire} rounds features between ranks along the blocks; add block=2 to --parallel")
     if config.beside:
         raise ConfigError("--parallel trains one method; add --alone, or leave --beside out")
     if config.train.precision == "fp16" and layout["block"] > 1:
@@ -179,13 +202,21 @@ def _heed(refusal: str | None) -> None:
         raise ConfigError(told)
 
 
-def _restore(run: Experiment, checkpoints: Checkpoints) -> None:
+def _keep_best(run: Experiment, checkpoints: Checkpoints, path: Path) -> None:
+    """Write the weights of the epoch just saved if it is the best so far, as a single process does."""
+    if dist.get_rank() == 0 and run.best is not None and run.best["epoch"] == run.epoch:
+        checkpoint.save(path / BEST, {"epoch": run.epoch, "model": checkpoints.weights(run.step)})
+
+
+def _restore(run: Experiment, checkpoints: Checkpoints, path: Path) -> None:
     step = checkpoints.load()
     if step == 0:
         return
     beside = checkpoints.beside(step)
     run.epoch, run.batch, run.step = beside["position"]
     run.history, run.best = beside["history"], beside["best"]
+    if run.batch == 0:  # the job may have ended between this checkpoint and the file of the best weights
+        _keep_best(run, checkpoints, path)
     if dist.get_rank() == 0:  # the sums of all ranks so far; the others begin with none
         sums = {kind: {n: torch.tensor(v) for n, v in beside["meter"][kind].items()} for kind in ("losses", "scores")}
         run.meter.load_state_dict(sums | {kind: beside["meter"][kind] for kind in ("batches", "samples")})
@@ -226,6 +257,7 @@ def _train(run: Experiment, checkpoints: Checkpoints, path: Path, console: Conso
 
         def after_epoch(state: Experiment) -> None:
             _save(state, checkpoints)
+            _keep_best(state, checkpoints, path)
             progress.epoch(state)
             if first:
                 write(path / "metrics.csv", metrics_csv(state.history))
@@ -234,7 +266,7 @@ def _train(run: Experiment, checkpoints: Checkpoints, path: Path, console: Conso
         train(run, after_step, after_epoch)
 
 
-def _finished(run: Experiment, path: Path, first: bool) -> dict[str, Any] | None:
+def _finished(run: Experiment, path: Path, first: bool, parallel: dict[str, Any]) -> dict[str, Any] | None:
     network = run.network
     if network.replicas is not None:
         network.replicas.average_buffers()
@@ -243,9 +275,8 @@ def _finished(run: Experiment, path: Path, first: bool) -> dict[str, Any] | None
         network.stage.gather()
     if not first:
         return None
-    run.best = None
     folder = RunFolder(path, resume=True)
-    result = result_of(run, folder)
+    result = result_of(run, folder) | {"parallel": parallel}
     folder.finish(run, result)
     curves_picture(run.history, result["method"], path / "curves.png")
     measure_costs([result], [run])

@@ -140,6 +140,8 @@ def row(run: Experiment, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "train": merged(run.network, run.meter).read(),
     }
+    if run.network.replicas is not None:
+        run.network.replicas.average_buffers()
     if run.data.validation is not None:
         result["validation"] = evaluate(run.evaluated, run.data.validation, run.autocast)
         score = result["validation"]["score"]["model"]
