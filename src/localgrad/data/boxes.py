@@ -15,8 +15,7 @@ from torch import Tensor
 from localgrad import randomness
 from localgrad.data import cache
 from localgrad.data.catalogue import Data, Found, _hold_out, default_root
-from localgrad.data.loaders import Batch, Order
-from localgrad.data.masks import OnDamage
+from localgrad.data.loaders import Batch, OnDamage, Order, decoded_batches, sound
 from localgrad.data.readers import torchvision
 from localgrad.errors import ConfigError, DataError
 
@@ -273,22 +272,8 @@ class BoxFiles:
         Raises:
             DataError: a file cannot be decoded, or a box leaves its image; the message names the file.
         """
-        loader = torch.utils.data.DataLoader(
-            _Decoded(self, epoch),
-            batch_sampler=[batch.tolist() for batch in self.order.batches(epoch, start)],
-            num_workers=self.workers,
-            collate_fn=list,
-            generator=randomness.generator("workers"),  # else the loader would draw from torch's global one
-        )
-        for items in loader:
-            good = []
-            for index, item in items:
-                if not isinstance(item, str):
-                    good.append(item)
-                elif self.on_damage == "raise":
-                    raise DataError(item)
-                else:
-                    self.skipped[self.images[index].path] = item
+        for items in decoded_batches(_Decoded(self, epoch), self.order.batches(epoch, start), self.workers):
+            good = sound(items, self.on_damage, self.skipped, lambda index: self.images[index].path)
             if good:
                 inputs = self.resize.batch_images([image for image, _ in good], DIVISIBLE)
                 targets = [{name: value.to(self.device) for name, value in target.items()} for _, target in good]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from localgrad.data.augment import Crop, Normalise
 from localgrad.errors import ConfigError, DataError
 
 Batch = tuple[Tensor, Any]
+OnDamage = Literal["raise", "skip"]
 
 
 class Loader(Protocol):
@@ -125,6 +126,43 @@ class Resident:
             yield self.normalise(images), self.targets[index]
 
 
+def decoded_batches(
+    images: torch.utils.data.Dataset[Any],
+    batches: Sequence[Tensor],
+    workers: int,
+    collate: Callable[[list[Any]], Any] = list,
+    pin_memory: bool = False,
+) -> torch.utils.data.DataLoader[Any]:
+    """What ``images`` gives for the indices of each batch, decoded by ``workers`` processes; 0 for this one."""
+    return torch.utils.data.DataLoader(
+        images,
+        batch_sampler=[batch.tolist() for batch in batches],
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        generator=randomness.generator("workers"),  # else the loader would draw from torch's global one
+    )
+
+
+def sound(
+    items: Iterable[tuple[int, Any]], on_damage: OnDamage, skipped: dict[str, str], path_of: Callable[[int], str]
+) -> list[Any]:
+    """The images of a batch that can be used; an item that is a text says why it cannot.
+
+    Raises:
+        DataError: one cannot be used, and ``on_damage`` is ``raise``; with ``skip`` it is noted in ``skipped``.
+    """
+    good = []
+    for index, item in items:
+        if not isinstance(item, str):
+            good.append(item)
+        elif on_damage == "raise":
+            raise DataError(item)
+        else:
+            skipped[path_of(index)] = item
+    return good
+
+
 @dataclass(frozen=True, eq=False)
 class Files:
     """A split held as image files, decoded and transformed by ``workers`` processes (0: by this one).
@@ -156,15 +194,9 @@ class Files:
         Raises:
             DataError: a file cannot be decoded; the message names it.
         """
-        loader = torch.utils.data.DataLoader(
-            _Decoded(self, epoch),
-            batch_sampler=[batch.tolist() for batch in self.order.batches(epoch, start)],
-            num_workers=self.workers,
-            collate_fn=_collate,
-            pin_memory=self.device.type == "cuda",
-            generator=randomness.generator("workers"),  # else the loader would draw from torch's global one
-        )
-        for batch in loader:
+        batches = self.order.batches(epoch, start)
+        pin = self.device.type == "cuda"
+        for batch in decoded_batches(_Decoded(self, epoch), batches, self.workers, _collate, pin):
             if isinstance(batch, DataError):
                 raise batch
             images, targets = (x.to(self.device, non_blocking=True) for x in batch)

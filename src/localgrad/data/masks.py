@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +15,13 @@ from localgrad import randomness
 from localgrad.data import cache
 from localgrad.data.augment import Normalise
 from localgrad.data.catalogue import Data, Found, _hold_out, default_root
-from localgrad.data.loaders import Batch, Order
+from localgrad.data.loaders import Batch, OnDamage, Order, decoded_batches, sound
 from localgrad.data.readers import torchvision
 from localgrad.errors import ConfigError, DataError
 
 IGNORED = 255
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 Pair = tuple[str, str]
-OnDamage = Literal["raise", "skip"]
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CAMVID = "Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist"
 _CAMVID_GET = (
@@ -192,23 +191,8 @@ class MaskFiles:
             DataError: a file cannot be decoded, the sizes of image and mask differ, or a mask holds an unknown id; the
                 message names the file.
         """
-        loader = torch.utils.data.DataLoader(
-            _Decoded(self, epoch),
-            batch_sampler=[batch.tolist() for batch in self.order.batches(epoch, start)],
-            num_workers=self.workers,
-            collate_fn=list,
-            pin_memory=False,
-            generator=randomness.generator("workers"),  # else the loader would draw from torch's global one
-        )
-        for items in loader:
-            good = []
-            for index, item in items:
-                if not isinstance(item, str):
-                    good.append(item)
-                elif self.on_damage == "raise":
-                    raise DataError(item)
-                else:
-                    self.skipped[self.pairs[index][0]] = item
+        for items in decoded_batches(_Decoded(self, epoch), self.order.batches(epoch, start), self.workers):
+            good = sound(items, self.on_damage, self.skipped, lambda index: self.pairs[index][0])
             if good:
                 images, masks = zip(*good, strict=True)
                 if len({image.shape for image in images}) > 1:
