@@ -270,7 +270,7 @@ def picture(out: Path, path: Path) -> None:
     if not shown or reference.cost is None:
         return
     methods = list(dict.fromkeys(described(line.settings["method"]) for line in shown if line.kind == "local"))
-    spectrum = colormaps["tab20"] if len(methods) > 9 else colormaps["Set1"]
+    spectrum = colormaps["tab20"] if len(methods) > 10 else colormaps["tab10"]
     colors = {method: spectrum(k % spectrum.N) for k, method in enumerate(methods)}
     blocks = list(dict.fromkeys(line.settings["blocks"]["num_blocks"] for line in shown))
     markers = dict(zip(blocks, "os^DvPX*<>" * len(blocks), strict=False))
