@@ -68,6 +68,27 @@ def test_a_knob_saves_what_it_should(knob: str) -> None:
         assert lean.activation_bytes <= plain.activation_bytes
 
 
+def test_lean_costs_little_more_than_its_blocks() -> None:
+    """The bytes and FLOPs of ``docs/lean.md``, for ResNet-32 in 8 blocks by bytes, and its heads by hand."""
+
+    def localized(method: Method, num_blocks: int) -> localgrad.LocalNetwork:
+        model = localgrad.models.create("resnet32")
+        return localgrad.localize(model, method, num_blocks=num_blocks, balance="bytes", example=images(2))
+
+    whole, lean = (
+        cost(localized(*way), images(), targets()) for way in ((methods.e2e(TASK), 1), (methods.lean(TASK), 8))
+    )
+    assert lean.activation_bytes <= 0.215 * whole.activation_bytes
+    assert lean.flops <= 1.185 * whole.flops
+    first = localized(methods.lean(TASK), 8).auxiliary["0-1"]
+    assert first.bridge(torch.zeros(2, 16, 32, 32)).shape == (2, 16, 16, 16)
+    features, shapes = torch.zeros(2, 16, 16, 16), []
+    for unit in first.heads[0][0]:
+        features = unit(features)
+        shapes.append(tuple(features.shape[1:]))
+    assert shapes == [(32, 8, 8), (32, 8, 8), (64, 4, 4)]
+
+
 def test_resting_terms_save_their_flops_and_get_no_gradient() -> None:
     network = network_of(infopro(image_every=3))
     localgrad.backward(network, images(), targets(), step=3)

@@ -12,6 +12,7 @@ from localgrad.methods.e2e import e2e
 from localgrad.methods.feature_distillation import feature_distillation
 from localgrad.methods.hpff import hpff
 from localgrad.methods.infopro import infopro
+from localgrad.methods.lean import lean
 from localgrad.methods.local_critic import local_critic
 from localgrad.methods.logit_consistency import logit_consistency
 from localgrad.methods.man import man
@@ -36,6 +37,7 @@ __all__ = [
     "feature_distillation",
     "hpff",
     "infopro",
+    "lean",
     "local_critic",
     "logit_consistency",
     "man",
