@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import time
@@ -68,7 +69,7 @@ def simulated(seed: int, back: int) -> list[dict[str, torch.Tensor]]:
         average, rest = divmod(step + 1, PERIOD)
         if rest == 0 and average == back:
             for ours, survivor in zip(pairs[1], pairs[0], strict=True):
-                ours.load_state_dict(survivor.state_dict())
+                ours.load_state_dict(copy.deepcopy(survivor.state_dict()))
         elif rest == 0 and not DIES <= average < back:
             with torch.no_grad():
                 for a, b in zip(*(network.parameters() for network, _ in pairs), strict=True):

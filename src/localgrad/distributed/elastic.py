@@ -96,15 +96,19 @@ class ElasticAverager:
         host = host or socket.gethostname()
         patience = timedelta(seconds=timeout)
         self._group = ProcessGroupGloo(patience)
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         try:
+            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
             self.manager = Manager(
                 self._group, self._load, self._state, min_replica_size=1, use_async_quorum=False, timeout=patience,
-                quorum_timeout=patience, rank=0, world_size=1, store_addr=host, store_port=self._store.port,
-                lighthouse_addr=lighthouse, hostname=host, checkpoint_transport=_OverGroup(self._group),
+                quorum_timeout=patience, connect_timeout=patience, rank=0, world_size=1, store_addr=host,
+                store_port=self._store.port, lighthouse_addr=lighthouse, hostname=host,
+                checkpoint_transport=_OverGroup(self._group),
             )  # fmt: skip
         except (OSError, RuntimeError) as error:
-            raise TrainingError(f"no lighthouse answers at {lighthouse}: {error}") from error
+            raise TrainingError(
+                f"a replica at {host} found no lighthouse at {lighthouse}: {error}. Start torchft_lighthouse and write "
+                "its address as http://host:29510, and as host= a name of this machine that all of them know"
+            ) from error
         self._local_sgd = LocalSGD(self.manager, network, self.optimizers[0], period)
 
     def __enter__(self) -> ElasticAverager:
