@@ -22,7 +22,16 @@ EVERY = METHODS | {
     "pgl(man(mlaan(dgl)))": methods.pgl(methods.man(METHODS["mlaan(dgl)"]), every=2),
 }
 
-ROUNDING: dict[str, float] = {}
+# Gradients of biases and normalisations that are small differences of large sums: one process in float32 is itself
+# 1.7e-6 (local_critic) to 8.8e-6 (contrastive InfoPro) from float64 there. Measured between two ranks and one process:
+ROUNDING = {
+    **dict.fromkeys(["dgl", "weighted(dgl)", "checkpointing(dgl)", "trgl(dgl)", "pgl(dgl)"], 2e-6),  # 1.2e-6, dgl's
+    "accumulation(windows(dgl))": 2e-6,  # 1.2e-6
+    "infopro, contrastive": 2e-6,  # 1.1e-6
+    "logit_consistency(dgl)": 3e-6,  # 1.7e-6
+    "accumulation(dgl)": 5e-6,  # 3.3e-6
+    "local_critic": 5e-6,  # 3.8e-6
+}
 
 
 def without_batch_statistics(module: nn.Module) -> nn.Module:
@@ -69,7 +78,7 @@ def train(
             for block in range(len(network.blocks)):
                 stepped(block)
         localgrad.exchange(network)
-    return found | dict(network.state_dict())
+    return found | copy.deepcopy(dict(network.state_dict()))
 
 
 def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -123,7 +132,6 @@ def test_in_float32_what_is_left_is_the_rounding_of_one_step() -> None:
     """The largest difference in each tensor, as a share of the largest value in it (of 1e-3, where all are smaller)."""
     first, second = gang.run(compare_every_method, 2, torch.float32, ["equal"], timeout=240)
     found = {name.removesuffix(", equal"): value for name, value in (first | second).items()}
-    print(found)
     assert found.keys() == EVERY.keys()
     assert not {name: value for name, value in found.items() if not value < ROUNDING.get(name, 1e-6)}
 
