@@ -188,7 +188,7 @@ class _OverGroup:
         self.group.recv([length], src_rank, 1).wait(timeout)
         content = torch.empty(int(length), dtype=torch.uint8)
         self.group.recv([content], src_rank, 1).wait(timeout)
-        return torch.load(io.BytesIO(content.numpy()), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)
 
     def disallow_checkpoint(self) -> None:
         """Nothing is left to send once `send_checkpoint` has returned."""
