@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from threading import Barrier
@@ -117,3 +118,18 @@ def test_a_replica_dies_another_goes_on_alone_and_heals_the_one_that_comes_back(
             assert state.keys() == expected.keys()
             wrong.setdefault(seed, []).extend(k for k in state if not torch.equal(state[k], expected[k]))
     assert [] in wrong.values(), {seed: names[:3] for seed, names in wrong.items()}
+
+
+def test_misuse_and_a_missing_torchft_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, optimizer = made()
+
+    def refusal(period: int) -> str:
+        with pytest.raises(localgrad.ConfigError) as error:
+            ElasticAverager(network, [optimizer], period=period, lighthouse="http://localhost:1")
+        return str(error.value)
+
+    monkeypatch.setitem(sys.modules, "torchft", None)
+    assert "pip install localgrad[elastic]" in refusal(period=3)
+    assert "period=0" in refusal(period=0)
+    network.replicas = object()
+    assert "one process with the whole network" in refusal(period=3)

@@ -77,13 +77,6 @@ class ElasticAverager:
         host: str | None = None,
         timeout: float = 600.0,
     ) -> None:
-        try:
-            from torchft import Manager, ProcessGroupGloo
-            from torchft.local_sgd import LocalSGD
-        except ImportError as error:
-            raise ConfigError(
-                "replicas that come and go need torchft: pip install localgrad[elastic] (Linux, x86-64)"
-            ) from error
         if period < 1:
             raise ConfigError(f"period={period}: weights are averaged every period steps; write 1 or more")
         if network.stage is not None or network.replicas is not None:
@@ -91,6 +84,13 @@ class ElasticAverager:
                 "each replica of ElasticAverager is one process with the whole network; leave out block_parallel and "
                 "data_parallel"
             )
+        try:
+            from torchft import Manager, ProcessGroupGloo
+            from torchft.local_sgd import LocalSGD
+        except ImportError as error:
+            raise ConfigError(
+                "replicas that come and go need torchft: pip install localgrad[elastic] (Linux, x86-64)"
+            ) from error
         self.network, self.optimizers, self.period = network, list(optimizers), period
         self.step, self.replicas = 0, 0
         host = host or socket.gethostname()
