@@ -138,9 +138,12 @@ def train(
     ] = None,
     timeout: Annotated[float, typer.Option(help="With --parallel: seconds a rank waits for another one.")] = 600.0,
     wire: Annotated[
-        Literal["same", "bf16", "int8"],
-        typer.Option(help="With --parallel: how features travel between ranks; all but the first round them."),
-    ] = "same",
+        Literal["same", "bf16", "int8"] | None,
+        typer.Option(
+            help="With --parallel: how features travel between ranks; all but same, the default, round them.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a network block by block (or end to end), and show what it did.
@@ -200,7 +203,7 @@ def train(
             as_json,
         )  # fmt: skip
         return
-    if wire != "same":
+    if wire not in (None, "same"):
         raise ConfigError(f"--wire {wire} is for blocks on several ranks; add --parallel block=2, under torchrun")
     scaled = _scaled_down(recipe, settings)
     if scaled:
@@ -226,7 +229,7 @@ def train(
 
 def _train_parallel(
     console: Console, settings: Any, folder: Path, layout: str, named: Path | None, resume: bool, overwrite: bool,
-    timeout: float, wire: Literal["same", "bf16", "int8"], as_json: bool,
+    timeout: float, wire: Literal["same", "bf16", "int8"] | None, as_json: bool,
 ) -> None:  # fmt: skip
     from localgrad.distributed import run
     from localgrad.train.folder import write

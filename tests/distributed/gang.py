@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 # The server imports torch once, each process is a fork of it. Tests themselves cannot fork: their autograd has threads.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "localgrad.distributed", "zoo"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "localgrad.distributed", "zoo"])
 
 
 def _main(function: Callable[..., Any], rank: int, ranks: int, folder: str, timeout: float, args: Any) -> None:
@@ -48,7 +48,7 @@ def run(
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _CONTEXT.Process(target=_main, args=(function, rank, ranks, folder, group_timeout, args), daemon=True)
+            CONTEXT.Process(target=_main, args=(function, rank, ranks, folder, group_timeout, args), daemon=True)
             for rank in range(ranks)
         ]
         for process in processes:

@@ -14,8 +14,8 @@ import localgrad
 PERIOD, STEPS = 3, 8
 
 
-def made() -> tuple[localgrad.LocalNetwork, torch.optim.Optimizer]:
-    network = build("residual", METHODS["man(dgl)"], 4)
+def made(seed: int = 0) -> tuple[localgrad.LocalNetwork, torch.optim.Optimizer]:
+    network = build("residual", METHODS["man(dgl)"], 4, seed)
     return network, torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
 
 
@@ -39,7 +39,7 @@ def replica_of_two() -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow_distributed
 def test_weights_averaged_every_few_steps_equal_the_simulation() -> None:
-    """Bar D13 without torchft: nobody joins or leaves."""
+    """Bar D13 where nobody joins or leaves; where replicas do, test_elastic.py."""
     found = gang.run(replica_of_two, 2)
     pairs = [made() for _ in range(2)]
     networks = [network for network, _ in pairs]

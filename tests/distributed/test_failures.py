@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
+import dataclasses
 import json
 import os
 import random
@@ -327,10 +328,10 @@ def test_a_stop_signal_on_one_rank_stops_all_at_one_step(single: Path, tmp_path:
     check_same(folder, single)
 
 
-def draw_images(folder: Path, seed: int) -> None:
-    """Two classes, four images to train on and two to test on each, 8x8."""
-    generator = torch.Generator().manual_seed(seed)
+def draw_images(folder: Path, seeds: dict[str, int]) -> None:
+    """Two classes, four images to train on and two to test on each, 8x8, by the seed of each split."""
     for split, number in (("train", 4), ("val", 2)):
+        generator = torch.Generator().manual_seed(seeds[split])
         for name in ("cats", "dogs"):
             (folder / split / name).mkdir(parents=True)
             for index in range(number):
@@ -340,19 +341,17 @@ def draw_images(folder: Path, seed: int) -> None:
 
 @pytest.mark.slow_distributed
 @pytest.mark.timeout(2 * PATIENCE)
-@pytest.mark.parametrize("differing", ["settings", "first images of the test split"])
+@pytest.mark.parametrize("differing", ["settings", "first images of the train split", "first images of the test split"])
 def test_ranks_with_other_settings_or_data_are_refused_by_all(differing: str, tmp_path: Path) -> None:
     """Each rank is given something else; nothing is trained."""
     folder = tmp_path / "run"
     for rank in range(2):
-        draw_images(tmp_path / f"part{rank}" / "images", seed=rank)
-    words = {
-        "settings": [*SETTINGS, *SHORT, "train.seed=RANK"],
-        "first images of the test split": [
-            "--model", "resnet8", "--data", "folder:images", "--method", "dgl", "-k", "4", "--epochs", "1",
-            "data.image_size=8", "data.validation=0", "--threads", "1",
-        ],
-    }[differing]  # fmt: skip
+        seeds = {"train": rank if "train" in differing else 2, "val": rank if "test" in differing else 3}
+        draw_images(tmp_path / f"part{rank}" / "images", seeds)
+    words = ["--model", "resnet8", "--data", "folder:images", "--method", "dgl", "-k", "4", "--epochs", "1"]
+    words += ["data.image_size=8", "data.validation=0", "--threads", "1"]
+    if differing == "settings":
+        words += ["train.seed=RANK"]
     shell = 'cd part$RANK && exec "$0" -m localgrad train "${@//RANK/$RANK}"'
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python"]
     command += ["bash", "-c", shell, sys.executable, *words, "--run-dir", str(folder)]
@@ -403,3 +402,23 @@ def test_misuse_of_the_command_is_refused_at_once(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["train", "digits", *alone, *words])
         assert result.exit_code != 0 and message in str(result.exception), result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_with_the_wire_format_it_was_begun_with(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from localgrad import config
+    from localgrad.cli import app
+    from localgrad.distributed import run
+
+    assert run.wire_of(tmp_path, None) == "same" and run.wire_of(tmp_path, "bf16") == "bf16"
+    settings = dataclasses.replace(config.validate(config.read_recipe("digits"), "digits"), beside=[])
+    assert run._prepared(settings, tmp_path, "int8", continues=False, overwrite=False) is None
+    assert run.wire_of(tmp_path, None) == run.wire_of(tmp_path, "int8") == "int8"
+    for words, message in (
+        (["--parallel", "block=2", "--wire", "bf16"], "was begun with --wire int8 and cannot go on with bf16"),
+        (["--parallel", "block=1"], "--wire int8 rounds features between ranks along the blocks"),
+        (["--parallel", "block=2"], "torchrun --nproc-per-node=2"),
+    ):
+        result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path), *words])
+        assert result.exit_code != 0 and message in str(result.exception), result.output

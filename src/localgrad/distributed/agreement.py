@@ -32,7 +32,7 @@ def facts_about(network: LocalNetwork) -> dict[str, str]:
     """What two ranks compare about their networks, by name."""
     shapes = "; ".join(f"{name} {tuple(p.shape)} {p.dtype}" for name, p in network.named_parameters())
     return {
-        "version of torch": torch.__version__,
+        "version of torch": str(torch.__version__),
         "version of localgrad": localgrad.__version__,
         "source code of localgrad": source_digest(),
         "method": network.method.name,

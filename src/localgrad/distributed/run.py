@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 
 from localgrad.bench.plots import curves_picture
 from localgrad.config import Config, dump, method_name
-from localgrad.data.loaders import Loader
 from localgrad.distributed.agreement import agree, everyone, explained, gather_text
 from localgrad.distributed.block_parallel import block_parallel
 from localgrad.distributed.checkpoint import Checkpoints
@@ -41,6 +40,8 @@ from localgrad.train.progress import Progress
 from localgrad.train.run import Interrupted, measure_costs, result_of, stop_requests
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+PARALLEL = "parallel.json"  # what a run that is continued has to keep, besides its settings
+DIGESTED = 64  # images, by which ranks see that they have the same data
 
 
 def parsed(layout: str) -> dict[str, int]:
@@ -118,12 +119,15 @@ def run(
     resume: bool,
     overwrite: bool,
     timeout: float,
-    wire: Wire = "same",
+    wire: Wire | None = None,
 ) -> dict[str, Any] | None:
     """Train one method on all processes and write its directory from the first.
 
     A run that torchrun has restarted goes on from its last checkpoint, at most ``train.checkpoint_every`` steps or an
     epoch ago.
+
+    Args:
+        wire: see `block_parallel`; what the run was begun with if None, which is ``same`` for a new one.
 
     Returns:
         the result on rank 0, None on the others; see `localgrad.train.run.run`.
@@ -131,6 +135,8 @@ def run(
     Raises:
         Interrupted: SIGINT or SIGTERM on any rank, after the next checkpoint.
     """
+    continues = resume or _restarts() > 0
+    wire = wire_of(path, wire) if continues else wire or "same"
     _check(config, layout, wire)
     device = device_of(config.train.device)
     if device.type == "cuda":
@@ -139,14 +145,14 @@ def run(
         torch.cuda.set_device(local)
     with processes(layout, device, timeout) as mesh:
         first = dist.get_rank() == 0
-        continues = resume or _restarts() > 0
         agree(everyone(), {"settings": dump(config), "wire": wire})
-        refusal = _prepared(config, path, continues, overwrite) if first else None
+        refusal = _prepared(config, path, wire, continues, overwrite) if first else None
         _heed(refusal)
         experiment = build(config, mesh["data"].get_local_rank(), layout["data"])
         data = experiment.data
         amount = f"{data.title}, {data.train.num_images} images, {len(data.train)} batches"
-        agree(everyone(), {"data": amount, "first images of the test split": _digest(data.test)})
+        digests = {f"first images of the {name} split": _digest(getattr(data, name)) for name in ("train", "test")}
+        agree(everyone(), {"data": amount, **digests})
         network = experiment.network
         if layout["block"] > 1:
             block_parallel(network, mesh, wire=wire)
@@ -161,10 +167,31 @@ def run(
         return _finished(experiment, path, first, layout | {"wire": wire})
 
 
-def _digest(split: Loader) -> str:
-    """Of the first batch."""
-    tensors = [leaf for leaf in tree_leaves(next(iter(split.epoch(0)))) if isinstance(leaf, torch.Tensor)]
-    return f"{digest_of(tensors).tolist()}"
+def _digest(split: Any) -> str:
+    """Of a loader's first images, the same ones on every replica; those of training are drawn from all of them."""
+    order = dataclasses.replace(
+        split.order, replica=0, num_replicas=1, batch_size=min(split.order.batch_size, DIGESTED)
+    )
+    batch = next(iter(dataclasses.replace(split, order=order).epoch(0)))
+    return f"{digest_of(leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)).tolist()}"
+
+
+def wire_of(path: Path, given: Wire | None) -> Wire:
+    """How features travel in the run of this directory.
+
+    Raises:
+        ConfigError: otherwise than ``given``.
+    """
+    file = path / PARALLEL
+    if not file.is_file():
+        return given or "same"
+    begun: Wire = json.loads(file.read_text())["wire"]
+    if given not in (None, begun):
+        raise ConfigError(
+            f"{path} was begun with --wire {begun} and cannot go on with {given}; leave --wire out, or begin anew with "
+            "--overwrite"
+        )
+    return begun
 
 
 def _restarts() -> int:
@@ -185,11 +212,12 @@ def _check(config: Config, layout: dict[str, int], wire: Wire) -> None:
         raise ConfigError(f"train.ema_decay={config.train.ema_decay} is for one process; leave it out with --parallel")
 
 
-def _prepared(config: Config, path: Path, continues: bool, overwrite: bool) -> str | None:
+def _prepared(config: Config, path: Path, wire: Wire, continues: bool, overwrite: bool) -> str | None:
     """Make the run directory; what is wrong with it, if anything."""
     try:
         RunFolder(path, resume=continues, overwrite=overwrite)
         write(path / "config.yaml", dump(config))
+        write(path / PARALLEL, json.dumps({"wire": wire}))
     except ConfigError as error:
         return str(error)
     return None
