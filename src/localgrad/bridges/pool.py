@@ -21,6 +21,7 @@ class Pool:
 
     factor: int = 2
     least: int = 1
+    start: int = 0
 
     def __post_init__(self) -> None:
         if self.factor < 1 or self.least < 1:
@@ -29,6 +30,8 @@ class Pool:
             )
 
     def __call__(self, site: Site) -> nn.Module | None:
+        if site.span.stop <= self.start:
+            return None
         factors = tuple(max(1, min(self.factor, side // self.least)) for side in site.layout.grid)
         if site.layout.kind == "vector" or factors == (1, 1):
             return None

@@ -8,7 +8,7 @@ from localgrad import bridges
 from localgrad.method import Method
 
 
-def pooled(base: Method, *, factor: int = 2, least: int = 1) -> Method:
+def pooled(base: Method, *, factor: int = 2, least: int = 1, start: int = 0) -> Method:
     """Average-pool the features before bridge and heads; ``factor ** 2`` times fewer positions to compute on.
 
     Plug-ins that follow add their bridges behind the pooling: ``man(pooled(dgl(task)))`` mixes pooled features.
@@ -30,4 +30,4 @@ def pooled(base: Method, *, factor: int = 2, least: int = 1) -> Method:
     Source: ours.
     """
     base.require_heads("pooled")
-    return replace(base, name=f"pooled({base.name})", bridge=bridges.chain(base.bridge, bridges.Pool(factor, least)))
+    return replace(base, name=f"pooled({base.name})", bridge=bridges.chain(base.bridge, bridges.Pool(factor, least, start)))
