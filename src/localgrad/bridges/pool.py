@@ -16,7 +16,8 @@ from localgrad.method import Site
 class Pool:
     """``factor x factor`` average pooling of positions, as far as ``least`` of them remain; prefix tokens stay.
 
-    A head or a copied unit behind it costs ``factor ** 2`` times less. Ours.
+    The first ``start`` boundaries keep all positions. A head or a copied unit behind it costs ``factor ** 2`` times
+    less. Ours.
     """
 
     factor: int = 2
@@ -24,9 +25,10 @@ class Pool:
     start: int = 0
 
     def __post_init__(self) -> None:
-        if self.factor < 1 or self.least < 1:
+        if self.factor < 1 or self.least < 1 or self.start < 0:
             raise MethodError(
-                f"factor={self.factor}, least={self.least}; pooling needs a factor and a grid of at least 1"
+                f"factor={self.factor}, least={self.least}, start={self.start}; pooling needs a factor and a grid of "
+                "at least 1, from boundary 0 or a later one on"
             )
 
     def __call__(self, site: Site) -> nn.Module | None:

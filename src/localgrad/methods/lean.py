@@ -1,4 +1,4 @@
-"""Local learning at about the cost of its blocks: short copies of the rest of the model, on pooled features."""
+"""Short copies of the rest of the model as heads, most of them on pooled features."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from localgrad.methods.auglocal import auglocal
 from localgrad.methods.pooled import pooled
 
 
-def lean(task: Task, *, depth: int = 3, tail: int = 1, factor: int = 2, least: int = 8) -> Method:
-    """Heads like the rest of the model, on pooled features: most of AugLocal's accuracy, without its memory and time.
+def lean(task: Task, *, depth: int = 2, tail: int = 1, factor: int = 2, least: int = 8, start: int = 1) -> Method:
+    """AugLocal whose heads read pooled features, but for the first one: most of its accuracy for less of its cost.
 
-    ``auglocal(task, depth=depth, tail=tail)`` behind ``pooled(factor=factor, least=least)``. Its settings are those
-    that kept most accuracy for their cost; see ``docs/lean.md`` for what was compared. Cut into as few blocks as the
-    memory allows, by bytes: ``localize(..., memory="2GiB")`` or ``balance="bytes"``.
+    ``pooled(auglocal(task, depth=depth, tail=tail), factor=factor, least=least, start=start)``. Later blocks hardly
+    become better than what the first block and its head can do, so that one keeps all positions; the others keep what
+    there is at a quarter of the cost. ``docs/lean.md`` has the measurements. Cut into as few blocks as memory allows,
+    by bytes: ``localize(..., memory="2GiB")`` or ``balance="bytes"``.
 
     Args:
         task: from `localgrad.tasks`.
@@ -23,6 +24,7 @@ def lean(task: Task, *, depth: int = 3, tail: int = 1, factor: int = 2, least: i
             no more memory than the first block.
         factor: sides of the pooling, less where fewer than ``least`` positions would remain.
         least: positions per side that pooling leaves at least.
+        start: boundaries at the beginning whose heads read all positions.
 
     Raises:
         MethodError: for a value out of range.
@@ -35,4 +37,4 @@ def lean(task: Task, *, depth: int = 3, tail: int = 1, factor: int = 2, least: i
     Source: ours; the heads are AugLocal's (arXiv:2402.17318).
     """
     looking_ahead = auglocal(task, depth=depth, tail=tail)
-    return replace(pooled(looking_ahead, factor=factor, least=least), name="lean")
+    return replace(pooled(looking_ahead, factor=factor, least=least, start=start), name="lean")

@@ -18,9 +18,10 @@ def pooled(base: Method, *, factor: int = 2, least: int = 1, start: int = 0) -> 
         factor: sides of the pooling; less where the grid is smaller.
         least: positions per side that pooling leaves at least, as long as there were so many: late features, whose grid
             is small already, are pooled less.
+        start: boundaries at the beginning that are not pooled.
 
     Raises:
-        MethodError: if the base has no auxiliary heads, or for a factor or ``least`` below 1.
+        MethodError: if the base has no auxiliary heads, or for a factor or ``least`` below 1, or a negative ``start``.
 
     Example:
         >>> import localgrad
@@ -30,4 +31,6 @@ def pooled(base: Method, *, factor: int = 2, least: int = 1, start: int = 0) -> 
     Source: ours.
     """
     base.require_heads("pooled")
-    return replace(base, name=f"pooled({base.name})", bridge=bridges.chain(base.bridge, bridges.Pool(factor, least, start)))
+    return replace(
+        base, name=f"pooled({base.name})", bridge=bridges.chain(base.bridge, bridges.Pool(factor, least, start))
+    )
