@@ -163,7 +163,7 @@ fi
 
 # One run after the other until the time is up; the next call continues each where it stopped.
 if wants accuracy; then
-  for method in e2e dgl infopro dgl+man dgl+man_pp dgl+mlaan dgl+hpff auglocal; do
+  for method in e2e dgl lean auglocal infopro dgl+man dgl+man_pp dgl+mlaan dgl+hpff; do
     run="$out/accuracy-$method"
     [ -f "$out/accuracy-$method.json" ] && continue
     [ "$(left)" -lt 15 ] && { note "accuracy: $method and later ones are left for the next call"; break; }
