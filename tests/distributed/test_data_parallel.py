@@ -22,16 +22,18 @@ EVERY = METHODS | {
     "pgl(man(mlaan(dgl)))": methods.pgl(methods.man(METHODS["mlaan(dgl)"]), every=2),
 }
 
-# Gradients of biases and normalisations that are small differences of large sums: one process in float32 is itself
-# 1.7e-6 (local_critic) to 8.8e-6 (contrastive InfoPro) from float64 there. Measured between two ranks and one process:
+# Measured between two ranks and one process on one CPU; the rest is below 1e-6. They are gradients of biases and
+# normalisations, small differences of large sums: one process in float32 is itself 1.7e-6 (local_critic) to 8.8e-6
+# (contrastive InfoPro) from float64 there.
 ROUNDING = {
-    **dict.fromkeys(["dgl", "weighted(dgl)", "checkpointing(dgl)", "trgl(dgl)", "pgl(dgl)"], 2e-6),  # 1.2e-6, dgl's
-    "accumulation(windows(dgl))": 2e-6,  # 1.2e-6
-    "infopro, contrastive": 2e-6,  # 1.1e-6
-    "logit_consistency(dgl)": 3e-6,  # 1.7e-6
-    "accumulation(dgl)": 5e-6,  # 3.3e-6
-    "local_critic": 5e-6,  # 3.8e-6
+    **dict.fromkeys(["dgl", "weighted(dgl)", "checkpointing(dgl)", "trgl(dgl)", "pgl(dgl)"], 1.2e-6),
+    "accumulation(windows(dgl))": 1.2e-6,
+    "infopro, contrastive": 1.1e-6,
+    "logit_consistency(dgl)": 1.7e-6,
+    "accumulation(dgl)": 3.3e-6,
+    "local_critic": 3.8e-6,
 }
+OTHER_KERNELS = 3  # another CPU sums in another order
 
 
 def without_batch_statistics(module: nn.Module) -> nn.Module:
@@ -133,7 +135,7 @@ def test_in_float32_what_is_left_is_the_rounding_of_one_step() -> None:
     first, second = gang.run(compare_every_method, 2, torch.float32, ["equal"], timeout=240)
     found = {name.removesuffix(", equal"): value for name, value in (first | second).items()}
     assert found.keys() == EVERY.keys()
-    assert not {name: value for name, value in found.items() if not value < ROUNDING.get(name, 1e-6)}
+    assert not {name: value for name, value in found.items() if not value < OTHER_KERNELS * ROUNDING.get(name, 1e-6)}
 
 
 def order_and_bytes() -> dict[str, object]:
