@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import localgrad
 from localgrad import cli
+from localgrad.cli.console import new_console, new_table
 from localgrad.config import recipes, validate
 from localgrad.data import load
 from localgrad.errors import CheckpointError, LocalgradError
@@ -297,7 +298,7 @@ def test_ctrl_c_outside_of_training_is_no_traceback(call: Call, monkeypatch: pyt
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_data", interrupt)
+    monkeypatch.setattr("localgrad.cli.listing._data", interrupt)
     refused(call("list", "data"), "stopped", code=130)
 
 
@@ -484,7 +485,7 @@ def test_help_imports_no_torch() -> None:
 
 
 def test_extras_in_hints_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    table = cli._table("what", "remark", left=2)
+    table = new_table("what", "remark", left=2)
     table.add_row("timm", "pip install localgrad[timm]")
-    cli._console().print(table)
+    new_console().print(table)
     assert "localgrad[timm]" in capsys.readouterr().out

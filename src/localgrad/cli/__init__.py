@@ -1,0 +1,76 @@
+"""The command line. Commands are thin, one to a file; torch is imported when one runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import typer
+
+from localgrad.cli.bench import bench
+from localgrad.cli.compare import compare
+from localgrad.cli.doctor import doctor
+from localgrad.cli.evaluate import evaluate
+from localgrad.cli.listing import list_
+from localgrad.cli.plan import plan
+from localgrad.cli.predict import predict
+from localgrad.cli.simulate import simulate
+from localgrad.cli.summary import summary
+from localgrad.cli.survey import survey
+from localgrad.cli.train import train
+from localgrad.errors import LocalgradError
+
+app = typer.Typer(
+    name="localgrad",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Supervised local learning for PyTorch: cut a network into blocks, train each by its own loss, and free its "
+    "activations before the next one runs.",
+    epilog="Begin with: localgrad train digits",
+)
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train, "eval": evaluate, "predict": predict, "simulate": simulate, "list": list_, "summary": summary,
+    "doctor": doctor, "survey": survey, "plan": plan, "bench": bench, "compare": compare,
+}  # fmt: skip
+for _name, _command in _COMMANDS.items():  # in the order of the help
+    app.command(_name)(_command)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    width = min(100, shutil.get_terminal_size().columns)
+    print(textwrap.fill(f"error: {message}", width, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def _one_paragraph() -> Iterator[None]:
+    try:
+        yield
+    except LocalgradError as error:
+        _fail(str(error), 130 if type(error).__name__ == "Interrupted" else 2)
+    except SystemExit as error:
+        if error.code == 130:  # how typer ends on Ctrl-C
+            _fail("stopped; what was not checkpointed is lost", 130)
+        raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        _fail(f"{what}; check the path, its permissions and the space left there", 2)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: errors of localgrad end as one paragraph and exit code 2, an interruption as 130."""
+    with _one_paragraph():
+        app(arguments)
+
+
+__all__ = ["app", "main"]

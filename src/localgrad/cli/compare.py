@@ -1,0 +1,86 @@
+"""`localgrad compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from localgrad.cli.console import new_console
+from localgrad.cli.options import DataOption, DataRoot, ModelOption, Overrides, Recipe, positional, settings_of
+from localgrad.errors import ConfigError
+
+
+def compare(
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method", "-m", help="dgl+man, or YAML: '[{dgl: {head: linear}}]'; may be repeated.", show_default=False
+        ),
+    ] = None,
+    num_blocks: Annotated[
+        list[int] | None,
+        typer.Option("--num-blocks", "-k", help="K; may be repeated. Default the recipe's.", show_default=False),
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="May be repeated. Default the recipe's.", show_default=False)
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", show_default=False)] = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    data_root: DataRoot = None,
+    equal_time: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One of the methods: also train end-to-end for as many epochs as fit in its time, with and without "
+            "checkpointing; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    parts: Annotated[int, typer.Option(help="Micro-batches of accumulation; 1 leaves it out.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Timed steps of each method.")] = 7,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep weights and checkpoints of finished runs.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Rows, costs, table and picture; default runs/compare-RECIPE.", show_default=False),
+    ] = None,
+    table: Annotated[bool, typer.Option("--table", help="Run nothing, make table and picture anew.")] = False,
+) -> None:
+    """Train many methods with equal data, seeds and epochs, and show score against memory, time and FLOPs.
+
+    End-to-end training, checkpointing and accumulation are always among them.
+
+    [bold]localgrad compare cifar10_resnet32 -m dgl -m '[dgl, man_pp]' -k 16 --seed 0 --seed 1 data.limit=20000[/bold]
+
+    A finished run is never run again, a stopped one continues, and several processes may share one --out.
+    """
+    recipe, overrides = positional(recipe, overrides)
+    from localgrad.bench import compare_command as command
+
+    if recipe is None and not (model and data) and not (table and out):
+        raise ConfigError("nothing to compare: name a recipe, a YAML file, or both --model and --data")
+    out = out or Path("runs") / f"compare-{Path(recipe or str(data)).stem.replace(':', '-')}"
+    if table:
+        print(command.report(out))
+        return
+    base = settings_of(
+        recipe, overrides, model__name=model, data__name=data, data__root=data_root, train__epochs=epochs
+    )
+    print(
+        command.run(
+            base,
+            out,
+            new_console(stderr=True),
+            method=method or [],
+            num_blocks=num_blocks or [],
+            seed=seed or [],
+            parts=parts,
+            equal_time=equal_time or [],
+            rounds=rounds,
+            keep=keep,
+            again="the same command",
+        )
+    )

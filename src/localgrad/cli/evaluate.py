@@ -1,0 +1,67 @@
+"""`localgrad eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from localgrad.cli.console import new_console, new_table
+from localgrad.cli.options import DataRoot, Json, settings_of_run
+from localgrad.errors import ConfigError
+
+
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="A directory that `localgrad train` wrote.")],
+    split: Annotated[Literal["test", "validation"], typer.Option(help="Which images to score.")] = "test",
+    best: Annotated[
+        bool, typer.Option("--best", help="The weights of the best validation epoch, not the last ones.")
+    ] = False,
+    data_root: DataRoot = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a trained network: its own head and every auxiliary head."""
+    from localgrad.train.experiment import build
+    from localgrad.train.folder import RunFolder
+    from localgrad.train.meters import evaluate
+
+    settings = settings_of_run(run_dir, data_root)
+    if settings.beside:
+        from localgrad.config import run_names
+
+        names = ", ".join(str(run_dir / name.replace("+", "-")) for name in run_names(settings))
+        raise ConfigError(f"{run_dir} holds several runs; evaluate one of them: {names}")
+    if device is not None:
+        settings.train.device = device
+    experiment = build(settings)
+    folder = RunFolder(run_dir, resume=True)
+    remark = folder.restore(experiment)
+    if remark:
+        new_console(stderr=True).print(remark, soft_wrap=True)
+    epoch = experiment.epoch
+    if best:
+        if experiment.best is None:
+            raise ConfigError(f"{run_dir} has no best epoch: none is finished, or data.validation=0; leave --best out")
+        epoch = experiment.best["epoch"]
+        experiment.evaluated.load_state_dict(folder.best_weights(epoch))
+    batches = experiment.data.validation if split == "validation" else experiment.data.test
+    if batches is None:
+        raise ConfigError(f"{run_dir} was trained without a validation split (data.validation=0); use --split test")
+    scores = evaluate(experiment.evaluated, batches, experiment.autocast)
+    result: dict[str, Any] = {"run": str(run_dir), "split": split, "epoch": epoch, **scores}
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    title = f"{experiment.data.title}, {split} split, {batches.num_images} images, weights after epoch {epoch}"
+    score_name, *others = result["metrics"]
+    table = new_table("head", score_name)
+    for name, score in result["score"].items():
+        table.add_row(name, f"{score:.2%}")
+    console = new_console()
+    console.print(title, style="bold")
+    console.print(table)
+    for name in others:
+        console.print(f"{name} {result['metrics'][name]:.2%}")

@@ -1,0 +1,244 @@
+"""`localgrad train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from localgrad.cli.console import new_console, new_table
+from localgrad.cli.options import (
+    BlocksOption,
+    DataOption,
+    DataRoot,
+    Json,
+    MethodOption,
+    ModelOption,
+    Overrides,
+    Recipe,
+    positional,
+    settings_of,
+    settings_of_run,
+)
+from localgrad.errors import ConfigError
+
+
+def train(
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    method: MethodOption = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another method to train with the same settings, for comparison; may be repeated.", show_default=False
+        ),
+    ] = None,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Train no method beside it, whatever the recipe says.")
+    ] = False,
+    num_blocks: BlocksOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    data_root: DataRoot = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", show_default=False)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in a step.", show_default=False)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of weights, order, augmentation and dropout.", show_default=False)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default=False)] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where to write; default runs/RECIPE-METHOD-TIME.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this directory, with its own settings.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --run-dir.")] = False,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="Ranks along each axis, data=2,block=2, in processes that torchrun starts.", show_default=False
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="With --parallel: seconds a rank waits for another one.")] = 600.0,
+    wire: Annotated[
+        Literal["same", "bf16", "int8"] | None,
+        typer.Option(
+            help="With --parallel: how features travel between ranks; all but same, the default, round them.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a network block by block (or end to end), and show what it did.
+
+    [bold]localgrad train digits[/bold]
+
+    [bold]localgrad train cifar10_resnet32 --method infopro --num-blocks 8 --epochs 2 optim.lr=0.05[/bold]
+
+    Everything is written to one directory: settings, checkpoints, metrics (CSV, TensorBoard), curves, weights.
+    """
+    from localgrad import config as configuration
+
+    console = new_console(stderr=as_json)
+    recipe, overrides = positional(recipe, overrides)
+    if resume is not None:
+        flags = {
+            "model": model, "data": data, "method": method, "beside": beside, "alone": alone, "num-blocks": num_blocks,
+            "epochs": epochs, "batch-size": batch_size, "seed": seed, "device": device, "threads": threads,
+            "run-dir": run_dir, "overwrite": overwrite,
+        }  # fmt: skip
+        given = [f"--{name}" for name, value in flags.items() if value is not None and value is not False]
+        if recipe is not None or overrides or given:
+            refused = ", ".join(word for word in (recipe, *overrides, *given) if word)
+            raise ConfigError(f"--resume continues a run with its own settings; leave {refused} out")
+        settings, folder = settings_of_run(resume, data_root), resume
+    else:
+        if recipe is None and not (model and data):
+            raise ConfigError(
+                "nothing to train: name a recipe (localgrad train digits), a YAML file, or both --model and --data"
+            )
+        settings = settings_of(
+            recipe,
+            overrides,
+            method=method,
+            beside=[] if alone else [configuration.parse_method(b) for b in beside] if beside else None,
+            blocks__num_blocks=num_blocks,
+            model__name=model,
+            data__name=data,
+            data__root=data_root,
+            train__epochs=epochs,
+            train__batch_size=batch_size,
+            train__seed=seed,
+            train__device=device,
+            train__threads=threads,
+        )
+        name = Path(recipe or str(data)).stem.replace("recipe:", "").replace(":", "-")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        folder = (
+            run_dir or Path("runs") / f"{name}-{configuration.method_name(settings.method).replace('+', '-')}-{stamp}"
+        )
+    from localgrad.train.folder import RunFolder, write
+    from localgrad.train.run import compare
+
+    if parallel is not None:
+        _train_parallel(
+            console, settings, folder, parallel, run_dir or resume, resume is not None, overwrite, timeout, wire,
+            as_json,
+        )  # fmt: skip
+        return
+    if wire not in (None, "same"):
+        raise ConfigError(f"--wire {wire} is for blocks on several ranks; add --parallel block=2, under torchrun")
+    scaled = _scaled_down(recipe, settings)
+    if scaled:
+        console.print(f"Not as published: {scaled}.")
+    if settings.train.threads == 1:
+        console.print("One CPU thread (small networks run slower on more; --threads changes it).", style="dim")
+    multiple = bool(settings.beside)
+    if multiple and resume is None:
+        RunFolder(folder, overwrite=overwrite)
+        write(folder / "config.yaml", configuration.dump(settings))
+    results = compare(
+        settings, folder, console, resume=resume is not None, overwrite=overwrite,
+        resume_with=f"localgrad train --resume {shlex.quote(str(folder))}",
+    )  # fmt: skip
+    write(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    _show_results(console, results)
+    picture = folder / "comparison.png" if multiple else folder / "curves.png"
+    console.print(f"Picture: {picture}\nEverything else: {folder}", soft_wrap=True)
+
+
+def _train_parallel(
+    console: Console, settings: Any, folder: Path, layout: str, named: Path | None, resume: bool, overwrite: bool,
+    timeout: float, wire: Literal["same", "bf16", "int8"] | None, as_json: bool,
+) -> None:  # fmt: skip
+    from localgrad.distributed import run
+    from localgrad.train.folder import write
+
+    axes = run.parsed(layout)
+    if named is None:
+        raise ConfigError("--parallel needs --run-dir, which all ranks and every restart share")
+    result = run.run(settings, folder, axes, console, resume=resume, overwrite=overwrite, timeout=timeout, wire=wire)
+    if result is None:
+        return
+    write(folder / "results.json", json.dumps([result], indent=2) + "\n")
+    if as_json:
+        print(json.dumps([result], indent=2))
+        return
+    _show_results(console, [result])
+    console.print(f"Everything: {folder}", soft_wrap=True)
+
+
+def _scaled_down(recipe: str | None, settings: Any) -> str:
+    """What a run changes of a recipe that reproduces a published row."""
+    from localgrad import config
+
+    if recipe is None or "=" in recipe or not settings.about.published:
+        return ""
+    original = config.validate(config.read_recipe(recipe), recipe)
+    changes = []
+    for section in ("model", "data", "blocks", "optim", "train"):
+        old, new = (dataclasses.asdict(getattr(c, section)) for c in (original, settings))
+        changes += [
+            f"{section}.{key} is {new[key]} instead of {old[key]}"
+            for key in old
+            if old[key] != new[key] and key not in ("root", "workers", "device", "threads", "checkpoint_every")
+        ]
+    if original.method != settings.method:
+        changes.append(
+            f"method is {config.method_name(settings.method)} instead of {config.method_name(original.method)}"
+        )
+    return ", ".join(changes)
+
+
+def _show_results(console: Console, results: list[dict[str, Any]]) -> None:
+    first = results[0]
+    reference = next((r for r in results if r["method"] == "e2e"), None)
+    title = f"{first['model']} in {first['blocks']} blocks on {first['data']}, {first['epochs']} epochs"
+    title += f", seed {first['seed']}"
+    score_name = next(iter(first["last"]["metrics"]))
+    console.print(
+        f"\n{title}\nTest {score_name}, and cost of a training step of {first['cost']['batch_size']} images",
+        style="bold",
+    )
+    table = new_table(
+        "method", "last\nepoch", "best\nepoch*", "activa-\ntions", "time", "FLOPs", "auxiliary\nparameters"
+    )
+
+    def against(result: dict[str, Any], key: str) -> str:
+        return f"\n{result['cost'][key] / reference['cost'][key]:.2f}x" if reference not in (None, result) else ""
+
+    for result in results:
+        costs = result["cost"]
+        best = result.get("best")
+        table.add_row(
+            result["method"],
+            f"{result['last']['test']['model']:.2%}",
+            f"{best['test']['model']:.2%}\n({best['epoch']})" if best else "-",
+            f"{costs['activation_bytes'] / 2**20:.2f} MiB" + against(result, "activation_bytes"),
+            f"{costs['step_seconds'] * 1e3:.1f} ms" + against(result, "step_seconds"),
+            f"{costs['flops'] / 1e9:.2f} G" + against(result, "flops"),
+            f"{costs['auxiliary_parameters']:,}\n{costs['auxiliary_parameters'] / costs['parameters']:.2f}x",
+        )
+    console.print(table)
+    remarks = ["x: of e2e; auxiliary parameters: of the model's"] if reference else []
+    remarks += ["*: selected on the validation split, never on test"] if first.get("best") else []
+    for remark in remarks:
+        console.print(remark, style="dim")
+    for result in results:
+        heads = {name: score for name, score in result["last"]["test"].items() if name != "model"}
+        if heads:
+            console.print(
+                f"{result['method']}: test {score_name} of every head: "
+                + ", ".join(f"{name} {score:.1%}" for name, score in heads.items())
+                + f", model {result['last']['test']['model']:.1%}",
+            )
