@@ -26,6 +26,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("model")
 parser.add_argument("num_blocks", type=int)
 parser.add_argument("methods", nargs="+", help="as on the command line, or as YAML in brackets")
+parser.add_argument("--options", type=yaml.safe_load, default={}, help="of the model, as YAML: '{depth: 8}'")
 parser.add_argument("--batch-size", type=int, default=64)
 parser.add_argument("--image-size", type=int, default=32)
 parser.add_argument("--balance", choices=("count", "bytes"), default="count")
@@ -47,7 +48,9 @@ networks = []
 for text in rows:
     torch.manual_seed(0)
     method = build_method(yaml.safe_load(text) if text.startswith("[") else parse_method(text), task)
-    model = models.create(arguments.model, num_classes=10, in_channels=3, image_size=arguments.image_size)
+    model = models.create(
+        arguments.model, num_classes=10, in_channels=3, image_size=arguments.image_size, **arguments.options
+    )
     network = localize(model, method, num_blocks=arguments.num_blocks, example=inputs[:2], balance=arguments.balance)
     networks.append(network.to(memory_format=memory_format).train())
 costs = [cost(network, inputs, targets) for network in networks]

@@ -218,14 +218,14 @@ class Pass:
         with (
             draws_of("block", self.batch.step, self.part, index, device),
             precision(device, autocast),
-            self._lean(),
+            self._lean(index),
         ):
             if self.network.method.checkpoint and waits and torch.is_grad_enabled():
                 return recomputed(run, *arguments)
             return run(*arguments)
 
-    def _lean(self) -> contextlib.AbstractContextManager[None]:
-        if self.network.method.checkpoint_pointwise and torch.is_grad_enabled():
+    def _lean(self, index: int) -> contextlib.AbstractContextManager[None]:
+        if index < self.network.method.checkpoint_pointwise and torch.is_grad_enabled():
             return pointwise_recomputed()
         return contextlib.nullcontext()
 
@@ -241,7 +241,7 @@ class Pass:
         with (
             draws_of("auxiliary", batch.step, self.part, str(span), device),
             precision(device, autocast),
-            self._lean(),
+            self._lean(span.stop - 1),
         ):
             if span.stop == len(network.blocks):
                 total = (network.method.final_loss or network.method.task.loss)(features, batch)

@@ -269,7 +269,8 @@ class Method:
         bridge: builds what the heads of a site look through; None for nothing.
         checkpoint: recompute blocks whose activations would have to wait for a later block's backward pass.
         checkpoint_auxiliary: recompute each part of a bridge and each head, so that one of them is alive at a time.
-        checkpoint_pointwise: recompute what normalisations and activation functions return, in blocks and heads.
+        checkpoint_pointwise: recompute what normalisations and activation functions return, in so many blocks at the
+            beginning and their heads; ``math.inf`` for all.
         micro_batches: parts in which a batch is run, one after the other, gradients adding up.
         final_loss: of the model's own output; None for the task's.
         contexts: what is computed once for each batch.
@@ -286,7 +287,7 @@ class Method:
     bridge: BridgeBuilder | None = None
     checkpoint: bool = False
     checkpoint_auxiliary: bool = False
-    checkpoint_pointwise: bool = False
+    checkpoint_pointwise: float = 0
     micro_batches: int = 1
     final_loss: Loss | None = None
     contexts: tuple[Context, ...] = ()

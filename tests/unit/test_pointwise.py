@@ -207,6 +207,18 @@ def test_bytes_of_resnet32_fall_end_to_end_and_by_blocks() -> None:
     assert peak(methods.checkpointing(methods.dgl(TASK), where="pointwise"), 16) <= 0.16 * whole
 
 
+def test_only_the_first_blocks_if_asked() -> None:
+    """ResNet-32 in 4 blocks: the first needs the most, then the second."""
+    dgl = methods.dgl(TASK)
+    one, two = (methods.checkpointing(dgl, where="pointwise", first=first) for first in (1, 2))
+    whole = methods.checkpointing(dgl, where="pointwise")
+    assert peak(whole, 4) < peak(one, 4) < peak(dgl, 4)
+    assert peak(two, 4) == peak(methods.checkpointing(one, where="pointwise"), 4) == peak(whole, 4)
+    for kwargs in ({"where": "pointwise", "first": 0}, {"where": "blocks", "first": 1}):
+        with pytest.raises(localgrad.MethodError, match="write where='pointwise' and first=1"):
+            methods.checkpointing(dgl, **kwargs)  # type: ignore[arg-type]
+
+
 def test_compiling_is_refused() -> None:
     network = network_of(methods.checkpointing(methods.dgl(TASK), where="pointwise"), 2)
     with pytest.raises(localgrad.MethodError, match=r"torch\.compile does so by itself"):
