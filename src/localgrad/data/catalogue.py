@@ -156,7 +156,7 @@ def load(
     else:
         train, test, classes = _files(source, layout.unpack(place), size, limit, workers, device)
         train = train if augment else replace(train, augment=train.fit)
-    held, kept = _hold_out(train.order.indices, validation)
+    held, kept = hold_out(train.order.indices, validation)
     return Data(
         name=name,
         title=layout.title or (source.title if name == kind else f"images in {place}"),
@@ -211,7 +211,7 @@ def _files(
     return split(train, limit), split(test, None), source.classes or train.classes
 
 
-def _hold_out(indices: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+def hold_out(indices: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """``indices`` cut into a held-out ``fraction`` and the rest, both in their old order."""
     count = round(len(indices) * fraction)
     if (fraction > 0 and count == 0) or count == len(indices):

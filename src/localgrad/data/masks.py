@@ -14,7 +14,7 @@ from torch import Tensor
 from localgrad import randomness
 from localgrad.data import cache
 from localgrad.data.augment import Normalise
-from localgrad.data.catalogue import Data, Found, _hold_out, default_root
+from localgrad.data.catalogue import Data, Found, hold_out, default_root
 from localgrad.data.loaders import Batch, OnDamage, Order, decoded_batches, sound
 from localgrad.data.readers import torchvision
 from localgrad.errors import ConfigError, DataError
@@ -350,7 +350,7 @@ def load(
     training = torch.randperm(len(found.train), generator=randomness.generator("limit"))[:limit].sort().values
     held = torch.empty(0, dtype=torch.int64)
     if validation > 0 and not found.validation:
-        held, training = _hold_out(training, validation)
+        held, training = hold_out(training, validation)
 
     def split(pairs: list[Pair], indices: Tensor) -> MaskFiles:
         order = Order(indices, eval_batch_size)

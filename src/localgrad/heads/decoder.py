@@ -42,10 +42,12 @@ class Decoder:
             return nn.Sequential(ToMaps(site.layout), *decoder)
         # Resized maps are made anew, and in this memory format what follows takes half the time on a CPU.
         decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return nn.Sequential(ToMaps(site.layout), _Resize(size), *decoder)
+        return nn.Sequential(ToMaps(site.layout), Resize(size), *decoder)
 
 
-class _Resize(nn.Module):
+class Resize(nn.Module):
+    """(B, C, h, w) to (B, C, *size), bilinear with aligned corners."""
+
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
         self.size = size

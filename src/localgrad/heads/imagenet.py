@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from localgrad.heads.decoder import _Resize
+from localgrad.heads.decoder import Resize
 from localgrad.layout import ToMaps
 from localgrad.method import Site
 
@@ -97,10 +97,10 @@ class Decoder:
         return nn.Sequential(*layers, _up(image, (1, 1), 1), nn.Conv2d(width, channels, 3, padding=1))
 
 
-def _up(image: Sequence[int], grid: Sequence[int], divisor: int) -> _Resize:
+def _up(image: Sequence[int], grid: Sequence[int], divisor: int) -> Resize:
     """To a share of the image, but not below the features' own grid unless the image itself is smaller."""
     height, width = (min(side, max(own, math.ceil(side / divisor))) for side, own in zip(image, grid, strict=True))
-    return _Resize((height, width))
+    return Resize((height, width))
 
 
 @dataclass(frozen=True)

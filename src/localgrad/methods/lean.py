@@ -9,7 +9,7 @@ from localgrad.methods.auglocal import auglocal
 from localgrad.methods.pooled import pooled
 
 
-def lean(task: Task, *, depth: int = 2, tail: int = 1, factor: int = 2, least: int = 8, start: int = 1) -> Method:
+def lean(task: Task, *, depth: int = 2, tail: int = 1, factor: int = 2, least: int = 4, start: int = 1) -> Method:
     """AugLocal whose heads read pooled features, but for the first one: most of its accuracy for less of its cost.
 
     ``pooled(auglocal(task, depth=depth, tail=tail), factor=factor, least=least, start=start)``. Later blocks hardly
