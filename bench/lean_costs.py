@@ -11,8 +11,10 @@ machine that is what can be compared. Bytes are those of step 0, the largest; ti
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import yaml
@@ -33,6 +35,7 @@ parser.add_argument("--balance", choices=("count", "bytes"), default="count")
 parser.add_argument("--rounds", type=int, default=7, help="0 leaves out the times")
 parser.add_argument("--steps", type=int, default=1)
 parser.add_argument("--channels-last", action="store_true")
+parser.add_argument("--out", type=Path, help="also write the ratios as JSON here")
 arguments = parser.parse_args()
 
 torch.set_num_threads(1)
@@ -77,10 +80,15 @@ print(
 )
 print("| method | activations | with gradients | processor time | FLOPs |")
 print("|---|---|---|---|---|")
+ratios = {}
 for text, one, count, taken in zip(rows, costs, flops, times, strict=True):
-    ratios = [a / b for a, b in zip(taken, times[0], strict=True)]
-    print(
-        f"| `{text}` | {one.activation_bytes / costs[0].activation_bytes:.3f} "
-        f"| {one.total_bytes / costs[0].total_bytes:.3f} "
-        f"| {statistics.median(ratios) if ratios else 0:.2f} | {count / flops[0]:.2f} |"
-    )
+    ratios[text] = {
+        "activations": one.activation_bytes / costs[0].activation_bytes,
+        "with gradients": one.total_bytes / costs[0].total_bytes,
+        "time": statistics.median(a / b for a, b in zip(taken, times[0], strict=True)) if taken else None,
+        "FLOPs": count / flops[0],
+    }
+    activations, total, took, work = ratios[text].values()
+    print(f"| `{text}` | {activations:.3f} | {total:.3f} | {'-' if took is None else f'{took:.2f}'} | {work:.2f} |")
+if arguments.out is not None:
+    arguments.out.write_text(json.dumps(ratios, indent=2) + "\n")
