@@ -214,6 +214,12 @@ def test_only_the_first_blocks_if_asked() -> None:
     whole = methods.checkpointing(dgl, where="pointwise")
     assert peak(whole, 4) < peak(one, 4) < peak(dgl, 4)
     assert peak(two, 4) == peak(methods.checkpointing(one, where="pointwise"), 4) == peak(whole, 4)
+    gradients_of, x = [], torch.randn(2, 3, 32, 32)
+    for method in (dgl, one):
+        network = network_of(method, 4)
+        localgrad.backward(network, x, torch.arange(2))
+        gradients_of.append([p.grad for p in network.parameters() if p.grad is not None])
+    assert gradients_of[0] and all(torch.equal(a, b) for a, b in zip(*gradients_of, strict=True))
     for kwargs in ({"where": "pointwise", "first": 0}, {"where": "blocks", "first": 1}):
         with pytest.raises(localgrad.MethodError, match="write where='pointwise' and first=1"):
             methods.checkpointing(dgl, **kwargs)  # type: ignore[arg-type]
