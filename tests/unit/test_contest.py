@@ -18,8 +18,6 @@ from localgrad.bench.contest import (
     Contest,
     Row,
     Way,
-    _resident_growth,
-    _storages_mapped,
     contest,
     described,
     read,
@@ -29,6 +27,7 @@ from localgrad.bench.contest import (
 from localgrad.bench.contest_plots import pareto_picture, read_accuracies, timeline_picture, timeline_rows
 from localgrad.bench.cost import cost
 from localgrad.bench.memory import measure
+from localgrad.bench.process_memory import resident_growth, storages_mapped
 from localgrad.errors import LocalgradError
 
 TASK = localgrad.tasks.classification(10)
@@ -226,13 +225,13 @@ def test_resident_memory_grows_by_what_a_step_holds() -> None:
         del first
         torch.ones(2**23)
 
-    with _storages_mapped():
+    with storages_mapped():
         pass  # from here on the C library keeps tensors of up to 32 MiB in its heap
     neighbours = [torch.ones(2**22) for _ in range(9)]
     del neighbours[:8]  # leaves a hole that holds all of the step
-    with _storages_mapped():
+    with storages_mapped():
         step()
-        grown = _resident_growth(step)
+        grown = resident_growth(step)
     assert grown is not None and 0.98 * 2**26 <= grown <= 1.2 * 2**26
 
 

@@ -6,15 +6,11 @@ above weights and optimizer state.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
-import gc
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from localgrad import methods, models
 from localgrad.bench.memory import Memory, measure
+from localgrad.bench.process_memory import allocated_growth, resident_growth, storages_mapped
 from localgrad.config import MethodSpec, build_method, method_name, parse_method
 from localgrad.engine import local_losses
 from localgrad.errors import ConfigError, MethodError, nearest
@@ -37,7 +34,6 @@ from localgrad.twins import exchange
 
 VARIANTS = {"fp32": None, "bf16": torch.bfloat16}
 OPTIONS = ("channels_last", "compile")
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt; left to itself it soon has both at their largest
 REFERENCE = "end-to-end"
 UNITS = "checkpointing every unit"
 
@@ -365,7 +361,7 @@ class _Contestant:
         return MICRO if self.network.method.micro_batches > 1 and normed else EXACT
 
     def _peak(self, step: Callable[[], None]) -> int | None:
-        return _allocated(step) if self.inputs.is_cuda else _resident_growth(step)
+        return allocated_growth(step) if self.inputs.is_cuda else resident_growth(step)
 
     def row(self, timeline: bool) -> Row:
         """Everything but the times, from the second step: in the first the optimizer makes its state."""
@@ -430,61 +426,6 @@ def _cut(way: Way, model: nn.Module, example: Tensor, balance: Balance, batch_si
     return localize(model, way.method, example=example, recompute=several, **where)
 
 
-def _allocated(step: Callable[[], None]) -> int:
-    """By how much the peak of the CUDA allocator rises above what it holds, in bytes."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-@contextlib.contextmanager
-def _storages_mapped() -> Iterator[None]:
-    """Lets the C library map every large tensor by itself and hand it back when it is freed.
-
-    What it keeps for reuse otherwise hides most of what a lean way saves: 113 MiB of resident memory instead of 49 for
-    46 MiB of live tensors. Reuse is faster, so this is for measuring memory only.
-    """
-    c_library = _c_library()
-    if c_library is None:
-        yield
-        return
-    c_library.mallopt(_MMAP_THRESHOLD, 2**16)
-    try:
-        yield
-    finally:
-        c_library.mallopt(_MMAP_THRESHOLD, 2**25)
-        c_library.mallopt(_TRIM_THRESHOLD, 2**26)
-
-
-def _c_library() -> ctypes.CDLL | None:
-    """The GNU C library of this process, whose allocator can be told what to keep; None on other systems."""
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
-
-
-def _resident_growth(step: Callable[[], None]) -> int | None:
-    """By how much the resident memory of this process rises at most, in bytes; None where the system does not tell."""
-    gc.collect()
-    if (c_library := _c_library()) is not None:
-        c_library.malloc_trim(0)  # a resident hole of the heap would otherwise serve tensors without any growth
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _status("VmRSS")
-        step()
-        return _status("VmHWM") - before
-    except OSError:
-        return None
-
-
-def _status(name: str) -> int:
-    """A line of this process's ``status`` under Linux, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
-
-
 def contest(
     model: nn.Module | str,
     ways: Sequence[Way],
@@ -538,7 +479,7 @@ def contest(
     contestants: list[_Contestant] = []
     rows: list[Row] = []
     skipped: list[str] = []
-    with _storages_mapped():
+    with storages_mapped():
         for way in ways:
             last = way.has("channels_last")
             if last not in laid_out:

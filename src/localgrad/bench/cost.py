@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from localgrad.bench.memory import measure
+from localgrad.bench.process_memory import allocated_growth
 from localgrad.engine import local_losses
 from localgrad.network import LocalNetwork
 
@@ -55,12 +56,7 @@ def cost(network: LocalNetwork, inputs: Tensor, targets: Any, autocast: torch.dt
     if network.device.type == "cuda":
         run_step(network, inputs, targets, autocast)  # libraries take their workspaces at the first step
         network.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run_step(network, inputs, targets, autocast)
-        torch.cuda.synchronize()
-        total = torch.cuda.max_memory_allocated() - before
+        total = allocated_growth(lambda: run_step(network, inputs, targets, autocast))
         activations = total - sum(p.grad.numel() * p.grad.element_size() for p in parameters if p.grad is not None)
     else:
         memory = measure(lambda: run_step(network, inputs, targets, autocast), parameters)

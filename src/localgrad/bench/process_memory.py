@@ -1,0 +1,69 @@
+"""What a step takes from the operating system or from the CUDA allocator, beyond the live tensors themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt; left to itself it soon has both at their largest
+
+
+def allocated_growth(step: Callable[[], None]) -> int:
+    """By how much the peak of the CUDA allocator rises above what it holds, in bytes."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@contextlib.contextmanager
+def storages_mapped() -> Iterator[None]:
+    """Lets the C library map every large tensor by itself and hand it back when it is freed.
+
+    What it keeps for reuse otherwise hides most of what a lean way saves: 113 MiB of resident memory instead of 49 for
+    46 MiB of live tensors. Reuse is faster, so this is for measuring memory only.
+    """
+    c_library = _c_library()
+    if c_library is None:
+        yield
+        return
+    c_library.mallopt(_MMAP_THRESHOLD, 2**16)
+    try:
+        yield
+    finally:
+        c_library.mallopt(_MMAP_THRESHOLD, 2**25)
+        c_library.mallopt(_TRIM_THRESHOLD, 2**26)
+
+
+def _c_library() -> ctypes.CDLL | None:
+    """The GNU C library of this process, whose allocator can be told what to keep; None on other systems."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+
+
+def resident_growth(step: Callable[[], None]) -> int | None:
+    """By how much the resident memory of this process rises at most, in bytes; None where the system does not tell."""
+    gc.collect()
+    if (c_library := _c_library()) is not None:
+        c_library.malloc_trim(0)  # a resident hole of the heap would otherwise serve tensors without any growth
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _status("VmRSS")
+        step()
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _status(name: str) -> int:
+    """A line of this process's ``status`` under Linux, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
