@@ -332,16 +332,20 @@ def _check_request(
         )
 
 
-def auxiliary_bytes(method: Method, partition: Partition, num_blocks: int) -> Callable[[Cut], AuxiliaryBytes]:
-    """What the auxiliary network that ``method`` would put on a cut point saves, and its gradients."""
+def auxiliary_bytes(method: Method, partition: Partition, num_blocks: int) -> Callable[[Cut, bool], AuxiliaryBytes]:
+    """What the auxiliary network that ``method`` would put on a cut point saves, and its gradients.
+
+    As it would be behind the first block, or else as it would be in the middle of the network, which stands for all
+    later boundaries.
+    """
     features = dict(zip(partition.cuts, _features(partition.units, partition.model, partition.example), strict=True))
     inputs = tree_leaves(partition.example)[0]
 
-    def measured(cut: Cut) -> AuxiliaryBytes:
+    def measured(cut: Cut, first: bool) -> AuxiliaryBytes:
         if all(span.stop == num_blocks for span in method.spans(num_blocks, 0)):
             return AuxiliaryBytes(0, 0)
-        # The middle of the network stands for every boundary: a ramp may be 0 at one of its ends.
-        site = Site(Span(0, 1), 3, features[cut], inputs, cut, partition)
+        span = Span(0, 1) if first else Span(1, 2)
+        site = Site(span, 4, features[cut], inputs, cut, partition)
         with torch.random.fork_rng():
             auxiliary = Auxiliary(method, site)
         trained = sum(p.numel() * p.element_size() for p in auxiliary.parameters() if p.requires_grad)
