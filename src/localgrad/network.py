@@ -332,20 +332,17 @@ def _check_request(
         )
 
 
-def auxiliary_bytes(method: Method, partition: Partition, num_blocks: int) -> Callable[[Cut, bool], AuxiliaryBytes]:
-    """What the auxiliary network that ``method`` would put on a cut point saves, and its gradients.
-
-    As it would be behind the first block, or else as it would be in the middle of the network, which stands for all
-    later boundaries.
-    """
+def auxiliary_bytes(method: Method, partition: Partition, num_blocks: int) -> Callable[[Cut], AuxiliaryBytes]:
+    """What the auxiliary network that ``method`` would put on a cut point saves, and its gradients."""
     features = dict(zip(partition.cuts, _features(partition.units, partition.model, partition.example), strict=True))
     inputs = tree_leaves(partition.example)[0]
 
-    def measured(cut: Cut, first: bool) -> AuxiliaryBytes:
+    def measured(cut: Cut) -> AuxiliaryBytes:
         if all(span.stop == num_blocks for span in method.spans(num_blocks, 0)):
             return AuxiliaryBytes(0, 0)
-        span = Span(0, 1) if first else Span(1, 2)
-        site = Site(span, 4, features[cut], inputs, cut, partition)
+        # As behind the first block, where auxiliary networks are largest. Counting later ones as they are would shorten
+        # the first block of `lean` below what it needs to be good (docs/lean.md, "Few blocks").
+        site = Site(Span(0, 1), 3, features[cut], inputs, cut, partition)
         with torch.random.fork_rng():
             auxiliary = Auxiliary(method, site)
         trained = sum(p.numel() * p.element_size() for p in auxiliary.parameters() if p.requires_grad)

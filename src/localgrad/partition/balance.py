@@ -68,7 +68,7 @@ class AuxiliaryBytes(NamedTuple):
 def by_bytes(
     partition: Partition,
     num_blocks: int,
-    auxiliary: Callable[[Cut, bool], AuxiliaryBytes] | None = None,
+    auxiliary: Callable[[Cut], AuxiliaryBytes] | None = None,
     saved: Sequence[dict[int, int]] | None = None,
     *,
     gradients: Held = "none",
@@ -81,8 +81,7 @@ def by_bytes(
     of its parameters appear and stay.
 
     Args:
-        auxiliary: what a method puts on a cut point, and whether it is the first one that is cut, which some methods
-            treat in another way; None for nothing.
+        auxiliary: what a method puts on a cut point; None for nothing.
         saved: what `unit_storages` returned, if it is known already.
         gradients: which stay beside the activations: ``none`` counts activations only, ``own`` is for an optimizer that
             steps each block as soon as it is done (and makes one copy of its gradients meanwhile), ``earlier`` for one
@@ -100,14 +99,16 @@ def by_bytes(
             f"{len(cuts) + 1} blocks or pass cuts=(...){partition.kept_whole}"
         )
     saved = unit_storages(partition) if saved is None else saved
-    n = len(saved)
-    counted = 0.0 if gradients == "none" else share
-    units = ([p for p in unit.parameters() if p.requires_grad] for unit in partition.units)
-    trained = [int(counted * sum(p.numel() * p.element_size() for p in unit)) for unit in units]
     none = AuxiliaryBytes(0, 0)
-    first, later = (
-        [*(auxiliary(cut, is_first) if auxiliary else none for cut in cuts), none] for is_first in (True, False)
-    )
+    ends = [*(auxiliary(cut) if auxiliary else none for cut in cuts), none]
+    n = len(saved)
+    trained = [0] * n
+    if gradients != "none":
+        units = ([p for p in unit.parameters() if p.requires_grad] for unit in partition.units)
+        trained = [int(share * sum(p.numel() * p.element_size() for p in unit)) for unit in units]
+        ends = [AuxiliaryBytes(end.saved, int(end.gradients * share)) for end in ends]
+    else:
+        ends = [AuxiliaryBytes(end.saved, 0) for end in ends]
     cost = [[0] * (n + 1) for _ in range(n)]
     for i in range(n):
         before = sum(trained[:i]) if gradients == "earlier" else 0
@@ -117,11 +118,10 @@ def by_bytes(
             union |= saved[j - 1]
             total = sum(union.values())
             moments = [moment + trained[j - 1] for moment in (*moments, total)]
-            end = (first if i == 0 else later)[j - 1]
-            head = int(end.gradients * counted)
-            cost[i][j] = before + max(total + end.saved, max(moments) + head)
+            end = ends[j - 1]
+            cost[i][j] = before + max(total + end.saved, max(moments) + end.gradients)
             if gradients == "own":
-                cost[i][j] = max(cost[i][j], 2 * (sum(trained[i:j]) + head))
+                cost[i][j] = max(cost[i][j], 2 * (sum(trained[i:j]) + end.gradients))
     return tuple(cuts[start - 1] for start in _smallest_largest(cost, num_blocks) if start > 0)
 
 

@@ -96,7 +96,7 @@ class Planner:
             self.classes = self._classes()
         with _Shapes():
             self.saved = self._saved()
-        self._heads: tuple[Method | None, dict[tuple[Cut, bool], AuxiliaryBytes]] = (None, {})
+        self._heads: tuple[Method | None, dict[Cut, AuxiliaryBytes]] = (None, {})
 
     def _classes(self) -> int:
         with torch.no_grad():
@@ -138,12 +138,10 @@ class Planner:
         if known is not method:
             with _Shapes(), torch.device("meta"):
                 measured = auxiliary_bytes(method, self.partition, num_blocks)
-                heads = {(cut, first): measured(cut, first) for cut in self.partition.cuts for first in (True, False)}
+                heads = {cut: measured(cut) for cut in self.partition.cuts}
             self._heads = method, heads
         share = len(self.example) / self.batch
-        return by_bytes(
-            self.partition, num_blocks, lambda *key: heads[key], self.saved, gradients=gradients, share=share
-        )
+        return by_bytes(self.partition, num_blocks, heads.__getitem__, self.saved, gradients=gradients, share=share)
 
     def several_units(self, cuts: Sequence[str]) -> tuple[int, ...]:
         """Indices of the blocks that consist of several units, and so can be recomputed unit by unit."""
