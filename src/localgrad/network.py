@@ -340,8 +340,8 @@ def auxiliary_bytes(method: Method, partition: Partition, num_blocks: int) -> Ca
     def measured(cut: Cut) -> AuxiliaryBytes:
         if all(span.stop == num_blocks for span in method.spans(num_blocks, 0)):
             return AuxiliaryBytes(0, 0)
-        # As behind the first block, where auxiliary networks are largest. Where that one is much larger than the others,
-        # counting those as they are would leave the first block next to nothing to train (docs/lean.md, "Few blocks").
+        # As behind the first block, where auxiliary networks are largest. Where the others are much smaller, counting
+        # them as they are would leave the first block next to nothing to train (docs/lean.md, "Few blocks").
         site = Site(Span(0, 1), 3, features[cut], inputs, cut, partition)
         with torch.random.fork_rng():
             auxiliary = Auxiliary(method, site)
