@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
     first, last = Block(8, 8), nn.Sequential(Block(8, 8), nn.Linear(8, 4))
     method = localgrad.methods.dgl(localgrad.tasks.classification(4))
     example = torch.randn(2, 8)
-    network = localgrad.localize(nn.Sequential(first, last), method, modules=[first, last], example=example)
+    network = localgrad.localize(nn.Sequential(first, last), method, [first, last], example=example)
     mesh = torch.distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("block",))
     stage = block_parallel(network, mesh).stage
     stage.timeline.record()

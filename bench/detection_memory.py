@@ -46,10 +46,10 @@ def main() -> None:
         model = localgrad.models.retinanet(80)
         (spec,) = read_methods([name])
         method = build_method(spec, localgrad.tasks.detection(80, head_width=asked.head_width))
-        where: dict[str, Any] = {"num_blocks": asked.num_blocks, "balance": "bytes"}
+        cutting: Any = localgrad.cuts.by_bytes(asked.num_blocks)
         if asked.cuts:
-            where = {"cuts": [f"backbone.body.{name}" for name in asked.cuts]}
-        network = localgrad.localize(model, method, example=inputs, **where).train()
+            cutting = [f"backbone.body.{name}" for name in asked.cuts]
+        network = localgrad.localize(model, method, cutting, example=inputs).train()
         measured = cost(network, inputs, targets)
         heads = [
             module_bytes(auxiliary, torch.zeros(cut.shape))

@@ -53,7 +53,7 @@ def main(path: Path) -> None:
     )
     method = localgrad.methods.man_pp(localgrad.methods.dgl(task))
     cuts = ("backbone.body.layer2", "backbone.body.layer3", "backbone.body.layer4")
-    network = localgrad.localize(model, method, cuts=cuts, example=torch.randn(2, 3, PIXELS, PIXELS))
+    network = localgrad.localize(model, method, cuts, example=torch.randn(2, 3, PIXELS, PIXELS))
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], 1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, STEPS)
     for step in range(STEPS):

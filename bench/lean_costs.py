@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from localgrad import backward, exchange, localize, models, tasks
+from localgrad import backward, cuts, exchange, localize, models, tasks
 from localgrad.bench.cost import cost
 from localgrad.config import build_method, parse_method
 
@@ -46,6 +46,7 @@ shape = (arguments.batch_size, 3, arguments.image_size, arguments.image_size)
 inputs = torch.randn(shape, generator=generator).to(memory_format=memory_format)
 targets = torch.randint(10, (arguments.batch_size,), generator=generator)
 
+cut = {"count": cuts.by_count, "bytes": cuts.by_bytes}[arguments.balance]
 rows = ["e2e", *arguments.methods]
 networks = []
 for text in rows:
@@ -54,7 +55,7 @@ for text in rows:
     model = models.create(
         arguments.model, num_classes=10, in_channels=3, image_size=arguments.image_size, **arguments.options
     )
-    network = localize(model, method, num_blocks=arguments.num_blocks, example=inputs[:2], balance=arguments.balance)
+    network = localize(model, method, cut(arguments.num_blocks), example=inputs[:2])
     networks.append(network.to(memory_format=memory_format).train())
 costs = [cost(network, inputs, targets) for network in networks]
 flops = []

@@ -58,15 +58,14 @@ for (name, pixels, batch), cases in groupby((c for c in CASES if arguments.only 
     x = torch.randn(batch, 3, pixels, pixels)
     y = torch.randint(10, (batch,))
     plain = build_method(["e2e"], task)
-    contestants = [localize(model, plain, num_blocks=1, example=x[:2])]
+    contestants = [localize(model, plain, 1, example=x[:2])]
     steps = [planner.step(planner.network(plain, ()), plain, batch)]
     rows = list(cases)
     for _, _, _, k, text in rows:
         method = build_method(yaml.safe_load(text) if text.startswith("[") else parse_method(text), task)
         cuts = [cut.name for cut in planner.cuts(k, method)] if k > 1 else []
         steps.append(planner.step(planner.network(method, cuts), method, batch))
-        where = {"cuts": cuts} if cuts else {"num_blocks": 1}
-        contestants.append(localize(model, method, example=x[:2], **where))
+        contestants.append(localize(model, method, cuts or 1, example=x[:2]))
     seconds = step_seconds(contestants, x, y, rounds=arguments.rounds)
     for (_, _, _, k, text), network, step, taken in zip(rows, contestants[1:], steps[1:], seconds[1:], strict=True):
         network.train().zero_grad(set_to_none=True)

@@ -92,7 +92,7 @@ def measured(shape: tuple[int, int, int], classes: int, settings: str) -> tuple[
     network = build_network(config, task, shape, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(BATCH, *shape, generator=generator)
-    return len(network.blocks), cost(network, inputs, random_targets(kind, classes, inputs, generator))
+    return network.num_blocks, cost(network, inputs, random_targets(kind, classes, inputs, generator))
 
 
 def main() -> None:

@@ -56,10 +56,10 @@ def main() -> None:
                    man_pp(dgl(task)), checkpointing(man_pp(dgl(task)), where="auxiliary"), mlaan(dgl(task)),
                    checkpointing(mlaan(dgl(task))), mlaan(pooled(dgl(task), factor=2)),
                    checkpointing(mlaan(pooled(dgl(task), factor=2)))):  # fmt: skip
-        for cut, where in (("stages", {"cuts": STAGES}), ("bytes", {"num_blocks": 4, "balance": "bytes"})):
+        for cut, cutting in (("stages", STAGES), ("bytes", localgrad.cuts.by_bytes(4))):
             if cut == "stages" or not any(name in method.name for name in ("mlaan", "infopro")):
-                ways[f"{method.name}, {cut}"] = lambda method=method, where=where: localgrad.localize(
-                    model, method, example=inputs, **where
+                ways[f"{method.name}, {cut}"] = lambda method=method, cutting=cutting: localgrad.localize(
+                    model, method, cutting, example=inputs
                 )
     reference = 0
     print("| way | peak MiB | of end-to-end | blocks begin at |\n|---|---|---|---|")

@@ -65,7 +65,7 @@ def main() -> None:
     task = localgrad.tasks.segmentation(len(CLASSES), classes=CLASSES)
     example, _ = batch(range(2))
     method = localgrad.methods.man_pp(localgrad.methods.dgl(task))
-    network = localgrad.localize(model, method, cuts=("encoder.layer1", "encoder.layer2"), example=example)
+    network = localgrad.localize(model, method, ("encoder.layer1", "encoder.layer2"), example=example)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], 2e-3)
     for step in range(asked.steps):
         for _, loss in localgrad.local_losses(network, *batch(range(4 * step, 4 * step + 4)), step):

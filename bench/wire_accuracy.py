@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
 
 
 def rounding(wire: Wire) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """A hook that gives a block what would have arrived."""
+    """A hook that gives the module a block begins with what would have arrived."""
     return lambda _, features: tuple(restored(compressed(f, wire), f.dtype) for f in features)
 
 
@@ -56,7 +56,8 @@ def row(asked: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
         "bench/wire_accuracy.py",
     )
     run = build(config)
-    hooks = [block.register_forward_pre_hook(rounding(key["wire"])) for block in run.network.blocks[1:]]
+    begins = [run.network.model.get_submodule(cut.name) for cut in run.network.cuts]
+    hooks = [module.register_forward_pre_hook(rounding(key["wire"])) for module in begins]
     train(run, lambda _: None, lambda _: None)
     found = {}
     for name in ("rounded", "exact"):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from localgrad import data, heads, losses, methods, models, spans, tasks
-    from localgrad.engine import backward, local_losses, local_outputs
+    from localgrad import cuts, data, heads, losses, methods, models, spans, tasks
+    from localgrad.engine import backward, features, local_losses, local_outputs
     from localgrad.errors import (
         CheckpointError,
         ConfigError,
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from localgrad.method import Batch, Method, Ramp, Site, Term
-    from localgrad.network import LocalNetwork, localize
+    from localgrad.network import LocalNetwork, localize, separate_blocks
     from localgrad.planning import plan
     from localgrad.randomness import keyed_randomness
     from localgrad.twins import exchange
 
 # Imported on first use: the command line answers `--help` without waiting for torch.
 _HOME = {
-    **dict.fromkeys(("backward", "local_losses", "local_outputs"), "localgrad.engine"),
+    **dict.fromkeys(("backward", "features", "local_losses", "local_outputs"), "localgrad.engine"),
     **dict.fromkeys(
         (
             "CheckpointError",
@@ -42,11 +42,11 @@ _HOME = {
     ),
     "exchange": "localgrad.twins",
     **dict.fromkeys(("Batch", "Method", "Ramp", "Site", "Term"), "localgrad.method"),
-    **dict.fromkeys(("LocalNetwork", "localize"), "localgrad.network"),
+    **dict.fromkeys(("LocalNetwork", "localize", "separate_blocks"), "localgrad.network"),
     "keyed_randomness": "localgrad.randomness",
     "plan": "localgrad.planning",
 }
-_MODULES = ("data", "heads", "losses", "methods", "models", "spans", "tasks")
+_MODULES = ("cuts", "data", "heads", "losses", "methods", "models", "spans", "tasks")
 
 __all__ = [*_HOME, *_MODULES]
 

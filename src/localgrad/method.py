@@ -6,19 +6,20 @@ import itertools
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-from localgrad.errors import MethodError
+from localgrad.errors import MethodError, nearest
 from localgrad.layout import Layout, layout_of
-from localgrad.recompute import recompute_parts
+from localgrad.recompute import Recompute, recompute_parts
+from localgrad.rules import Rule
 from localgrad.spans import EndToEnd, Local, Schedule, Span
 
 if TYPE_CHECKING:
     from localgrad.network import LocalNetwork
-    from localgrad.partition import Chain, Cut, Partition, Unit
+    from localgrad.partition import Cut, Partition, Unit
 
 
 def alone(rows: Tensor) -> Tensor:
@@ -31,12 +32,12 @@ class Batch:
     """What a loss may read besides the output of its head.
 
     Args:
-        inputs: what the network was given, ``(B, C, H, W)`` for images, normalised.
+        inputs: what the network was given, ``(B, C, H, W)`` for images, normalised; a tuple or mapping for a model with
+            several inputs.
         targets: what the task expects: ``(B,)`` class indices or ``(B, num_classes)`` probabilities for classification,
             ``(B, H, W)`` class indices for segmentation; any nest of tensors with B rows and of lists with B entries.
         step: optimizer steps done so far.
         boundary: the one whose loss is computed, counted from 1; K for the model's own.
-        previous: what the first scored head answered at the boundary before, detached; None before any has.
         context: what each of the method's `Context` made of this batch, by the context itself.
         joined: the rows (B, ...) of all replicas that share this batch, in order; the gradient reaches those of this
             one. A loss that compares samples with one another calls it on what it compares.
@@ -46,7 +47,6 @@ class Batch:
     targets: Any
     step: int
     boundary: int = 0
-    previous: Any = None
     context: Mapping[Context, Any] = field(default_factory=dict)
     joined: Callable[[Tensor], Tensor] = alone
 
@@ -108,7 +108,7 @@ class Site:
         span: the span whose loss it serves; the features are those at boundary ``span.stop``.
         num_blocks: K.
         features: an example of them, as the model produced it.
-        inputs: the example given to the model, ``(B, C, H, W)``.
+        inputs: the first tensor of the example given to the model, ``(B, C, H, W)`` for images.
         cut: the cut point, and ``partition`` the model it belongs to.
         patches: how many of these features lie side by side along each side of the whole ones.
     """
@@ -118,7 +118,7 @@ class Site:
     features: Tensor
     inputs: Tensor
     cut: Cut
-    partition: Partition | Chain
+    partition: Partition
     patches: int = 1
 
     @cached_property
@@ -186,8 +186,8 @@ class Site:
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise MethodError(
                 f"after block {self.span.stop - 1} copies of the model's own units (from {self.cut.name!r} on) "
-                f"do not run on features of shape {tuple(self.features.shape)}: {reason}. Cut elsewhere (cuts=...), "
-                "or use a method without a bridge"
+                f"do not run on features of shape {tuple(self.features.shape)}: {reason}. Cut elsewhere, or "
+                "use a method without a bridge"
             ) from error
 
 
@@ -209,19 +209,9 @@ class Ramp:
 
 HeadBuilder = Callable[[Site], nn.Module]
 BridgeBuilder = Callable[[Site], nn.Module | None]
-# One that reads `Batch.inputs` or `Batch.previous` says so by an attribute ``reads_inputs`` or ``reads_previous``:
-# they would have to be sent where blocks run on several ranks.
+# One that reads `Batch.inputs` says so by an attribute ``reads_inputs``: they have to be sent where blocks run on several
+# ranks.
 Loss = Callable[[Any, Batch], Tensor]
-
-
-class Probe(Protocol):
-    """Runs a block and measures something inside it."""
-
-    def __call__(self, block: nn.Module, *values: Any) -> tuple[tuple[Any, ...], Tensor]:
-        """What the block returns, and a scalar that is added to the loss at its end."""
-
-
-ProbeBuilder = Callable[["Partition | Chain", tuple["Cut", ...], int], Probe | None]
 
 
 @dataclass(frozen=True)
@@ -234,8 +224,6 @@ class Term:
         weight: a number, or a function of the site such as `Ramp`. Where it is 0 the head is not built.
         scored: whether the head's output is one the task can score (class logits, say).
         every: it counts on every so many steps only; the others save its cost.
-        follows: train the head to have the loss that follows, at the next boundary, by the distance of the two, instead
-            of to have a small one. The block is trained by the head's loss all the same.
     """
 
     head: HeadBuilder
@@ -243,7 +231,6 @@ class Term:
     weight: float | Callable[[Site], float] = 1.0
     scored: bool = True
     every: int = 1
-    follows: bool = False
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -257,6 +244,29 @@ class Term:
         return float(weight)
 
 
+Wait = Literal["device", "host", "bf16"]
+
+
+@dataclass(frozen=True)
+class Accumulate:
+    """How a batch is run in parts.
+
+    Args:
+        parts: micro-batches, one after the other, gradients adding up.
+        wait: where the features of parts wait that have passed a block while others pass it: on the ``device``, on the
+            ``host``, or on the host in ``bf16``, which rounds them.
+    """
+
+    parts: int = 1
+    wait: Wait = "device"
+
+    def __post_init__(self) -> None:
+        if self.parts < 1:
+            raise MethodError(f"parts={self.parts}; accumulation needs at least 1 micro-batch")
+        if self.wait not in get_args(Wait):
+            raise MethodError(nearest(self.wait, get_args(Wait), "wait"))
+
+
 @dataclass(frozen=True)
 class Method:
     """How a network is trained. ``print(method)`` is the experiment.
@@ -267,17 +277,11 @@ class Method:
         terms: the losses of an auxiliary network.
         spans: which blocks each loss trains, step by step.
         bridge: builds what the heads of a site look through; None for nothing.
-        checkpoint: recompute blocks whose activations would have to wait for a later block's backward pass.
-        checkpoint_auxiliary: recompute each part of a bridge and each head, so that one of them is alive at a time.
-        checkpoint_pointwise: recompute what normalisations and activation functions return, in so many blocks at the
-            beginning and their heads; ``math.inf`` for all.
-        micro_batches: parts in which a batch is run, one after the other, gradients adding up.
+        recompute: what runs again in the backward pass instead of being kept.
+        accumulate: the parts in which a batch is run.
         final_loss: of the model's own output; None for the task's.
         contexts: what is computed once for each batch.
-        probe: measures something inside each block that its loss contains; builds it from the partition, the cuts and
-            the index of the block. None for nothing.
-        reconcile: a penalty on the gradient of a block's loss with respect to its input and the one that the block
-            before had with respect to its output, (B, ...) both; the second is detached. Spans of one block only.
+        rules: what the method needs besides, see `localgrad.rules`.
     """
 
     name: str
@@ -285,28 +289,24 @@ class Method:
     terms: tuple[Term, ...] = ()
     spans: Schedule = EndToEnd()  # noqa: RUF009 (frozen)
     bridge: BridgeBuilder | None = None
-    checkpoint: bool = False
-    checkpoint_auxiliary: bool = False
-    checkpoint_pointwise: float = 0
-    micro_batches: int = 1
+    recompute: Recompute = Recompute()  # noqa: RUF009 (frozen)
+    accumulate: Accumulate = Accumulate()  # noqa: RUF009 (frozen)
     final_loss: Loss | None = None
     contexts: tuple[Context, ...] = ()
-    probe: ProbeBuilder | None = None
-    reconcile: Callable[[Tensor, Tensor], Tensor] | None = None
+    rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        self.check_reconcilable(6)
+        self.check_rules(6)
 
-    def check_reconcilable(self, num_blocks: int) -> None:
-        """Raise `MethodError` if gradients are to be reconciled although a span beside others covers several blocks."""
-        patterns = self.spans.patterns(num_blocks) if self.reconcile is not None else ()
-        beside = [span for pattern in patterns if len(pattern) > 1 for span in pattern]
-        wide = next((span for span in beside if span.stop - span.start > 1), None)
-        if wide is not None:
-            raise MethodError(
-                f"{self.name}: gradients are reconciled between blocks that train alone, but span {wide} of "
-                f"{num_blocks} blocks covers several; use a base whose spans are single blocks, such as dgl"
-            )
+    @property
+    def micro_batches(self) -> int:
+        """Parts in which a batch is run."""
+        return self.accumulate.parts
+
+    def check_rules(self, num_blocks: int) -> None:
+        """Raise `MethodError` if a rule does not go with the spans."""
+        for rule in self.rules:
+            rule.check(self, num_blocks)
 
     def work(self, num_blocks: int, step: int) -> Hashable:
         """What a step consists of: equal for steps that do the same, whatever their number."""
@@ -336,27 +336,6 @@ class Method:
         return self.spans
 
 
-class Followed(NamedTuple):
-    """What a head that follows answers: once for the loss of the block, once for its own."""
-
-    output: Any
-    own: Any
-
-
-class _Follower(nn.Module):
-    """A head whose parameters are out of reach of the block's loss, and whose own loss does not reach the block."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, features: Tensor) -> Any:
-        if not torch.is_grad_enabled():
-            return self.head(features)
-        frozen = {name: p.detach() for name, p in self.head.named_parameters()}
-        return Followed(torch.func.functional_call(self.head, frozen, (features,)), self.head(features.detach()))
-
-
 class Auxiliary(nn.Module):
     """The auxiliary network of one span: a bridge, and a head for each term whose weight there is not 0.
 
@@ -378,16 +357,16 @@ class Auxiliary(nn.Module):
         self.bridge = method.bridge(site) if method.bridge is not None else None
         if self.bridge is not None:
             site = site.beyond(self.bridge)
-        heads = [term.head(site) for term, _ in self.terms]
-        self.heads = nn.ModuleList(
-            _Follower(head) if term.follows else head for (term, _), head in zip(self.terms, heads, strict=True)
-        )
-        if method.checkpoint_auxiliary:
+        self.heads = nn.ModuleList(term.head(site) for term, _ in self.terms)
+        if method.recompute.auxiliary:
             recompute_parts(self)
         self.to(site.features)  # its device and precision
+        self.dtype = site.features.dtype
 
     def bridged(self, features: Tensor) -> Tensor:
         """What the heads read."""
+        if features.dtype != self.dtype and not torch.is_autocast_enabled(features.device.type):
+            features = features.to(self.dtype)  # the model left autocast before the cut
         return features if self.bridge is None else self.bridge(features)
 
     def forward(self, features: Tensor, step: int = 0) -> list[Any]:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from localgrad.errors import MethodError, PartitionError, nearest
-from localgrad.method import Auxiliary, Method, Probe, Site
+from localgrad.cuts import Chosen, as_cutting
+from localgrad.errors import MethodError, PartitionError, TrainingError
+from localgrad.forward import OpenModel, Watch, tensors_in
+from localgrad.method import Auxiliary, Method, Site
 from localgrad.partition import (
-    INPUTS,
-    OUTPUT,
     AuxiliaryBytes,
     Block,
-    Chain,
     Cut,
     Partition,
     RecomputedBlock,
-    by_bytes,
-    by_count,
+    SeparateBlocks,
+    separate,
 )
-from localgrad.partition.balance import Stem, module_bytes
-from localgrad.partition.trace import Taps, check_runs, untouched
+from localgrad.partition.choose import features_at, module_bytes
+from localgrad.rehearsal import rehearse
+from localgrad.rules import Rule
 from localgrad.spans import Span, check
 from localgrad.twins import Twin
 
@@ -33,57 +33,110 @@ if TYPE_CHECKING:
     from localgrad.distributed.block_parallel import Stage
     from localgrad.distributed.data_parallel import Replicas
 
-Balance = Literal["count", "bytes"]
-
 
 class LocalNetwork(nn.Module):
     """What `localize` returns. Throw it away after training and keep ``model``.
 
     Attributes:
         model: as it was given; its ``state_dict``, ``forward`` and ``eval()`` output are unchanged.
-        blocks: K modules that share the model's parameters.
         cuts: the K - 1 cut points; block ``k`` begins at ``cuts[k - 1]``.
-        method: what trains it.
+        method: what trains it; ``rules`` are its rules for this network.
+        home: the blocks that use each parameter of ``running``, by name.
         replicas: the processes that train copies of it on other samples; set by `localgrad.distributed.data_parallel`.
         stage: the blocks that this process trains while others train the rest; set by
             `localgrad.distributed.block_parallel`.
+        checked: the sets of spans whose isolation a step has shown.
     """
 
     replicas: Replicas | None = None
     stage: Stage | None = None
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        blocks: Sequence[Block | RecomputedBlock],
-        cuts: Sequence[Cut],
-        auxiliary: nn.ModuleDict,
-        probes: Sequence[Probe | None] = (),
-    ) -> None:
+    def __init__(self, model: nn.Module, method: Method, chosen: Chosen, blocks: SeparateBlocks | None) -> None:
         super().__init__()
         self.model = model
-        self.auxiliary = auxiliary
-        self.method = method
-        self.cuts = tuple(cuts)
-        self.blocks = tuple(blocks)  # a tuple, so that their parameters are registered once, by the model
-        self.probes = tuple(probes)
-        boundaries = range(1, len(self.blocks))
-        self._early_twins = {b: [t for t in self.twins_at(b) if t.exchange == "before"] for b in boundaries}
-        self._last_reader = {mode: _last_readers(self.blocks, mode) for mode in (True, False)}
+        self.auxiliary = nn.ModuleDict()
+        self.method, self.cuts = method, tuple(chosen.cuts)
+        self.rules: tuple[Rule, ...] = ()
+        self.home = chosen.partition.home(chosen.cuts)
+        self.watch = Watch()
+        self.checked: set[tuple[Span, ...]] = set()
+        # Tuples, so that parameters are registered once, by the model.
+        self._partition = (chosen.partition,)
+        self._separate = (blocks,)
+        self._early_twins: dict[int, list[Twin]] = {}
 
-    def forward(self, *inputs: Any) -> Any:
+    @property
+    def num_blocks(self) -> int:
+        """K."""
+        return len(self.cuts) + 1
+
+    @property
+    def partition(self) -> Partition:
+        """The model as it was analysed."""
+        return self._partition[0]
+
+    @property
+    def running(self) -> nn.Module:
+        """What was analysed: the model, or the list of modules given for it."""
+        return self.partition.model
+
+    @property
+    def suspended(self) -> nn.Module:
+        """What is suspended in training: the same, or separate blocks one after the other."""
+        return self.running if self._separate[0] is None else self._separate[0]
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """The model's own forward."""
-        return self.model(*inputs)
+        return self.model(*inputs, **named)
+
+    @contextlib.contextmanager
+    def opened(self, spans: Sequence[Span]) -> Iterator[OpenModel]:
+        """Inside it, forwards can be begun that are suspended at the cuts; ``spans`` are those of the step."""
+        blocks = self._separate[0]
+        device = self.device.type
+        if blocks is not None:
+            waits = [k for k in range(self.num_blocks) if any(s.covers(k) and s.stop > k + 1 for s in spans)]
+            blocks.again = waits if self.method.recompute.blocks else ()
+            opened = OpenModel(blocks, blocks, blocks.points, self.watch, device)
+        else:
+            # Through the network, so that what a trainer wraps around its forward holds.
+            runs = self if self.running is self.model else self.running
+            opened = OpenModel(runs, self.running, [cut.point for cut in self.cuts], self.watch, device)
+        with opened, _without_cache(self.model):
+            yield opened
+
+    def check_ready(self) -> None:
+        """Raise unless a step can begin: heads in the mode of the model, parameters as they were cut."""
+        if len(self.auxiliary) and self.auxiliary.training != self.model.training:
+            modes = ["training" if module.training else "eval" for module in (self.model, self.auxiliary)]
+            raise TrainingError(
+                f"the model is in {modes[0]} mode, its auxiliary networks are in {modes[1]} mode: call network.train() "
+                "or network.eval() instead of the model's own"
+            )
+        names = [name for name, _ in self.running.named_parameters()]
+        if names != list(self.home):
+            changed = sorted(set(names) ^ set(self.home)) or names
+            raise PartitionError(
+                f"{changed[0]!r} was added to the model or taken from it after it was cut: call localgrad.localize again"
+            )
+        if any(kind.__name__ == "FSDPModule" for kind in type(self).__mro__):
+            raise PartitionError(
+                "fully_shard was applied to the network as a whole, which gathers every block at once: apply it to modules "
+                "inside the blocks, or write localgrad.distributed.data_parallel(network, mesh, shard=True)"
+            )
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.model.parameters()).device
 
+    def begins_at(self, block: int) -> str:
+        """How a block's beginning is called in messages."""
+        return repr(self.cuts[block - 1].name) if block else "the input"
+
     def spans(self, step: int) -> tuple[Span, ...]:
         """The spans of one step."""
-        return self.method.spans(len(self.blocks), step)
+        return self.method.spans(self.num_blocks, step)
 
     def auxiliary_of(self, span: Span) -> Auxiliary:
         """The auxiliary network whose loss trains ``span``."""
@@ -96,10 +149,15 @@ class LocalNetwork(nn.Module):
         spans = [Span(*map(int, name.split("-"))) for name in self.auxiliary]
         return [(span, self.auxiliary_of(span)) for span in spans if span.stop == boundary]
 
+    def parameters_of(self, block: int) -> list[nn.Parameter]:
+        """The model's parameters that a block uses; a shared one belongs to the last block that does."""
+        named = dict(self.running.named_parameters())
+        return [named[name] for name, blocks in self.home.items() if blocks and blocks[-1] == block]
+
     def block_parameters(self, block: int) -> list[nn.Parameter]:
         """What is trained with one block: its parameters and those of the auxiliary networks on its output."""
-        modules: list[nn.Module] = [self.blocks[block], *(aux for _, aux in self.auxiliaries_at(block + 1))]
-        unique = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+        auxiliary = [p for _, aux in self.auxiliaries_at(block + 1) for p in aux.parameters()]
+        unique = {id(p): p for p in (*self.parameters_of(block), *auxiliary) if p.requires_grad}
         return list(unique.values())
 
     def twins_at(self, boundary: int) -> list[Twin]:
@@ -116,46 +174,53 @@ class LocalNetwork(nn.Module):
         for twin in self._early_twins.get(boundary, ()):
             twin.update()
 
-    def probed(self, block: int) -> nn.Module:
-        """What runs a block: itself, or with a scalar behind its outputs if the method measures something inside."""
-        probe = self.probes[block] if self.probes else None
-        return self.blocks[block] if probe is None else Probed(self.blocks[block], probe)
-
-    def last_reader(self, name: str) -> int:
-        """The last block that reads a value; -1 if none does."""
-        return self._last_reader[self.model.training].get(name, -1)
-
     def compile_blocks(self, **options: Any) -> None:
-        """``torch.compile`` each block and auxiliary network, in place; ``options`` as for ``nn.Module.compile``.
+        """``nn.Module.compile`` the model's modules between the cuts and the auxiliary networks, in place.
+
+        The largest modules that hold no cut are compiled, each by itself; what the model's forward does between them
+        runs as it is. ``options`` as for ``nn.Module.compile``.
 
         Raises:
             MethodError: the method recomputes pointwise operations one by one, which a compiler cannot see through.
         """
-        if self.method.checkpoint_pointwise:
+        if self.method.recompute.pointwise:
             raise MethodError(
                 f"{self.method.name} recomputes pointwise operations one by one, and torch.compile does so by itself: "
                 "leave out either checkpointing(where='pointwise') or the compiler"
             )
-        for block in self.blocks:
-            block.compile_graphs(**options)
+        cut = {point.name for point in (cut.point for cut in self.cuts)}
+        for module in _between(self.running, "", cut):
+            module.compile(**options)
         for auxiliary in self.auxiliary.values():
             auxiliary.compile(**options)
 
     def __str__(self) -> str:
         names = ["the input", *(cut.name for cut in self.cuts)]
-        return f"{type(self.model).__name__} in {len(self.blocks)} blocks, beginning at {', '.join(names)}"
+        return f"{type(self.model).__name__} in {self.num_blocks} blocks, beginning at {', '.join(names)}"
 
 
-class Probed(nn.Module):
-    """A block and what is measured inside it, as one module: the scalar follows the block's outputs."""
+def _between(module: nn.Module, path: str, cut: set[str]) -> Iterator[nn.Module]:
+    """The largest modules that hold no cut inside; a cut may lie before them."""
+    if path and not any(name.startswith(path + ".") for name in cut):
+        if any(True for _ in module.parameters()):
+            yield module
+        return
+    for name, child in module.named_children():
+        yield from _between(child, f"{path}.{name}" if path else name, cut)
 
-    def __init__(self, block: nn.Module, probe: Probe) -> None:
-        super().__init__()
-        self.block, self.probe = block, probe
 
-    def forward(self, *values: Any) -> tuple[Any, ...]:
-        outputs, measured = self.probe(self.block, *values)
-        return (*outputs, measured)
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Inside it, a transformers model fills no key-value cache while it trains: that would keep every layer's alive."""
+    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True}
+    configs = configs if torch.is_grad_enabled() else {}
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
 
 
 def _twins(module: nn.Module) -> list[Twin]:
@@ -166,180 +231,119 @@ def _key(span: Span) -> str:
     return f"{span.start}-{span.stop}"
 
 
-def _last_readers(blocks: Sequence[Block | RecomputedBlock], training: bool) -> dict[str, int]:
-    return {name: index for index, block in enumerate(blocks) for name in block.names(training)[0]}
-
-
-def localize(
-    model: nn.Module,
-    method: Method,
-    *,
-    example: Any,
-    num_blocks: int | None = None,
-    cuts: Sequence[str] | None = None,
-    modules: Sequence[nn.Module] | None = None,
-    balance: Balance = "count",
-    stem: Stem = "unit",
-    taps: Taps = (),
-    memory: str | int | None = None,
-    batch_size: int | None = None,
-    recompute: Sequence[int] = (),
-) -> LocalNetwork:
+def localize(model: nn.Module, method: Method, cutting: Any, *, example: Any, shared: bool = False) -> LocalNetwork:
     """Cut ``model`` into blocks and put the auxiliary networks of ``method`` on the boundaries.
 
-    The model is neither copied nor edited. Say where to cut in one of four ways: ``num_blocks``, ``cuts``, ``modules``
-    or ``memory``.
+    The model is neither copied nor edited: its own forward runs, suspended at the cuts.
 
     Args:
-        model: any module torch.fx can trace as far down as the cuts; traced once in each mode.
+        model: any module whose outputs carry a gradient; run a few times in training mode, and left as it was.
         method: from `localgrad.methods`.
-        example: a small batch shaped as in training, on the model's device, (B, C, H, W); a tuple for several inputs.
-        num_blocks: K; the cut points are chosen by ``balance``.
-        cuts: paths of the modules that blocks 1 .. K-1 begin with, ``("layer2", "layer3")``.
-        modules: K modules that run one after the other and together are the model, for what cannot be traced.
-        balance: ``count`` for equally many units per block, ``bytes`` for the smallest memory of the fullest one:
-            activations, head and bridge, and with ``batch_size`` gradients too, which do not grow with the batch.
-        stem: what runs before the first cut point: a ``unit``, its ``own`` block, or ``merged`` with the first unit.
-        taps: paths of modules whose outputs later heads read; they cross boundaries detached. ``auto`` lets whatever
-            the features at a boundary are computed from cross, as ``num_blocks`` does where it finds no other way.
-        memory: what there is for a training step, ``"8GiB"`` or bytes. The fewest blocks that fit are made, by
-            ``localgrad.planning.fit``, which says what is counted; a warning says if plain training fits.
-        batch_size: images in a training step, for ``memory`` and ``balance="bytes"``; None for those of ``example``
-            under ``memory``.
-        recompute: indices of blocks, from 0, to run unit by unit, each unit but the last run again in the backward
-            pass, so that what one of them saves is alive at a time.
+        cutting: where to cut: a number of blocks; names of the modules that blocks 1 .. K-1 begin with,
+            ``("layer2", "layer3")``; a list of modules that run one after the other and together are the model; or a
+            value of `localgrad.cuts`.
+        example: a small batch shaped as in training, on the model's device, of at least 2 samples: a tensor,
+            (B, C, H, W) for images; a tuple for several inputs; a mapping of keyword arguments.
+        shared: let blocks share parameters (tied embeddings): each loss trains them, and they step with the last block
+            that uses them. By default a cut between two uses is refused.
 
     Raises:
         PartitionError: the model cannot be cut so; the message says where it can.
         MethodError: the method trains nothing on some block.
-        ConfigError: nothing fits in ``memory``.
+        ConfigError: nothing fits in the memory of ``cuts.fits``.
 
     Example:
         >>> import torch, localgrad
         >>> model = localgrad.models.resnet32(num_classes=10)
         >>> method = localgrad.methods.dgl(localgrad.tasks.classification(10))
-        >>> network = localgrad.localize(model, method, num_blocks=4, example=torch.randn(2, 3, 32, 32))
+        >>> network = localgrad.localize(model, method, 4, example=torch.randn(2, 3, 32, 32))
         >>> [cut.name for cut in network.cuts]
         ['layer1.3', 'layer2.2', 'layer3.1']
     """
-    _check_request(model, num_blocks, cuts, modules, balance, stem, memory, batch_size, recompute)
+    _check_model(model)
     if not isinstance(method, Method):
         raise MethodError(f"method is {method!r}; pass a value such as localgrad.methods.dgl(task)")
-    if memory is not None:
-        from localgrad.planning import fit
-
-        cuts, recompute = fit(model, method, memory, example, batch_size or len(tree_leaves(example)[0]))
-        num_blocks = None if cuts else 1
-    partition: Partition | Chain
-    blocks: Sequence[Block | RecomputedBlock]
-    if modules is not None:
-        check_runs(model, example)
-        partition = Chain(model, modules, example)
-        blocks = partition.units
-        features = _features(blocks, model, example)
-        chosen = partition.measured([tuple(f.shape) for f in features])
-    else:
-        partition = Partition(model, example, taps)
-        if not taps and num_blocks is not None and num_blocks > len(partition.cuts) + 1:
-            partition = Partition(model, example, "auto")
-        if cuts:
-            patterns = method.spans.patterns(len(cuts) + 1)
-            chosen = partition.named(cuts, spans_wider_than_one=any(s.stop - s.start > 1 for p in patterns for s in p))
-        elif balance == "bytes":
-            assert num_blocks is not None
-            chosen = by_bytes(
-                partition,
-                num_blocks,
-                auxiliary_bytes(method, partition, num_blocks),
-                gradients="earlier" if method.terms and batch_size is not None else "none",
-                share=len(tree_leaves(example)[0]) / (batch_size or len(tree_leaves(example)[0])),
-            )
-        else:
-            assert num_blocks is not None
-            chosen = by_count(partition, num_blocks, stem)
-        blocks = partition.recomputed_blocks(chosen, recompute)
-        features = _features(blocks, model, example)
-    count = len(blocks)
+    chosen = as_cutting(cutting).choose(model, method, example, shared)
+    partition, cuts = chosen.partition, chosen.cuts
+    count = len(cuts) + 1
     patterns = method.spans.patterns(count)
     for pattern in patterns:
         check(pattern, count)
-    method.check_reconcilable(count)
-    inner = sorted({(s.stop, s.start) for pattern in patterns for s in pattern if s.stop < count})
-    inputs = tree_leaves(example)[0]
-    auxiliary = nn.ModuleDict()
-    for stop, start in inner:
-        site = Site(Span(start, stop), count, features[stop - 1], inputs, chosen[stop - 1], partition)
-        auxiliary[_key(site.span)] = Auxiliary(method, site).train(model.training)
-    probes = [] if method.probe is None else [method.probe(partition, chosen, k) for k in range(count)]
-    network = LocalNetwork(model, method, blocks, chosen, auxiliary, probes)
-    if method.reconcile is not None:
-        _check_twice_differentiable(network, features)
+    method.check_rules(count)
+    _check_overwritten(method, cuts, patterns)
+    blocks = None
+    if chosen.recompute or method.recompute.blocks:
+        why = f"{method.name} runs blocks again in the backward pass" if method.recompute.blocks else "recomputed blocks"
+        blocks = SeparateBlocks(separate.separate_blocks(partition, cuts, chosen.recompute, why))
+    network = LocalNetwork(model, method, chosen, blocks)
+    features, network.watch = rehearse(network, example)
+    inputs = tensors_in(example)[0]
+    for stop, start in sorted({(s.stop, s.start) for pattern in patterns for s in pattern if s.stop < count}):
+        site = Site(Span(start, stop), count, features[stop - 1], inputs, cuts[stop - 1], partition)
+        network.auxiliary[_key(site.span)] = Auxiliary(method, site).train(model.training)
+    network._early_twins = {
+        b: [twin for twin in network.twins_at(b) if twin.exchange == "before"] for b in range(1, count)
+    }
+    network.train(model.training)
+    network.rules = tuple(rule.bound(partition, cuts) for rule in method.rules)
+    for rule in network.rules:
+        rule.tried(network, example)
     return network
 
 
-def _check_request(
-    model: nn.Module,
-    num_blocks: int | None,
-    cuts: Sequence[str] | None,
-    modules: Sequence[nn.Module] | None,
-    balance: Balance,
-    stem: Stem,
-    memory: str | int | None,
-    batch_size: int | None,
-    recompute: Sequence[int],
-) -> None:
-    """Raise `PartitionError` unless the arguments of `localize` say where to cut, in one way."""
+def separate_blocks(network: LocalNetwork) -> list[Block | RecomputedBlock]:
+    """The blocks of a network as modules that can be called one by one and share its parameters.
+
+    Raises:
+        PartitionError: the model does not allow it, or they would not compute what its own forward does.
+    """
+    return separate.separate_blocks(network.partition, network.cuts)
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise `PartitionError` unless ``model`` is one that can be cut, and no wrapper that would be passed by."""
     if not isinstance(model, nn.Module):
         raise PartitionError(f"model is a {type(model).__name__}; localize(model, ...) takes a torch.nn.Module")
+    kind = type(model).__name__
+    instead = {
+        "DistributedDataParallel": "localize(model.module, ...) and then localgrad.distributed.data_parallel(network, "
+        "mesh): its own reduction waits for one backward pass through everything",
+        "DataParallel": "localize(model.module, ...), and localgrad.distributed.data_parallel(network, mesh) with a "
+        "process for each device",
+        "FullyShardedDataParallel": "localize the plain model, after fully_shard (FSDP2) on its submodules, or "
+        "localgrad.distributed.data_parallel(network, mesh, shard=True)",
+        "OptimizedModule": "localize(model._orig_mod, ...) and then network.compile_blocks(): a graph cannot be suspended",
+    }
+    if kind in instead:
+        raise PartitionError(f"model is wrapped in {kind}; write {instead[kind]}")
     if not any(True for _ in model.parameters()):
-        raise PartitionError(f"{type(model).__name__} has no parameters, so no block of it can be trained")
-    ways = {"num_blocks": num_blocks, "cuts": cuts, "modules": modules, "memory": memory}
-    given = [name for name, value in ways.items() if value is not None]
-    if len(given) != 1:
-        raise PartitionError(
-            f"{' and '.join(given) or 'nothing'} given; say where to cut by exactly one of num_blocks=, cuts=, "
-            "modules= or memory="
-        )
-    if num_blocks is not None and type(num_blocks) is not int:
-        raise PartitionError(
-            f"num_blocks={num_blocks!r} is a {type(num_blocks).__name__}; write a whole number, num_blocks=4"
-        )
-    if isinstance(cuts, str):
-        raise PartitionError(f"cuts={cuts!r} is one string; write a tuple of module names, cuts=({cuts!r},)")
-    if cuts is not None and (not cuts or not all(isinstance(name, str) for name in cuts)):
-        raise PartitionError(
-            f"cuts={cuts!r}; name the modules that blocks begin with, cuts=('layer2', 'layer3'), or write num_blocks=1 "
-            "for a single block"
-        )
-    for name, value, known in (("balance", balance, get_args(Balance)), ("stem", stem, get_args(Stem))):
-        if value not in known:
-            raise PartitionError(nearest(str(value), known, name))
-    unused = [f"balance={balance!r}"] if balance != "count" and num_blocks is None else []
-    unused += [f"stem={stem!r}"] if stem != "unit" and (num_blocks is None or balance != "count") else []
-    if unused:
-        raise PartitionError(
-            f"{unused[0]} has no effect here: it chooses among cut points with num_blocks= (and, for stem, "
-            "balance='count'); leave it out"
-        )
-    if batch_size is not None and (batch_size < 1 or (memory is None and balance != "bytes")):
-        raise PartitionError(
-            f"batch_size={batch_size}: it says for how many images, at least 1, memory= or balance='bytes' chooses"
-        )
-    if recompute and (modules is not None or memory is not None):
-        raise PartitionError(
-            f"recompute={tuple(recompute)} has no effect here: a list of modules has no units to recompute, and "
-            "memory= chooses by itself; leave it out, or name the cut points (cuts=...)"
-        )
+        raise PartitionError(f"{kind} has no parameters, so no block of it can be trained")
+
+
+def _check_overwritten(method: Method, cuts: Sequence[Cut], patterns: Sequence[Sequence[Span]]) -> None:
+    """Raise `PartitionError` if features that are read twice are overwritten in place by the next block."""
+    for boundary, cut in enumerate(cuts, start=1):
+        if not cut.overwritten:
+            continue
+        crossed = any(span.start < boundary < span.stop for pattern in patterns for span in pattern)
+        if crossed or method.bridge is not None or method.rules:
+            raise PartitionError(
+                f"cuts: {cut.name!r} overwrites the features at this boundary in place, but {method.name} reads them a "
+                "second time; cut after it, or build that layer with inplace=False"
+            )
 
 
 def auxiliary_bytes(method: Method, partition: Partition, num_blocks: int) -> Callable[[Cut], AuxiliaryBytes]:
     """What the auxiliary network that ``method`` would put on a cut point saves, and its gradients."""
-    features = dict(zip(partition.cuts, _features(partition.units, partition.model, partition.example), strict=True))
-    inputs = tree_leaves(partition.example)[0]
+    features: dict[Cut, Tensor] = {}
+    inputs = tensors_in(partition.example)[0]
 
     def measured(cut: Cut) -> AuxiliaryBytes:
         if all(span.stop == num_blocks for span in method.spans(num_blocks, 0)):
             return AuxiliaryBytes(0, 0)
+        if cut not in features:
+            cuts = partition.cuts if cut in partition.cuts else partition.finest
+            features.update(zip(cuts, features_at(partition, cuts), strict=True))
         # As behind the first block, where auxiliary networks are largest. Where the others are much smaller, counting
         # them as they are would leave the first block next to nothing to train (docs/lean.md, "Few blocks").
         site = Site(Span(0, 1), 3, features[cut], inputs, cut, partition)
@@ -349,68 +353,6 @@ def auxiliary_bytes(method: Method, partition: Partition, num_blocks: int) -> Ca
         return AuxiliaryBytes(module_bytes(auxiliary, features[cut]), trained)
 
     return measured
-
-
-@torch.no_grad()
-def _features(blocks: Sequence[Block | RecomputedBlock], model: nn.Module, example: Any) -> list[Tensor]:
-    """The features at each boundary, in eval mode; checks that the blocks together are the model.
-
-    Raises:
-        PartitionError: a module list computes something else, or does not run.
-    """
-    values: dict[str, Any] = {INPUTS: example}
-    features = []
-    with untouched(model, training=False):
-        for index, block in enumerate(blocks):
-            try:
-                outputs = block(*[values[name] for name in block.inputs])
-            except Exception as error:  # a module may fail in any way on what another one returned
-                raise PartitionError(
-                    f"block {index} does not run on what the blocks before it return: {error}. Blocks take one tensor "
-                    "and return one; list modules that run one after the other."
-                ) from error
-            if index < len(blocks) - 1 and not isinstance(outputs[0], Tensor):
-                raise PartitionError(
-                    f"block {index} returns a {type(outputs[0]).__name__}; all but the last must return one tensor. "
-                    "Wrap the modules that belong together into one, nn.Sequential(a, b) for instance."
-                )
-            values |= zip(block.outputs, outputs, strict=True)
-            features.append(outputs[0])
-        arguments = example if isinstance(example, (tuple, list)) else (example,)
-        expected = tree_leaves(model(*arguments))
-        found = tree_leaves(values[OUTPUT])
-        if len(expected) != len(found) or not all(_equal(a, b) for a, b in zip(expected, found, strict=True)):
-            raise PartitionError(
-                f"the blocks do not compute what {type(model).__name__}.forward does on the example: list every module "
-                "that runs, in order, functions such as flatten wrapped as modules"
-            )
-    return features[:-1]
-
-
-def _check_twice_differentiable(network: LocalNetwork, features: Sequence[Tensor]) -> None:
-    """Raise `MethodError` unless the gradient of each block but the first by its input can be differentiated again."""
-    model = network.model
-    with untouched(model, training=True), torch.enable_grad():
-        for index, block in enumerate(network.blocks[1:], start=1):
-            if len(block.inputs) > 1:
-                continue  # what else it reads is not at hand; the backward pass will tell
-            entry = features[index - 1].detach().requires_grad_()
-            (output, *_) = block(entry)
-            ends = [aux.bridged(output) for _, aux in network.auxiliaries_at(index + 1)] or [tree_leaves(output)[0]]
-            try:
-                (gradient,) = torch.autograd.grad(ends[0].float().square().sum(), entry, create_graph=True)
-                torch.autograd.grad(gradient.sum(), entry, allow_unused=True)
-            except RuntimeError as error:
-                raise MethodError(
-                    f"{network.method.name} differentiates block {index} twice, but it holds a layer without a second "
-                    f"derivative ({next(iter(str(error).splitlines()), '')}). Fused attention is the usual one: call "
-                    "timm.layers.set_fused_attn(False) before timm builds the model, or build and train it under "
-                    "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
-                ) from error
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
 
 
 @dataclass(frozen=True)
@@ -426,12 +368,12 @@ class BlockInfo:
 
 def block_infos(network: LocalNetwork) -> Iterator[BlockInfo]:
     """Parameters of each block, of the heads on its output, and of what never gets a gradient (twins)."""
-    for index, block in enumerate(network.blocks):
+    for index in range(network.num_blocks):
         auxiliary = [p for _, aux in network.auxiliaries_at(index + 1) for p in aux.parameters()]
         yield BlockInfo(
             index,
             network.cuts[index - 1].name if index else "input",
-            sum(p.numel() for p in block.parameters()),
+            sum(p.numel() for p in network.parameters_of(index)),
             sum(p.numel() for p in auxiliary if p.requires_grad),
             sum(p.numel() for p in auxiliary if not p.requires_grad),
         )

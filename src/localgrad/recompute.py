@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What runs again in the backward pass instead of being kept.
+
+    Args:
+        blocks: blocks whose activations would have to wait for a later block's backward pass.
+        auxiliary: each part of a bridge and each head, so that one of them is alive at a time.
+        pointwise: what normalisations and activation functions return, in so many blocks at the beginning and their
+            heads; ``math.inf`` for all.
+    """
+
+    blocks: bool = False
+    auxiliary: bool = False
+    pointwise: float = 0
 
 
 class BuffersKept:

@@ -31,7 +31,7 @@ from localgrad.engine import backward, local_losses
 from localgrad.errors import ConfigError, LocalgradError, TrainingError
 from localgrad.network import LocalNetwork, localize
 from localgrad.partition import INPUTS, OUTPUT, Partition
-from localgrad.partition.trace import untouched
+from localgrad.untouched import untouched
 from localgrad.randomness import keyed_randomness, seeded
 from localgrad.testing import assert_isolated
 from localgrad.twins import exchange

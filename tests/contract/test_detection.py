@@ -65,7 +65,7 @@ def build(kind: str, method: Method, num_blocks: int = 4, **options: Any) -> loc
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = Detector(torchvision_detector(kind, **options))
-        return localgrad.localize(model, method, num_blocks=num_blocks, example=batch(2)[0])
+        return localgrad.localize(model, method, num_blocks, example=batch(2)[0])
 
 
 def batch(size: int = 4, seed: int = 0) -> tuple[Tensor, list[dict[str, Tensor]]]:
@@ -122,10 +122,10 @@ def test_methods_that_need_one_class_per_image_say_so(name: str) -> None:
 @ON_EVERY_METHOD
 def test_gradients_stay_on_their_span_and_taps_carry_none(name: str) -> None:
     network = build("retinanet", METHODS[name], dropout=0.0)
-    crossing = set(network.blocks[-1].inputs) - {network.blocks[-2].outputs[0]}
-    assert len(crossing) >= 2, (
-        crossing
-    )  # two levels of the pyramid are taps of the last block, besides the image's size
+    *_, before, last = localgrad.separate_blocks(network)
+    crossing = set(last.inputs) - {before.outputs[0]}
+    # Two levels of the pyramid are taps of the last block, besides the image's size.
+    assert len(crossing) >= 2, crossing
     for step in steps(network, 12)[:2]:
         assert_isolated(network, *batch(), step)
 
@@ -198,7 +198,7 @@ def test_a_local_step_equals_a_literal_loop() -> None:
     model = Detector(torchvision_detector("retinanet", dropout=0.0))
     cuts = tuple(f"backbone.body.layer{k}" for k in (2, 3, 4))
     inputs, targets = batch()
-    network = localgrad.localize(model, dgl(task), cuts=cuts, example=inputs)
+    network = localgrad.localize(model, dgl(task), cuts, example=inputs)
     literal = copy.deepcopy(network)
     localgrad.backward(network, inputs, targets)
 
@@ -346,7 +346,7 @@ def test_patches_together_are_the_whole() -> None:
     """A head that looks at single positions answers the same for four patches as for the whole map."""
     model = Detector(torchvision_detector("retinanet")).eval()
     method = hpff(dgl(TASK), patches=2)
-    network = localgrad.localize(model, method, cuts=("backbone.body.layer3",), example=batch(2)[0]).eval()
+    network = localgrad.localize(model, method, ("backbone.body.layer3",), example=batch(2)[0]).eval()
     patched = network.auxiliary["0-1"].heads[0][-1]
     head = copy.deepcopy(patched.head)
     with torch.no_grad():
@@ -375,13 +375,11 @@ def test_heads_answer_for_the_levels_of_their_stride_and_coarser_ones() -> None:
     model = Detector(torchvision_detector("retinanet"))
     assert model.strides == (8, 16, 32, 64, 128)
     names = [f"backbone.body.{name}" for name in ("layer1", "layer2", "layer3.1", "layer4")]
-    network = localgrad.localize(model, dgl(TASK), cuts=names, example=batch(2)[0]).eval()
+    network = localgrad.localize(model, dgl(TASK), names, example=batch(2)[0]).eval()
     found = [output["grids"] for _, term, output in localgrad.local_outputs(network, batch()[0]) if term is not None]
     whole = [(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)]
     assert found == [whole, whole, whole[1:], whole[1:]]
-    wide = localgrad.localize(
-        model, dgl(localgrad.tasks.detection(3, head_width=70)), num_blocks=2, example=batch(2)[0]
-    )
+    wide = localgrad.localize(model, dgl(localgrad.tasks.detection(3, head_width=70)), 2, example=batch(2)[0])
     assert wide.auxiliary["0-1"].heads[0].backbone.conv.out_channels == 96  # the next multiple of 32
 
 
@@ -391,7 +389,7 @@ def test_peak_activations_fall_with_local_losses() -> None:
     def peak(method: Method, num_blocks: int) -> int:
         torch.manual_seed(0)
         model = localgrad.models.retinanet(CLASSES, backbone="resnet18", width=64)
-        network = localgrad.localize(model, method, num_blocks=num_blocks, balance="bytes", example=inputs)
+        network = localgrad.localize(model, method, localgrad.cuts.by_bytes(num_blocks), example=inputs)
         return measure(lambda: localgrad.backward(network, inputs, targets), network.parameters()).peak_activations
 
     assert peak(dgl(TASK), 4) < 0.7 * peak(e2e(TASK), 1)
@@ -449,7 +447,7 @@ def test_what_is_no_detector_is_refused() -> None:
         Detector(nn.Linear(1, 1))
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     with pytest.raises(localgrad.MethodError, match=r"write localgrad\.models\.retinanet"):
-        localgrad.localize(plain, dgl(TASK), num_blocks=2, example=batch(2)[0])
+        localgrad.localize(plain, dgl(TASK), 2, example=batch(2)[0])
     with pytest.raises(localgrad.TrainingError, match=r"detection needs localgrad.models"):
         TASK.loss(torch.zeros(2, 3), Batch(None, [], 0))
     output = Detector(torchvision_detector("fcos")).eval()(batch(2)[0])
@@ -465,7 +463,7 @@ def test_what_is_no_detector_is_refused() -> None:
 @pytest.mark.parametrize("backbone", ["timm:test_resnet", "timm:test_convnext"])
 def test_backbones_from_timm(backbone: str) -> None:
     model = localgrad.models.create("retinanet", num_classes=CLASSES, backbone=backbone, width=32, version=2)
-    network = localgrad.localize(model, dgl(TASK), num_blocks=3, example=batch(2)[0])
+    network = localgrad.localize(model, dgl(TASK), 3, example=batch(2)[0])
     assert all(loss.isfinite() for loss in localgrad.backward(network, *batch()).values())
     assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
     assert_transparent(model, network, batch(2)[0])

@@ -44,7 +44,7 @@ def test_checkpointing_is_among_them() -> None:
 @ON_EVERY_MODEL
 def test_equals_plain_backward(name: str, num_blocks: int, dtype: torch.dtype, model: str) -> None:
     network = build(model, METHODS[name], num_blocks).to(dtype)
-    assert len(network.blocks) == num_blocks
+    assert network.num_blocks == num_blocks
     plain = copy.deepcopy(network.model)
     for step in range(2):  # gradients of the second step are added to those of the first
         inputs, targets = batch(seed=step)
@@ -144,13 +144,13 @@ def test_accumulation_equals_the_whole_batch_without_batchnorm() -> None:
 def test_a_frozen_first_block_is_left_alone() -> None:
     for name in ("e2e", "dgl", "windows(dgl)", "deep_supervision", "checkpointing(e2e)"):
         network = build("residual", METHODS[name], 3)
-        for parameter in network.blocks[0].parameters():
+        for parameter in network.parameters_of(0):
             parameter.requires_grad_(False)
         plain = copy.deepcopy(network.model)
         inputs, targets = batch()
         torch.manual_seed(0)
         localgrad.backward(network, inputs, targets)
-        assert all(p.grad is None for p in network.blocks[0].parameters())
+        assert all(p.grad is None for p in network.parameters_of(0))
         assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
         if name.endswith("e2e)") or name == "e2e":
             torch.manual_seed(0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import localgrad
+from localgrad import cuts
 from localgrad.bench.memory import LiveBytes, Memory, measure
 from localgrad.config import OptimConfig
 from localgrad.method import Method
@@ -14,27 +17,23 @@ from localgrad.train.optim import Stepper
 TASK = localgrad.tasks.classification(10)
 
 
-def peak(method: Method, num_blocks: int, balance: str = "count", **options: int) -> int:
+def peak(method: Method, cutting: Any, example_size: int = 2) -> int:
     torch.manual_seed(0)
     model = localgrad.models.resnet32().train()
     inputs, targets = torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))
-    example = inputs[: options.pop("example_size", 2)]
-    network = localgrad.localize(model, method, num_blocks=num_blocks, example=example, balance=balance, **options)
+    network = localgrad.localize(model, method, cutting, example=inputs[:example_size])
     return measure(lambda: localgrad.backward(network, inputs, targets), network.parameters()).peak_activations
 
 
 def test_blocks_keep_a_fraction_of_the_activations(record_property: pytest.RecordProperty) -> None:
-    methods = localgrad.methods
-    whole = peak(methods.e2e(TASK), 1)
+    dgl, e2e = localgrad.methods.dgl(TASK), localgrad.methods.e2e(TASK)
+    whole = peak(e2e, 1)
     share = {
-        "16 dgl blocks": peak(methods.dgl(TASK), 16) / whole,
-        "8 byte-balanced dgl blocks": peak(methods.dgl(TASK), 8, "bytes") / whole,
-        "8 byte-balanced dgl blocks, example as large as the batch": peak(
-            methods.dgl(TASK), 8, "bytes", example_size=64
-        )
-        / whole,
-        "8 byte-balanced dgl blocks, gradients weighed": peak(methods.dgl(TASK), 8, "bytes", batch_size=64) / whole,
-        "checkpointing(e2e), 16 blocks": peak(methods.checkpointing(methods.e2e(TASK)), 16) / whole,
+        "16 dgl blocks": peak(dgl, 16) / whole,
+        "8 byte-balanced dgl blocks": peak(dgl, cuts.by_bytes(8)) / whole,
+        "8 byte-balanced dgl blocks, example as large as the batch": peak(dgl, cuts.by_bytes(8), 64) / whole,
+        "8 byte-balanced dgl blocks, gradients weighed": peak(dgl, cuts.by_bytes(8, batch_size=64)) / whole,
+        "checkpointing(e2e), 16 blocks": peak(localgrad.methods.checkpointing(e2e), 16) / whole,
     }
     for name, value in share.items():
         record_property(name, round(value, 3))
@@ -51,7 +50,7 @@ def trained(method: Method, num_blocks: int, per_block: bool, lean: bool) -> Mem
     torch.manual_seed(0)
     memory_format = torch.channels_last if lean else torch.contiguous_format
     inputs, targets = torch.randn(8, 3, 32, 32).contiguous(memory_format=memory_format), torch.arange(8)
-    network = localgrad.localize(localgrad.models.resnet32(), method, num_blocks=num_blocks, example=inputs[:2]).train()
+    network = localgrad.localize(localgrad.models.resnet32(), method, num_blocks, example=inputs[:2]).train()
     network.to(memory_format=memory_format)
     config = OptimConfig(per_block=per_block, momentum=0.0)  # momentum is optimizer state, which does not count
     stepper = Stepper(network, config, torch.amp.GradScaler("cpu", enabled=False))
@@ -79,7 +78,7 @@ def test_a_boundary_exists_once_when_it_is_handed_over() -> None:
     """When a block is done, nothing is alive but the features that the next one reads, and scalars and logits."""
     torch.manual_seed(0)
     model, inputs = localgrad.models.resnet20().train(), torch.randn(4, 3, 32, 32)
-    network = localgrad.localize(model, localgrad.methods.dgl(TASK), num_blocks=5, example=inputs)
+    network = localgrad.localize(model, localgrad.methods.dgl(TASK), 5, example=inputs)
     found: list[int] = []
     with LiveBytes() as tracker:
 
@@ -90,10 +89,6 @@ def test_a_boundary_exists_once_when_it_is_handed_over() -> None:
 
         for _, loss in localgrad.local_losses(network, inputs, torch.arange(4), on_block_done=done):
             loss.backward()
-    features: list[int] = []
-    with torch.no_grad():
-        for block in network.blocks:
-            inputs = block(inputs)[0]
-            features.append(inputs.nbytes)
+    features = [behind.nbytes for behind in localgrad.features(network, inputs)]
     besides = [alive - boundary for alive, boundary in zip(found, features, strict=True)]
     assert all(0 <= rest < 512 for rest in besides), (found, features)  # of 64 KiB at the least

@@ -125,7 +125,7 @@ def batch(size: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
 def build(model: str, method: Method, num_blocks: int = 4, seed: int = 0) -> localgrad.LocalNetwork:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return localgrad.localize(MODELS[model](), method, num_blocks=num_blocks, example=batch(2)[0])
+        return localgrad.localize(MODELS[model](), method, num_blocks, example=batch(2)[0])
 
 
 @pytest.mark.parametrize("name, model", SUITED)
@@ -167,10 +167,11 @@ def test_the_contrastive_loss_says_so_too() -> None:
 def test_skips_are_found_and_pass_boundaries_without_gradient() -> None:
     """The last loss of a U-Net trains the last block alone, though that reads what the first one made."""
     model = UNet()
-    network = localgrad.localize(model, dgl(TASK), cuts=("enc2", "enc3", "dec2", "dec1"), example=batch(2)[0])
-    assert [len(block.inputs) for block in network.blocks] == [1, 1, 2, 2, 1]  # joined before ``dec2``, ``dec1`` begin
-    network = localgrad.localize(model, dgl(TASK), cuts=("enc2", "enc3", "middle"), example=batch(2)[0])
-    assert len(network.blocks[3].inputs) == 3  # features, and the two skips
+    network = localgrad.localize(model, dgl(TASK), ("enc2", "enc3", "dec2", "dec1"), example=batch(2)[0])
+    crossing = [len(block.inputs) for block in localgrad.separate_blocks(network)]
+    assert crossing == [1, 1, 2, 2, 1]  # joined before ``dec2``, ``dec1`` begin
+    network = localgrad.localize(model, dgl(TASK), ("enc2", "enc3", "middle"), example=batch(2)[0])
+    assert len(localgrad.separate_blocks(network)[3].inputs) == 3  # features, and the two skips
     for span, loss in localgrad.local_losses(network, *batch()):
         if span.stop == 4:
             network.zero_grad(set_to_none=True)
@@ -209,7 +210,7 @@ def test_the_local_step_is_the_literal_one() -> None:
     model = UNet().double()
     inputs, masks = batch()
     inputs = inputs.double()
-    network = localgrad.localize(model, dgl(TASK), cuts=("enc3",), example=inputs[:2])
+    network = localgrad.localize(model, dgl(TASK), ("enc3",), example=inputs[:2])
     m, head = copy.deepcopy(model), copy.deepcopy(network.auxiliary_of(localgrad.spans.Span(0, 1)).heads[0])
 
     torch.manual_seed(2)
@@ -292,7 +293,7 @@ class Joining(UNet):
 def test_bridges_are_left_out_where_the_next_unit_reads_a_skip() -> None:
     flat, joining = UNet(), Joining()
     for model, copied in ((flat, [flat.middle, flat.dec2, flat.dec1]), (joining, [joining.middle])):
-        network = localgrad.localize(model, man_pp(dgl(TASK)), cuts=("middle", "dec2", "dec1"), example=batch(2)[0])
+        network = localgrad.localize(model, man_pp(dgl(TASK)), ("middle", "dec2", "dec1"), example=batch(2)[0])
         assert [twin.source for twin in network.twins] == copied
         assert_isolated(network, *batch())
         assert_transparent(model, network, batch()[0])
@@ -318,7 +319,7 @@ def test_local_learning_keeps_less() -> None:
     task, cuts = localgrad.tasks.segmentation(CLASSES), ("backbone.layer2", "backbone.layer3", "backbone.layer4")
     peaks = {}
     for method in (e2e(task), dgl(task)):
-        network = localgrad.localize(model, method, cuts=cuts, example=inputs)
+        network = localgrad.localize(model, method, cuts, example=inputs)
         network.zero_grad(set_to_none=True)
         step = measure(lambda network=network: localgrad.backward(network, inputs, masks), network.parameters())
         peaks[method.name] = step.peak_activations

@@ -1,4 +1,4 @@
-"""Models of the transformers library: cut by tracing, or given as a list of modules where tracing fails."""
+"""Models of the transformers library: cut by themselves, or given as a list of modules."""
 
 from __future__ import annotations
 
@@ -69,32 +69,32 @@ def segformer() -> Any:
     )
 
 
+def vit() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 64}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=64, patch_size=16, num_labels=10))
+
+
 def check(model: nn.Module, network: LocalNetwork) -> None:
-    assert len(network.blocks) == 4
+    assert network.num_blocks == 4
     assert_transparent(model, network, X)
     assert_isolated(network, X, Y)
 
 
-@pytest.mark.parametrize("build", [swin, convnext, segformer])
-def test_hierarchical_models_are_cut_by_themselves(build: Any) -> None:
+@pytest.mark.parametrize("build", [swin, convnext, segformer, vit])
+def test_models_are_cut_by_themselves(build: Any) -> None:
     torch.manual_seed(0)
     model = Logits(build()).train()
-    check(model, localize(model, methods.dgl(TASK), num_blocks=4, example=X[:2]))
+    check(model, localize(model, methods.dgl(TASK), 4, example=X[:2]))
 
 
 def test_vit_is_given_as_a_list_of_modules() -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 64}
-    vit = ViTForImageClassification(ViTConfig(**sizes, image_size=64, patch_size=16, num_labels=10))
-    model = Logits(vit).train()
-    untraceable = r"around 'classifier.vit', which cannot be traced: transformers/models/vit/.* pass modules="
-    with pytest.raises(localgrad.PartitionError, match=untraceable):
-        localize(model, methods.dgl(TASK), num_blocks=4, example=X[:2])
-    layers = vit.vit.layers
+    model = Logits(vit()).train()
+    base, layers = model.classifier.vit, model.classifier.vit.layers
     modules = [
-        nn.Sequential(vit.vit.embeddings, *layers[:2]),
+        nn.Sequential(base.embeddings, *layers[:2]),
         layers[2],
         nn.Sequential(*layers[3:5]),
-        nn.Sequential(*layers[5:], vit.vit.layernorm, ClassToken(), vit.classifier),
+        nn.Sequential(*layers[5:], base.layernorm, ClassToken(), model.classifier.classifier),
     ]
-    check(model, localize(model, methods.dgl(TASK), modules=modules, example=X[:2]))
+    check(model, localize(model, methods.dgl(TASK), modules, example=X[:2]))

@@ -38,7 +38,7 @@ def brute_force(network: localgrad.LocalNetwork, inputs: Tensor, targets: Tensor
     themselves before those of another reader.
     """
     spans = network.spans(step)
-    blocks = network.blocks
+    blocks = localgrad.separate_blocks(network)
     given = localgrad.Batch(inputs, targets, step)
     boundaries = [inputs]
     with torch.no_grad():
@@ -199,16 +199,11 @@ def skips(method: localgrad.Method) -> localgrad.LocalNetwork:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Skips().double()
-        return localgrad.localize(model, method, cuts=CUTS, taps=("skip1", "skip2"), example=batch(2)[0].double())
+        return localgrad.localize(model, method, CUTS, example=batch(2)[0].double())
 
 
 def with_gradient(network: localgrad.LocalNetwork) -> set[str]:
     return {name.split(".")[0] for name, p in network.model.named_parameters() if p.grad is not None}
-
-
-def test_taps_are_needed() -> None:
-    with pytest.raises(localgrad.PartitionError):
-        localgrad.localize(Skips(), BASES["e2e"], cuts=CUTS, example=batch(2)[0])
 
 
 @pytest.mark.parametrize("method", [BASES["e2e"], checkpointing(BASES["e2e"])], ids=lambda m: m.name)
@@ -317,14 +312,14 @@ class Plain(Skips):
 def test_a_tap_may_be_the_features_of_a_boundary() -> None:
     inputs, targets = batch()
     model = Plain()
-    network = localgrad.localize(model, BASES["dgl"], cuts=CUTS, taps=("down1", "down2"), example=inputs)
+    network = localgrad.localize(model, BASES["dgl"], CUTS, example=inputs)
     for span, loss in localgrad.local_losses(network, inputs, targets):
         network.zero_grad(set_to_none=True)
         loss.backward()
         if span.stop == 5:
             break
     assert with_gradient(network) <= {"up1", "fc"}
-    network = localgrad.localize(model, BASES["e2e"], cuts=CUTS, taps=("down1", "down2"), example=inputs)
+    network = localgrad.localize(model, BASES["e2e"], CUTS, example=inputs)
     network.zero_grad(set_to_none=True)
     with torch.random.fork_rng():
         torch.manual_seed(1)

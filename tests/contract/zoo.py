@@ -175,4 +175,4 @@ def build(model: str, method: Method, num_blocks: int, seed: int = 0, **options:
     """A network in training mode; equal seeds give equal weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return localgrad.localize(MODELS[model](**options), method, num_blocks=num_blocks, example=batch(2)[0])
+        return localgrad.localize(MODELS[model](**options), method, num_blocks, example=batch(2)[0])

@@ -57,7 +57,7 @@ def network_on(device: torch.device, method: Method, dtype: torch.dtype = torch.
     """The same weights on any device: modules draw theirs on the CPU."""
     torch.manual_seed(0)
     model, example = localgrad.models.resnet8().to(device, dtype), images(2)[0].to(device, dtype)
-    return localgrad.localize(model, method, num_blocks=4, example=example).train()
+    return localgrad.localize(model, method, 4, example=example).train()
 
 
 def trained(network: localgrad.LocalNetwork, dtype: torch.dtype = torch.float64, steps: int = 2) -> list[Tensor]:
@@ -114,7 +114,7 @@ def test_blocks_that_step_one_by_one_end_where_all_at_once_do() -> None:
     ends = []
     for per_block in (False, True):
         network = network_on(DEVICE, METHODS["dgl"](), torch.float32)
-        blocks = [network.block_parameters(k) for k in range(len(network.blocks))]
+        blocks = [network.block_parameters(k) for k in range(network.num_blocks)]
         optimizers = [torch.optim.SGD(parameters, lr=0.1, momentum=0.9) for parameters in blocks]
 
         def update(k: int, optimizers: list[torch.optim.SGD] = optimizers) -> None:
@@ -148,7 +148,7 @@ def test_dropout_is_drawn_again_by_step() -> None:
     x, y = images()
     x, y = x.to(DEVICE), y.to(DEVICE)
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 64), nn.Dropout(0.5), nn.Linear(64, 32), nn.Linear(32, 10))
-    network = localgrad.localize(model.to(DEVICE), METHODS["dgl"](), num_blocks=2, example=x).train()
+    network = localgrad.localize(model.to(DEVICE), METHODS["dgl"](), 2, example=x).train()
 
     def losses(step: int) -> list[float]:
         with localgrad.keyed_randomness(3):

@@ -56,7 +56,7 @@ def test_scales_follow_the_shape_and_what_is_not_finite_stays_so() -> None:
 
 
 def rounded(wire: str) -> object:
-    """A hook that gives a block the features another rank would have received."""
+    """A hook that gives the module a block begins with the features another rank would have received."""
 
     def hook(_: torch.nn.Module, features: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(restored(compressed(f, wire), f.dtype) for f in features)
@@ -77,7 +77,8 @@ def two_ranks() -> dict[str, object]:
             states = []
             for simulated in (wire, "same"):
                 reference = build("cnn", METHODS[name], 4)
-                reference.blocks[2].register_forward_pre_hook(rounded(simulated))
+                begin = reference.model.get_submodule(reference.cuts[1].name)
+                begin.register_forward_pre_hook(rounded(simulated))
                 train(reference, True, 4)
                 states.append(reference.state_dict())
             ours = network.state_dict()

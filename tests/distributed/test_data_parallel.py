@@ -50,7 +50,7 @@ def network_of(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = without_batch_statistics(MODELS["residual"](dropout=0.0))
-        network = localgrad.localize(model, EVERY[name], num_blocks=4, example=batch(2)[0])
+        network = localgrad.localize(model, EVERY[name], 4, example=batch(2)[0])
     without_batch_statistics(network.auxiliary)
     return network.to(dtype)
 
@@ -61,7 +61,7 @@ def train(
     """Gradients of the steps of these ``numbers`` and the state after them, by SGD."""
     found: dict[str, torch.Tensor] = {}
     sgd = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
-    optimizers = [torch.optim.SGD(network.block_parameters(k), **sgd) for k in range(len(network.blocks))]
+    optimizers = [torch.optim.SGD(network.block_parameters(k), **sgd) for k in range(network.num_blocks)]
     dtype = network.block_parameters(0)[0].dtype
     for index, step in enumerate(numbers):
         images, targets = batch(seed=index)
@@ -77,7 +77,7 @@ def train(
         for _, loss in localgrad.local_losses(network, x, y, step, on_block_done=stepped if per_block else None):
             loss.backward()
         if not per_block:
-            for block in range(len(network.blocks)):
+            for block in range(network.num_blocks):
                 stepped(block)
         localgrad.exchange(network)
     return found | copy.deepcopy(dict(network.state_dict()))
@@ -150,8 +150,10 @@ def order_and_bytes() -> dict[str, object]:
         return all_reduce(tensor, *args, **kwargs)
 
     dist.all_reduce = counting
-    for index, block in enumerate(network.blocks):
-        block.train_graph.register_forward_hook(lambda *_, index=index: sent.append(("forward", index)))
+    begins = [network.model.stem, *(network.model.get_submodule(cut.name) for cut in network.cuts)]
+    for index, begin in enumerate(begins):
+        first = next(module for module in begin.modules() if isinstance(module, nn.Conv2d))
+        first.register_forward_hook(lambda *_, index=index: sent.append(("forward", index)))
     images, targets = batch()
     for step in (0, 1):  # a guided one, then a local one
         sent.append(("step", step))
@@ -210,7 +212,7 @@ def misuse() -> dict[str, str]:
     for name, act in {
         "method": lambda: data_parallel(network_of("dgl" if rank else "windows(dgl)"), mesh),
         "cut": lambda: data_parallel(
-            localgrad.localize(MODELS["cnn"](), METHODS["dgl"], num_blocks=2 + rank, example=x.float()), mesh
+            localgrad.localize(MODELS["cnn"](), METHODS["dgl"], 2 + rank, example=x.float()), mesh
         ),
         "axis": lambda: data_parallel(lonely, init_device_mesh("cpu", (1, 2), mesh_dim_names=("block", "copies"))),
         "wrapped": lambda: data_parallel(torch.nn.DataParallel(lonely), mesh),
@@ -222,9 +224,7 @@ def misuse() -> dict[str, str]:
         except localgrad.LocalgradError as error:
             found[name] = str(error)
     with torch.no_grad():
-        normed = data_parallel(
-            localgrad.localize(MODELS["cnn"](), METHODS["dgl"], num_blocks=2, example=x.float()), mesh
-        )
+        normed = data_parallel(localgrad.localize(MODELS["cnn"](), METHODS["dgl"], 2, example=x.float()), mesh)
         normed.model.units[0][1].running_mean.fill_(rank)
         normed.replicas.average_buffers()
     found["average"] = str(normed.model.units[0][1].running_mean[0].item())

@@ -174,7 +174,7 @@ def sleeping(seconds: list[tuple[float, float]], place: list[int], local: bool, 
         torch.manual_seed(0)
         model = nn.Sequential(*modules, nn.Linear(8, 4))
         parts = [*modules[:-1], nn.Sequential(modules[-1], model[-1])]
-        network = localgrad.localize(model, method, modules=parts, example=torch.randn(2, 8))
+        network = localgrad.localize(model, method, parts, example=torch.randn(2, 8))
     for mine in network.parameters():
         dist.broadcast(mine.detach(), 0)
     stage = block_parallel(network, init_device_mesh("cpu", (2,)), place=place).stage

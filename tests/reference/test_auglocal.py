@@ -96,7 +96,7 @@ def test_heads_of_a_resnet(stage: int, depth: int, share: float) -> None:
     length = 3 * stage + 1
     model = CifarResNet(6 * stage + 2, CLASSES)
     images = torch.randn(2, 3, 16, 16)
-    network = localgrad.localize(model, auglocal(TASK, depth=depth, pyramid=share), num_blocks=length, example=images)
+    network = localgrad.localize(model, auglocal(TASK, depth=depth, pyramid=share), length, example=images)
     modules = length - depth + 1  # the tail is one module
     assert [(s.start, s.stop) for s in network.spans(0)] == [
         *((k, k + 1) for k in range(length - depth)),
@@ -150,7 +150,7 @@ def test_three_steps() -> None:
     torch.manual_seed(0)
     model = CifarResNet(14, CLASSES).double()
     _, images, targets = data()
-    network = localgrad.localize(model, auglocal(TASK, depth=2, pyramid=1.0), num_blocks=7, example=images)
+    network = localgrad.localize(model, auglocal(TASK, depth=2, pyramid=1.0), 7, example=images)
     bare = copy.deepcopy(model)
     depths = pyramid(2, Fraction(1), 6)
     assert depths == [2, 2, 2, 1, 1]
@@ -175,7 +175,7 @@ def test_three_steps() -> None:
 def test_weights_are_the_heads_own() -> None:
     torch.manual_seed(0)
     model = CifarResNet(14, CLASSES)
-    network = localgrad.localize(model, auglocal(TASK), num_blocks=7, example=torch.randn(2, 3, 16, 16))
+    network = localgrad.localize(model, auglocal(TASK), 7, example=torch.randn(2, 3, 16, 16))
     convolutions = [p for p in model.parameters() if p.dim() == 4]
     for p in network.auxiliary.parameters():
         assert p.requires_grad

@@ -82,7 +82,7 @@ def test_three_steps(layers: tuple[str, str] | None, ends: tuple[str, str], labe
     model = localgrad.models.resnet8(CLASSES).double()
     _, images, targets = data()
     method = feature_distillation(TASK, teacher=teacher, layers=layers, label=label)
-    network = localgrad.localize(model, method, cuts=("layer2", "layer3"), example=images)
+    network = localgrad.localize(model, method, ("layer2", "layer3"), example=images)
     bare = copy.deepcopy(model)
     library = list(network.auxiliary.values()) if label else []
     own = [copied(MlpSR(c, s), aux) for c, s, aux in zip((16, 32), (16, 8), library, strict=False)]
@@ -116,7 +116,7 @@ def test_the_teacher_answers_in_eval_mode_although_it_is_left_in_training_mode()
     torch.manual_seed(0)
     model = localgrad.models.resnet8(CLASSES).double().eval()
     method = feature_distillation(TASK, teacher=teacher_of())
-    network = localgrad.localize(model, method, cuts=("layer2", "layer3"), example=images)
+    network = localgrad.localize(model, method, ("layer2", "layer3"), example=images)
 
     def first_loss(rows: slice) -> float:
         with torch.no_grad():
@@ -135,7 +135,7 @@ def test_one_method_serves_networks_of_different_size() -> None:
         model = localgrad.models.resnet8(CLASSES).double()
         losses = []
         for one in (method, feature_distillation(TASK, teacher=teacher_of())):
-            network = localgrad.localize(copy.deepcopy(model), one, num_blocks=num_blocks, example=images)
+            network = localgrad.localize(copy.deepcopy(model), one, num_blocks, example=images)
             losses.append([loss.item() for loss in localgrad.backward(network, images, targets).values()])
         assert len(losses[0]) == num_blocks and losses[0] == losses[1]
 
@@ -149,6 +149,6 @@ def test_refusals() -> None:
     _, images, targets = data()
     method = feature_distillation(TASK, teacher=teacher, layers=("layer2",))
     model = localgrad.models.resnet8(CLASSES).double()
-    network = localgrad.localize(model, method, cuts=("layer2", "layer3"), example=images)
+    network = localgrad.localize(model, method, ("layer2", "layer3"), example=images)
     with pytest.raises(localgrad.MethodError, match="1 layers of the teacher for 2 boundaries"):
         localgrad.backward(network, images, targets)

@@ -64,7 +64,7 @@ class QuadrantDecoder(ImageDecoder):
 def network_of(method: localgrad.Method) -> tuple[localgrad.LocalNetwork, nn.Module]:
     torch.manual_seed(0)
     model = localgrad.models.resnet8(CLASSES).double()
-    network = localgrad.localize(model, method, cuts=("layer2", "layer3"), example=data(2)[1])
+    network = localgrad.localize(model, method, ("layer2", "layer3"), example=data(2)[1])
     assert set(network.auxiliary) == {f"{start}-{stop}" for start, stop in SPANS}
     return network, copy.deepcopy(model)
 

@@ -41,8 +41,8 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def by_library(method: localgrad.Method) -> list[Tensor]:
     """Weights and buffers after three steps in one block."""
     model, images, targets = start(), data()[1].float(), data()[2]
-    network = localgrad.localize(model, method, num_blocks=1, example=images)
-    assert len(network.blocks) == 1 and not list(network.auxiliary.parameters())
+    network = localgrad.localize(model, method, 1, example=images)
+    assert network.num_blocks == 1 and not list(network.auxiliary.parameters())
     optimizer = sgd(model)
     for step in range(STEPS):
         for _, loss in localgrad.local_losses(network, images, targets, step):

@@ -48,8 +48,8 @@ def sites(stages: Any = BOTTLENECK, image: int = 224) -> list[Site]:
         return nn.Linear(1, 1)
 
     method = Method("note", TASK, (Term(note, TASK.loss),), Local())
-    example = torch.randn(1, 3, image, image)
-    localgrad.localize(resnet(*stages), method, cuts=("1", "2", "3", "4"), example=example)
+    example = torch.randn(2, 3, image, image)
+    localgrad.localize(resnet(*stages), method, ("1", "2", "3", "4"), example=example)
     return found
 
 
@@ -184,7 +184,7 @@ def test_vision_transformers_have_them_too() -> None:
     model = localgrad.models.create("timm:vit_tiny_patch16_224", num_classes=10, image_size=64, depth=2)
     task = localgrad.tasks.classification(10, mean=(0.5,) * 3, std=(0.25,) * 3)
     method = localgrad.methods.infopro(task, network="imagenet")
-    network = localgrad.localize(model, method, cuts=("blocks.1",), example=torch.randn(2, 3, 64, 64))
+    network = localgrad.localize(model, method, ("blocks.1",), example=torch.randn(2, 3, 64, 64))
     classifier, decoder = network.auxiliary["0-1"].heads
     features = torch.randn(2, 17, 192)
     assert classifier(features).shape == (2, 10) and decoder(features).shape == (2, 3, 64, 64)

@@ -53,7 +53,7 @@ def literal(network: localgrad.LocalNetwork, tail: int, weights: list[float], si
 @pytest.mark.parametrize("tail", [1, 2, 4])
 def test_a_joint_tail_is_one_span_without_heads_inside(tail: int) -> None:
     method = methods.tail(methods.dgl(TASK, head="linear"), blocks=tail)
-    network = localgrad.localize(chain(), method, num_blocks=5, example=batch()[0])
+    network = localgrad.localize(chain(), method, 5, example=batch()[0])
     assert sorted(network.auxiliary) == [f"{k}-{k + 1}" for k in range(5 - tail)]
     localgrad.backward(network, *batch())
     ours = [*gradients(network.model), *gradients(network.auxiliary)]
@@ -62,7 +62,7 @@ def test_a_joint_tail_is_one_span_without_heads_inside(tail: int) -> None:
 
 def test_weights_run_linearly_and_multiply_those_of_the_base() -> None:
     method = methods.weighted(methods.weighted(methods.dgl(TASK, head="linear"), first=0.5, last=2.0), last=3.0)
-    network = localgrad.localize(chain(), method, num_blocks=5, example=batch()[0])
+    network = localgrad.localize(chain(), method, 5, example=batch()[0])
     localgrad.backward(network, *batch())
     weights = [(0.5 + 1.5 * k / 3) * (1.0 + 2.0 * k / 3) for k in range(4)]
     for a, b in zip(
@@ -76,7 +76,7 @@ def test_weights_run_linearly_and_multiply_those_of_the_base() -> None:
 )
 def test_pooling_leaves_a_least_grid(factor: int, least: int, side: int) -> None:
     method = methods.pooled(methods.dgl(TASK, head="linear"), factor=factor, least=least)
-    network = localgrad.localize(chain(), method, num_blocks=5, example=batch()[0])
+    network = localgrad.localize(chain(), method, 5, example=batch()[0])
     bridge = network.auxiliary["0-1"].bridge
     features = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     assert (features if bridge is None else bridge(features)).shape[2:] == (side, side)

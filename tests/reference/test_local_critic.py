@@ -35,7 +35,7 @@ def test_three_steps() -> None:
     torch.manual_seed(0)
     model = localgrad.models.resnet8(CLASSES).double()
     _, images, targets = data()
-    network = localgrad.localize(model, local_critic(TASK), cuts=("layer2", "layer3"), example=images)
+    network = localgrad.localize(model, local_critic(TASK), ("layer2", "layer3"), example=images)
     bare = copy.deepcopy(model)
     library = list(network.auxiliary.values())
     critics = [copied(OwnCritic(width), aux) for width, aux in zip((16, 32), library, strict=True)]
@@ -72,7 +72,7 @@ def test_critics_learn_nothing_else() -> None:
     torch.manual_seed(0)
     model = localgrad.models.resnet8(CLASSES).double()
     _, images, targets = data()
-    network = localgrad.localize(model, local_critic(TASK), cuts=("layer2", "layer3"), example=images)
+    network = localgrad.localize(model, local_critic(TASK), ("layer2", "layer3"), example=images)
     for span, loss in localgrad.local_losses(network, images, targets):
         before = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
         loss.backward()

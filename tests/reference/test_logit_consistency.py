@@ -38,7 +38,7 @@ def network_of(base: localgrad.Method) -> tuple[localgrad.LocalNetwork, nn.Modul
     torch.manual_seed(0)
     model = localgrad.models.resnet8(CLASSES).double()
     method = logit_consistency(base, share=SHARE)
-    network = localgrad.localize(model, method, cuts=("layer2", "layer3"), example=data(2)[1])
+    network = localgrad.localize(model, method, ("layer2", "layer3"), example=data(2)[1])
     return network, copy.deepcopy(model)
 
 

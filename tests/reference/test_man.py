@@ -99,7 +99,7 @@ def head(width: int) -> nn.Sequential:
 def network_of(method: localgrad.Method) -> localgrad.LocalNetwork:
     torch.manual_seed(0)
     model = localgrad.models.resnet8(CLASSES).double()
-    return localgrad.localize(model, method, cuts=("layer2", "layer3"), example=data(2)[1])
+    return localgrad.localize(model, method, ("layer2", "layer3"), example=data(2)[1])
 
 
 def base() -> localgrad.Method:
@@ -273,7 +273,7 @@ def test_variants(name: str, options: dict[str, object]) -> None:
     model = localgrad.models.CifarResNet(14, CLASSES).double()
     _, images, targets = data()
     method = getattr(localgrad.methods, name)(base(), decay=DECAY, **options)
-    network = localgrad.localize(model, method, cuts=("layer2", "layer3"), example=images)
+    network = localgrad.localize(model, method, ("layer2", "layer3"), example=images)
     bare = copy.deepcopy(model)
     mix = "scaled" if name == "man_pp" else str(options.get("mix", "sum"))
     bridged = [2] if options.get("borders") == 2 else [1, 2]
@@ -338,7 +338,7 @@ def man_pp_over(
     method: localgrad.Method, model: nn.Module
 ) -> tuple[localgrad.LocalNetwork, nn.Module, list[OwnBridge], list[nn.Module]]:
     network = localgrad.localize(
-        model, localgrad.methods.man_pp(method, decay=DECAY), cuts=("layer2", "layer3"), example=data(2)[1]
+        model, localgrad.methods.man_pp(method, decay=DECAY), ("layer2", "layer3"), example=data(2)[1]
     )
     for parameter in network.auxiliary.parameters():
         if parameter.dim() > 1 and not parameter.any():
@@ -453,7 +453,7 @@ def test_decay_1_never_moves_a_twin_and_decay_0_copies(name: str) -> None:
     for decay in (1.0, 0.0):
         torch.manual_seed(0)
         model = localgrad.models.CifarResNet(14, CLASSES)
-        network = localgrad.localize(model, localgrad.methods.man(method, decay=decay), num_blocks=4, example=images)
+        network = localgrad.localize(model, localgrad.methods.man(method, decay=decay), 4, example=images)
         assert network.twins
         start = [copy.deepcopy(twin.copy) for twin in network.twins]
         for p in model.parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad
+from localgrad import cuts
 from localgrad.bridges.momentum import MomentumBridge
 from localgrad.methods import dgl, mlaan
 from localgrad.models import CifarResNet
@@ -77,7 +79,7 @@ def test_three_steps(width: int, leap: str, twins: str) -> None:
     torch.manual_seed(0)
     model = localgrad.models.resnet20(CLASSES).double()
     _, images, targets = data()
-    network = localgrad.localize(model, method, cuts=CUTS, example=images)
+    network = localgrad.localize(model, method, CUTS, example=images)
     bare = copy.deepcopy(model)
 
     spans = [(k, k + 1) for k in range(3)] + [(k, k + width) for k in range(4 - width)]
@@ -128,7 +130,7 @@ def test_every_twin_follows_its_own_unit_by_the_closed_form() -> None:
     model = localgrad.models.resnet20(CLASSES).double()
     _, images, targets = data()
     method = mlaan(dgl(TASK, head=LINEAR), leap="both", twins="all", decay=DECAY)
-    network = localgrad.localize(model, method, cuts=CUTS, example=images)
+    network = localgrad.localize(model, method, CUTS, example=images)
     units = {name: module for name, module in model.named_modules() if name in CHAINS[1]}
     start = {name: [p.detach().clone() for p in unit.parameters()] for name, unit in units.items()}
     seen: dict[str, list[list[Tensor]]] = {name: [] for name in units}
@@ -186,14 +188,14 @@ def cuts_after(ends: str, length: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-def leaps_of(model: nn.Module, images: Tensor, **cut: object) -> list[list[str]]:
+def leaps_of(model: nn.Module, images: Tensor, cutting: Any) -> list[list[str]]:
     """At each boundary the units whose copies form the chain, by name."""
     head = localgrad.heads.Linear(CLASSES)
     method = mlaan(dgl(TASK, head=head), leap="independent", twins="all")
-    network = localgrad.localize(model, method, example=images, **cut)  # type: ignore[arg-type]
+    network = localgrad.localize(model, method, cutting, example=images)
     names = {id(module): name for name, module in model.named_modules()}
     found = []
-    for k in range(len(network.blocks) - 1):
+    for k in range(network.num_blocks - 1):
         auxiliary = network.auxiliary[f"{k}-{k + 1}"]
         bridges = [module for module in auxiliary.modules() if isinstance(module, MomentumBridge)]
         found.append([names[id(twin.source)] for bridge in bridges for twin in bridge.twins])
@@ -211,18 +213,18 @@ def thin(depth: int) -> CifarResNet:
 
 def test_published_leaps() -> None:
     images = torch.randn(2, 3, 16, 16)
-    assert leaps_of(thin(32), images, cuts=cuts_after(ENDS_R32_8, 5)) == rows(R32_8, 8)
-    assert leaps_of(thin(32), images, num_blocks=15, stem="merged") == rows(R32_15, 15)
-    assert leaps_of(thin(110), images, cuts=cuts_after(ENDS_R110_32, 18)) == rows(R110_32, 32)
-    assert leaps_of(thin(110), images, num_blocks=54, stem="merged") == rows(R110_54, 54)
+    assert leaps_of(thin(32), images, cuts_after(ENDS_R32_8, 5)) == rows(R32_8, 8)
+    assert leaps_of(thin(32), images, cuts.by_count(15, stem="merged")) == rows(R32_15, 15)
+    assert leaps_of(thin(110), images, cuts_after(ENDS_R110_32, 18)) == rows(R110_32, 32)
+    assert leaps_of(thin(110), images, cuts.by_count(54, stem="merged")) == rows(R110_54, 54)
 
 
 def test_published_leaps_with_a_block_for_the_stem() -> None:
     """K = 16 and 9 where the stem trains alone: it leaps as the first module does, the others as before."""
     images = torch.randn(2, 3, 16, 16)
-    found = leaps_of(thin(32), images, num_blocks=16, stem="own")
+    found = leaps_of(thin(32), images, cuts.by_count(16, stem="own"))
     assert found == [names_of(R32_15[0]), *rows(R32_15, 15)]
-    found = leaps_of(thin(32), images, cuts=("layer1.0", *cuts_after(ENDS_R32_8, 5)))
+    found = leaps_of(thin(32), images, ("layer1.0", *cuts_after(ENDS_R32_8, 5)))
     assert found == [names_of(R32_8[1]), *rows(R32_8, 8)]
 
 
@@ -233,23 +235,23 @@ def test_published_leaps_of_imagenet_resnets(block: str, layers: tuple[int, ...]
     """A module per unit, in networks of a few channels."""
     made = getattr(timm.models.resnet, block)
     model = timm.models.resnet.ResNet(made, layers, channels=(2, 4, 8, 16), stem_width=2, num_classes=CLASSES)
-    found = leaps_of(model, torch.randn(2, 3, 64, 64), num_blocks=sum(layers), stem="merged")
+    found = leaps_of(model, torch.randn(2, 3, 64, 64), cuts.by_count(sum(layers), stem="merged"))
     assert found == rows(table, sum(layers))
 
 
 def test_the_rule_on_other_networks() -> None:
     """First units of later stages, then the middle one and the last one of the rest; no table knows these networks."""
     images = torch.randn(2, 3, 16, 16)
-    found = leaps_of(thin(20), images, cuts=("layer1.2", "layer2.0", "layer3.0", "layer3.2"))
+    found = leaps_of(thin(20), images, ("layer1.2", "layer2.0", "layer3.0", "layer3.2"))
     early = names_of("2.0 3.0 3.1 3.2")
     assert found == [early, early, names_of("3.0 3.1 3.2"), names_of("3.2")]
 
     resnet18 = torchvision.models.resnet18(num_classes=CLASSES)
-    found = leaps_of(resnet18, torch.randn(2, 3, 64, 64), cuts=("layer2", "layer3", "layer4", "layer4.1"))
+    found = leaps_of(resnet18, torch.randn(2, 3, 64, 64), ("layer2", "layer3", "layer4", "layer4.1"))
     assert found == [names_of(c) for c in ("2.0 3.0 4.0 4.1", "3.0 4.0 4.1", "4.0 4.1", "4.1")]
 
     vit = timm.models.VisionTransformer(16, 4, num_classes=CLASSES, embed_dim=8, depth=7, num_heads=2)
-    found = leaps_of(vit, images, cuts=("blocks.2", "blocks.4", "blocks.6"))
+    found = leaps_of(vit, images, ("blocks.2", "blocks.4", "blocks.6"))
     assert found == [["blocks.4", "blocks.6"], ["blocks.5", "blocks.6"], ["blocks.6"]]
 
 

@@ -41,7 +41,7 @@ def setup(method: localgrad.Method) -> tuple[localgrad.LocalNetwork, nn.Module]:
     """The library's network and a bare copy of its model."""
     torch.manual_seed(0)
     model = localgrad.models.resnet8(CLASSES).double()
-    network = localgrad.localize(model, method, cuts=("layer2", "layer3"), example=data(2)[1])
+    network = localgrad.localize(model, method, ("layer2", "layer3"), example=data(2)[1])
     for parameter in network.auxiliary.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)

@@ -22,7 +22,7 @@ def trained(method: localgrad.Method, steps: int = 4) -> list[torch.Tensor]:
     model = localgrad.models.resnet8(TASK.num_classes)
     images, targets = data()[1].float(), data()[2]
     torch.manual_seed(1)
-    network = localgrad.localize(model, method, num_blocks=3, example=images)
+    network = localgrad.localize(model, method, 3, example=images)
     optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.05, 0.9, weight_decay=1e-2)
     for step in range(steps):
         localgrad.backward(network, images, targets, step)
@@ -46,7 +46,7 @@ def test_a_guided_step_changes_the_result_and_leaves_the_heads_alone() -> None:
     ours, base = trained(pgl(dgl(TASK), every=2)), trained(dgl(TASK))
     assert not any(torch.equal(a, b) for a, b in zip(ours, base, strict=True) if a.dim() == 4)
     network = localgrad.localize(
-        localgrad.models.resnet8(TASK.num_classes), pgl(dgl(TASK), every=2), num_blocks=3, example=data()[1].float()
+        localgrad.models.resnet8(TASK.num_classes), pgl(dgl(TASK), every=2), 3, example=data()[1].float()
     )
     localgrad.backward(network, data()[1].float(), data()[2], step=0)
     assert all(p.grad is None for p in network.auxiliary.parameters())
@@ -92,7 +92,7 @@ def test_three_steps_of_distillation(every: int, weight: float, temperature: flo
         weight=weight,
         temperature=temperature,
     )
-    network = localgrad.localize(model, method, cuts=("layer2", "layer3"), example=images)
+    network = localgrad.localize(model, method, ("layer2", "layer3"), example=images)
     assert [str(span) for span in network.spans(0)] == ["(0, 1)", "(1, 2)", "(2, 3)"]
     bare = copy.deepcopy(model)
     library = list(network.auxiliary.values())
@@ -137,7 +137,7 @@ def test_distillation_moves_batchnorm_once() -> None:
     for method in (pgl(dgl(TASK), guidance="distill", every=1), dgl(TASK)):
         torch.manual_seed(0)
         model = localgrad.models.resnet8(CLASSES)
-        network = localgrad.localize(model, method, num_blocks=3, example=images)
+        network = localgrad.localize(model, method, 3, example=images)
         localgrad.backward(network, images, targets)
         found.append({name: b.clone() for name, b in model.named_buffers()})
     assert all(count == 1 for name, count in found[0].items() if name.endswith("num_batches_tracked"))

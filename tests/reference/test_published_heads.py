@@ -15,7 +15,7 @@ TASK = localgrad.tasks.classification(10, mean=(0.5,) * 3, std=(0.25,) * 3)
 def on_resnet32(method: localgrad.Method) -> list[nn.Module]:
     """Its auxiliary networks at 16, 32 and 64 channels."""
     network = localgrad.localize(
-        localgrad.models.resnet32(), method, cuts=("layer2", "layer3", "layer3.2"), example=torch.randn(2, 3, 32, 32)
+        localgrad.models.resnet32(), method, ("layer2", "layer3", "layer3.2"), example=torch.randn(2, 3, 32, 32)
     )
     return [network.auxiliary[key] for key in ("0-1", "1-2", "2-3")]
 

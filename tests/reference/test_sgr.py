@@ -53,7 +53,7 @@ def test_three_steps(distance: str) -> None:
     model = localgrad.models.resnet8(CLASSES).double()
     _, images, targets = data()
     method = sgr(dgl(TASK), weight=WEIGHT, distance=distance)  # type: ignore[arg-type]
-    network = localgrad.localize(model, method, cuts=("layer2", "layer3"), example=images)
+    network = localgrad.localize(model, method, ("layer2", "layer3"), example=images)
     bare = copy.deepcopy(model)
     library = list(network.auxiliary.values())
     own = [copied(MlpSR(c, s), aux) for c, s, aux in zip((16, 32), (16, 8), library, strict=True)]
@@ -119,10 +119,10 @@ def test_fused_attention_of_torch_is_refused_with_the_switch() -> None:
     method = sgr(dgl(TASK, head="linear"))
     model = nn.Sequential(Patches(), Attention(), Attention(), ReadOut())
     with pytest.raises(localgrad.MethodError, match=r"sdpa_kernel\(.*SDPBackend\.MATH\)") as refusal:
-        localgrad.localize(model, method, modules=list(model), example=images)
+        localgrad.localize(model, method, list(model), example=images)
     assert "twice" in str(refusal.value) and "set_fused_attn(False)" in str(refusal.value)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the way the message names
-        network = localgrad.localize(model, method, modules=list(model), example=images)
+        network = localgrad.localize(model, method, list(model), example=images)
         localgrad.backward(network, images, targets)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
@@ -138,9 +138,9 @@ def test_fused_attention_of_timm_is_refused_with_the_switch() -> None:
     try:
         timm.layers.set_fused_attn(True)
         with pytest.raises(localgrad.MethodError, match=r"timm\.layers\.set_fused_attn\(False\)"):
-            localgrad.localize(vit(), method, num_blocks=3, example=images)
+            localgrad.localize(vit(), method, 3, example=images)
         timm.layers.set_fused_attn(False)
-        network = localgrad.localize(vit(), method, num_blocks=3, example=images)
+        network = localgrad.localize(vit(), method, 3, example=images)
         localgrad.backward(network, images, targets)
         assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
     finally:
@@ -157,7 +157,7 @@ def test_wider_spans_are_refused_in_either_order() -> None:
     for base in (auglocal(TASK, depth=6), auglocal(TASK, depth=9), windows(dgl(TASK), width=8, local=0.0)):
         with pytest.raises(localgrad.MethodError, match="covers several"):  # by localize at the latest
             model = localgrad.models.CifarResNet(26, CLASSES)
-            localgrad.localize(model, sgr(base), num_blocks=12, example=data(2)[1].float())
+            localgrad.localize(model, sgr(base), 12, example=data(2)[1].float())
     assert sgr(auglocal(TASK, depth=2, tail=1)).name == "sgr(auglocal)"
     assert sgr(infopro(TASK)).name == "sgr(infopro)"
     with pytest.raises(localgrad.MethodError, match="no auxiliary heads"):

@@ -71,7 +71,7 @@ def test_three_steps(stem_alone: bool, growing: bool) -> None:
     model = localgrad.models.CifarResNet(14, CLASSES).double()
     cuts = ("layer1",) * stem_alone + ("layer2", "layer3")
     _, images, targets = data()
-    network = localgrad.localize(model, trgl(BASE, tau=TAU, growing=growing), cuts=cuts, example=images)
+    network = localgrad.localize(model, trgl(BASE, tau=TAU, growing=growing), cuts, example=images)
     bare = copy.deepcopy(model)
     library = list(network.auxiliary.values())
     widths = (16, 16, 32) if stem_alone else (16, 32)
@@ -97,7 +97,7 @@ def test_torchvision_adds_in_place() -> None:
     model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES).double()
     generator = torch.Generator().manual_seed(0)
     images, targets = torch.randn(4, 3, 40, 40, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
-    network = localgrad.localize(model, trgl(BASE, tau=TAU), cuts=("layer2", "layer4"), example=images)
+    network = localgrad.localize(model, trgl(BASE, tau=TAU), ("layer2", "layer4"), example=images)
     bare = copy.deepcopy(model)
     library = list(network.auxiliary.values())
     own = [copied(nn.Linear(width, CLASSES), aux) for width, aux in zip((64, 256), library, strict=True)]
@@ -121,7 +121,7 @@ def test_branches_of_a_vision_transformer() -> None:
     assert len(found) == 8
     assert [path.split(".")[1] for path in found] == [str(k) for k in range(4) for _ in range(2)]
 
-    network = localgrad.localize(vit, trgl(BASE, tau=TAU), cuts=("blocks.2",), example=images)
+    network = localgrad.localize(vit, trgl(BASE, tau=TAU), ("blocks.2",), example=images)
     bare = copy.deepcopy(vit)
     own = nn.ModuleList([nn.LayerNorm(8), nn.Linear(8, CLASSES)])
     copied(own, network.auxiliary["0-1"])
@@ -145,9 +145,9 @@ def test_refusals() -> None:
     layers = torchvision.models.vgg.make_layers([8, "M", 8, "M", 8])
     vgg = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))
     images = torch.randn(2, 3, 16, 16)
-    localgrad.localize(vgg, BASE, num_blocks=2, example=images)
+    localgrad.localize(vgg, BASE, 2, example=images)
     with pytest.raises(localgrad.MethodError, match="no residual branches"):
-        localgrad.localize(vgg, trgl(BASE), num_blocks=2, example=images)
+        localgrad.localize(vgg, trgl(BASE), 2, example=images)
     for tau in (0.0, -1.0, float("nan")):
         with pytest.raises(localgrad.MethodError, match="tau"):
             trgl(BASE, tau=tau)

@@ -133,13 +133,8 @@ def test_measuring_leaves_no_trace_and_hardly_depends_on_the_batch() -> None:
     random = torch.get_rng_state()
     chosen = {}
     for size in (2, 16):
-        network = localize(
-            model,
-            localgrad.methods.e2e(TASK),
-            num_blocks=4,
-            example=torch.zeros(size, 3, 32, 32),
-            balance="bytes",
-        )
+        images = torch.zeros(size, 3, 32, 32)
+        network = localize(model, localgrad.methods.e2e(TASK), localgrad.cuts.by_bytes(4), example=images)
         chosen[size] = names(network.cuts)
     assert chosen[2] == chosen[16]
     assert [module.training for module in model.modules()] == modes

@@ -75,7 +75,7 @@ def test_bytes_of_a_local_step_are_those_of_a_literal_loop() -> None:
     found = contest("resnet8", ways, batch_size=8, image_size=8, num_classes=10, rounds=1)
     model = localgrad.models.resnet8().train()
     x, y = torch.randn(8, 3, 8, 8), torch.randint(10, (8,))
-    network = localgrad.localize(model, methods.dgl(TASK), num_blocks=3, example=x[:2]).train()
+    network = localgrad.localize(model, methods.dgl(TASK), 3, example=x[:2]).train()
     blocks = [network.block_parameters(k) for k in range(3)]
     optimizers = [torch.optim.SGD(parameters, lr=1e-3, momentum=0.9) for parameters in blocks]
 
@@ -101,7 +101,7 @@ def test_bytes_of_a_local_step_are_those_of_a_literal_loop() -> None:
 def test_flops_and_parameters_are_those_of_the_other_counter(found: Contest) -> None:
     x, y = torch.randn(8, 3, 16, 16), torch.randint(10, (8,))
     for label, method, k in (("end-to-end", methods.e2e(TASK), 1), ("dgl K=3", methods.dgl(TASK), 3)):
-        network = localgrad.localize(localgrad.models.resnet8(), method, num_blocks=k, example=x[:2])
+        network = localgrad.localize(localgrad.models.resnet8(), method, k, example=x[:2])
         other = cost(network, x, y)
         assert row(found, label).flops == other.flops
         assert row(found, label).auxiliary_parameters == other.auxiliary_parameters

@@ -19,7 +19,7 @@ X, Y = torch.randn(8, 1, 16, 16), torch.arange(8)
 
 def network_of(method: Any, num_blocks: int = 4) -> localgrad.LocalNetwork:
     model = localgrad.models.create("resnet8", in_channels=1)
-    return localgrad.localize(model, method, num_blocks=num_blocks, example=X[:2])
+    return localgrad.localize(model, method, num_blocks, example=X[:2])
 
 
 def test_measuring_changes_nothing() -> None:
@@ -50,7 +50,7 @@ def test_costs_of_three_ways_to_train() -> None:
 def test_flops_of_a_linear_network_are_what_the_formula_says() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 10))
     x = torch.randn(7, 6)
-    found = cost(localgrad.localize(model, methods.e2e(TASK), num_blocks=2, example=x), x, torch.arange(7))
+    found = cost(localgrad.localize(model, methods.e2e(TASK), 2, example=x), x, torch.arange(7))
     forward = 2 * 7 * (6 * 5 + 5 * 10)
     assert found.flops == forward + forward + 2 * 7 * 5 * 10  # gradients of both weights, and of the second input
 

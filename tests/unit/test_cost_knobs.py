@@ -23,7 +23,7 @@ def network_of(
 ) -> localgrad.LocalNetwork:
     torch.manual_seed(0)
     built = localgrad.models.create("resnet20") if model is None else model()
-    return localgrad.localize(built, method, num_blocks=num_blocks, example=images(2))
+    return localgrad.localize(built, method, num_blocks, example=images(2))
 
 
 def images(count: int = 8) -> Tensor:
@@ -73,7 +73,7 @@ def test_lean_costs_little_more_than_its_blocks() -> None:
 
     def localized(method: Method, num_blocks: int) -> localgrad.LocalNetwork:
         model = localgrad.models.create("resnet32")
-        return localgrad.localize(model, method, num_blocks=num_blocks, balance="bytes", example=images(2))
+        return localgrad.localize(model, method, localgrad.cuts.by_bytes(num_blocks), example=images(2))
 
     whole, lean = (
         cost(localized(*way), images(), targets()) for way in ((methods.e2e(TASK), 1), (methods.lean(TASK), 8))
@@ -175,7 +175,7 @@ def test_pooling_of_maps_and_tokens() -> None:
         method = methods.pooled(methods.dgl(TASK, head=noting))
         network = network_of(method, 3, model)
         assert found[0].shape[1:] == shapes
-        (features,) = network.blocks[0](images())
+        features, *_ = localgrad.features(network, images())
         pooled = network.auxiliary["0-1"].bridge(features)
         if model is None:
             assert torch.equal(pooled, nn.functional.avg_pool2d(features, 2))
@@ -190,7 +190,7 @@ def test_pooling_of_maps_and_tokens() -> None:
 
 def test_bridges_behind_the_pooling_read_pooled_features() -> None:
     network = network_of(methods.man(methods.pooled(methods.dgl(TASK))))
-    (features,) = network.blocks[0](images())
+    features, *_ = localgrad.features(network, images())
     bridge = network.auxiliary["0-1"].bridge
     momentum = next(module for module in bridge.modules() if isinstance(module, MomentumBridge))
     assert momentum.twins[0].source is network.model.get_submodule(network.cuts[0].name)
@@ -226,7 +226,7 @@ def test_the_head_of_man_pp_has_the_released_size() -> None:
     """635,146 parameters, core specification 2.3."""
     method = methods.dgl(TASK, head={"mlp": {"grid": 8, "width": 128, "pooled": 1, "hidden": 512}})
     torch.manual_seed(0)
-    network = localgrad.localize(localgrad.models.create("resnet32"), method, num_blocks=16, example=images(2))
+    network = localgrad.localize(localgrad.models.create("resnet32"), method, 16, example=images(2))
     sizes = {sum(p.numel() for p in aux.parameters()) for aux in network.auxiliary.values()}
     # The first convolution reads 16, 32 or 64 channels; the published figure is that of 16.
     assert min(sizes) == 635_146
@@ -269,7 +269,7 @@ def test_lean_forms_keep_at_most_0_30_of_end_to_end(name: str) -> None:
     def measured(method: Method, num_blocks: int) -> Cost:
         torch.manual_seed(0)
         model = localgrad.models.create("resnet32")
-        return cost(localgrad.localize(model, method, num_blocks=num_blocks, example=x[:2]), x, y)
+        return cost(localgrad.localize(model, method, num_blocks, example=x[:2]), x, y)
 
     whole, lean = measured(methods.e2e(TASK), 1), measured(LEAN[name](), 16)
     assert lean.activation_bytes <= 0.30 * whole.activation_bytes

@@ -33,7 +33,7 @@ def data(size: int = 12) -> tuple[Tensor, Tensor]:
 
 def network(method: localgrad.Method, layers: int = 3) -> localgrad.LocalNetwork:
     torch.manual_seed(0)
-    return localgrad.localize(mlp(layers=layers), method, num_blocks=layers, example=data(2)[0])
+    return localgrad.localize(mlp(layers=layers), method, layers, example=data(2)[0])
 
 
 def test_losses_come_in_order_of_the_boundary_and_as_soon_as_it_is_reached() -> None:
@@ -57,7 +57,7 @@ def test_a_loss_is_the_weighted_sum_of_its_terms() -> None:
         nn.Sequential(nn.Flatten(), nn.Linear(256, 3)),
     )
     method = windows(infopro(TASK, image=(5.0, 0.5), label=(0.5, 1.0)), width=2, local=0.25, cascade=3.0)
-    net = localgrad.localize(model, method, num_blocks=3, example=images[:2])
+    net = localgrad.localize(model, method, 3, example=images[:2])
     outputs: dict[Span, list[tuple[object, Tensor]]] = {}
 
     def note(span: Span, term: object, output: Tensor) -> None:
@@ -140,7 +140,7 @@ def test_models_with_several_inputs() -> None:
     model = Two()
     plain = copy.deepcopy(model)
     x, z, y = torch.randn(6, 4), torch.randn(6, 2), torch.arange(6) % 3
-    net = localgrad.localize(model, accumulation(e2e(TASK), parts=2), cuts=("c",), example=(x[:2], z[:2]))
+    net = localgrad.localize(model, accumulation(e2e(TASK), parts=2), ("c",), example=(x[:2], z[:2]))
     localgrad.backward(net, (x, z), y)
     for part in (slice(0, 3), slice(3, 6)):
         (nn.functional.cross_entropy(plain(x[part], z[part]), y[part]) * 0.5).backward()
@@ -163,17 +163,17 @@ def test_a_block_that_overwrites_its_input() -> None:
         return [nn.Linear(4, 8), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8)), nn.Linear(8, 3)]
 
     parts = chain()
-    net = localgrad.localize(nn.Sequential(*parts), windows(dgl(TASK)), modules=parts, example=data(2)[0])
+    net = localgrad.localize(nn.Sequential(*parts), windows(dgl(TASK)), parts, example=data(2)[0])
     with pytest.raises(PartitionError, match=r"block 1 overwrites its input in place.*inplace=False"):
         localgrad.backward(net, *data())
 
     # Without a span across the boundary nobody needs what is overwritten.
     parts = chain()
-    net = localgrad.localize(nn.Sequential(*parts), dgl(TASK), modules=parts, example=data(2)[0])
+    net = localgrad.localize(nn.Sequential(*parts), dgl(TASK), parts, example=data(2)[0])
     localgrad.backward(net, *data())
     other = chain()
     other[1][0] = nn.ReLU()
-    safe = localgrad.localize(nn.Sequential(*other), dgl(TASK), modules=other, example=data(2)[0])
+    safe = localgrad.localize(nn.Sequential(*other), dgl(TASK), other, example=data(2)[0])
     safe.load_state_dict(net.state_dict())
     localgrad.backward(safe, *data())
     for p, q in zip(net.parameters(), safe.parameters(), strict=True):
@@ -196,7 +196,7 @@ def test_a_loss_may_be_left_out_by_multiplying_it_with_0() -> None:
     net = network(dgl(TASK))
     for span, loss in localgrad.local_losses(net, *data()):
         (loss * (span.start == 1)).backward()
-    nonzero = [any(p.grad.any() for p in net.blocks[k].parameters()) for k in range(3)]
+    nonzero = [any(p.grad.any() for p in net.parameters_of(k)) for k in range(3)]
     assert nonzero == [False, True, False]
 
 
@@ -298,9 +298,7 @@ def test_local_outputs_in_training_mode_run_each_block_once() -> None:
 def test_scored_only_leaves_decoders_out_and_changes_no_score() -> None:
     task = localgrad.tasks.classification(4, mean=(0.5,) * 3, std=(0.25,) * 3)
     images = torch.randn(4, 3, 16, 16)
-    network = localgrad.localize(
-        localgrad.models.resnet8(4), localgrad.methods.infopro(task), num_blocks=3, example=images
-    ).eval()
+    network = localgrad.localize(localgrad.models.resnet8(4), localgrad.methods.infopro(task), 3, example=images).eval()
     everything = list(localgrad.local_outputs(network, images))
     scored = list(localgrad.local_outputs(network, images, scored_only=True))
     assert len(everything) == 5 and len(scored) == 3

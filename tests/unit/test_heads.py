@@ -98,7 +98,7 @@ def build(kind: str, head: Callable[[Site], nn.Module]) -> tuple[localgrad.Local
     model, cuts, _ = MODELS[kind]
     task = localgrad.tasks.classification(OUTPUTS)
     method = Method("one", task, (Term(noting, lambda out, _: out.square().mean()),), Local())
-    return localgrad.localize(model(), method, cuts=cuts[:1], example=torch.randn(2, 3, 12, 8)), sites
+    return localgrad.localize(model(), method, cuts[:1], example=torch.randn(2, 3, 12, 8)), sites
 
 
 def test_heads_that_are_tested_are_those_exported() -> None:
@@ -107,7 +107,7 @@ def test_heads_that_are_tested_are_those_exported() -> None:
 
 def _named(network: localgrad.LocalNetwork) -> list[tuple[str, nn.Parameter]]:
     """Parameters of the first block, by their names in the model."""
-    own = {id(p) for p in network.blocks[0].parameters()}
+    own = {id(p) for p in network.parameters_of(0)}
     return [(name, p) for name, p in network.model.named_parameters() if id(p) in own]
 
 
@@ -117,7 +117,7 @@ def test_every_head_reads_every_layout(name: str, kind: str) -> None:
     network, sites = build(kind, HEADS[name]())
     layout = MODELS[kind][2]
     assert sites[0].layout == layout and sites[0].channels == 8
-    (features,) = network.blocks[0](torch.randn(7, 3, 12, 8))
+    (features,) = localgrad.separate_blocks(network)[0](torch.randn(7, 3, 12, 8))
     head = network.auxiliary["0-1"].heads[0]
     for parameter in head.parameters():
         if not parameter.any():
@@ -144,7 +144,7 @@ def test_every_head_reads_every_layout(name: str, kind: str) -> None:
 @ON_EVERY_LAYOUT
 def test_to_maps_puts_each_position_where_it_was(kind: str) -> None:
     network, sites = build(kind, heads.Linear(OUTPUTS))
-    (features,) = network.blocks[0](torch.randn(3, 3, 12, 8))
+    features, *_ = localgrad.features(network, torch.randn(3, 3, 12, 8))
     layout = sites[0].layout
     found = ToMaps(layout)(features)
     height, width = layout.grid
@@ -216,7 +216,7 @@ def test_pooled_linear_keeps_to_its_size(size: int, sides: tuple[int, int]) -> N
 
 def test_decoder_works_at_a_share_of_the_image() -> None:
     network, _ = build("maps", heads.Decoder(scale=0.5))
-    (features,) = network.blocks[0](torch.randn(2, 3, 12, 8))
+    features, *_ = localgrad.features(network, torch.randn(2, 3, 12, 8))
     assert network.auxiliary["0-1"].heads[0](features).shape == (2, 3, 6, 4)
 
 
@@ -224,10 +224,10 @@ def test_patches_keep_the_memory_format() -> None:
     """Else each convolution behind them, forward and backward, begins by copying what it reads."""
     network, _ = build("maps", heads.Patches(heads.Decoder(scale=0.5)))
     head = network.auxiliary["0-1"].heads[0].double()
-    (maps,) = network.blocks[0](torch.randn(2, 3, 12, 8))
+    maps, *_ = localgrad.features(network, torch.randn(2, 3, 12, 8))
     found = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        features = maps.detach().double().contiguous(memory_format=memory_format).requires_grad_()
+        features = maps.double().contiguous(memory_format=memory_format).requires_grad_()
         answers = head.to(memory_format=memory_format)(features)
         (gradient,) = torch.autograd.grad(answers.square().sum(), features)
         found.append((answers, gradient))
@@ -276,7 +276,7 @@ def test_auxiliary_networks_take_on_the_precision_of_the_model() -> None:
     task = localgrad.tasks.classification(OUTPUTS)
     for dtype in (torch.float64, torch.bfloat16):
         network = localgrad.localize(
-            maps().to(dtype), localgrad.methods.dgl(task), num_blocks=2, example=torch.randn(2, 3, 12, 8).to(dtype)
+            maps().to(dtype), localgrad.methods.dgl(task), 2, example=torch.randn(2, 3, 12, 8).to(dtype)
         )
         assert {p.dtype for p in network.parameters()} == {dtype}
         localgrad.backward(network, torch.randn(4, 3, 12, 8).to(dtype), torch.tensor([0, 1, 2, 3]))

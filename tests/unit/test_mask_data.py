@@ -151,7 +151,7 @@ def test_skips_of_a_library_model_are_taps_and_its_head_is_not_cut() -> None:
 def test_the_second_head_of_torchvision_reads_a_tap() -> None:
     for aux in (False, True):
         model = models.create("torchvision:fcn_resnet50", num_classes=3, aux_loss=aux)
-        found = Partition(model, torch.randn(1, 3, 32, 32))
+        found = Partition(model, torch.randn(2, 3, 32, 32))
         names = [cut.name for cut in found.cuts if not cut.tail]
         assert names[0] == "backbone.layer1" and names[-1] == "backbone.layer4.2" and len(names) == 16
         assert found.final_layout.channels == 2048
@@ -404,7 +404,7 @@ def test_twins_and_companions_start_from_pretrained_neighbours(tmp_path: Path) -
     task = segmentation(3)
     for init in ("source", "fresh"):
         method = localgrad.methods.man_pp(localgrad.methods.dgl(task), companion_init=init)  # type: ignore[arg-type]
-        network = localgrad.localize(model, method, cuts=("backbone.layer2",), example=torch.randn(2, 3, 8, 8))
+        network = localgrad.localize(model, method, ("backbone.layer2",), example=torch.randn(2, 3, 8, 8))
         bridge: Any = network.auxiliary_of(localgrad.spans.Span(0, 1)).bridge
         expected = source.layer2[0].weight
         assert torch.equal(bridge.twin[0].weight, expected)
@@ -436,9 +436,7 @@ def test_frozen_batchnorm_neither_moves_nor_learns() -> None:
     model = Dense().train()
     models.freeze_batchnorm(model)
     before = {name: value.clone() for name, value in model.state_dict().items() if "bn1" in name or ".1." in name}
-    network = localgrad.localize(
-        model, localgrad.methods.dgl(segmentation(3)), num_blocks=3, example=torch.randn(2, 3, 8, 8)
-    )
+    network = localgrad.localize(model, localgrad.methods.dgl(segmentation(3)), 3, example=torch.randn(2, 3, 8, 8))
     localgrad.backward(network, 9 * torch.randn(2, 3, 8, 8), torch.randint(3, (2, 8, 8)))
     assert model.backbone.conv1.weight.grad is not None and model.backbone.bn1.weight.grad is None
     assert before and all(torch.equal(model.state_dict()[name], value) for name, value in before.items())

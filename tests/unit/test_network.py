@@ -31,60 +31,58 @@ class Two(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("cutting", "message"),
     [
-        ({}, "nothing given; say where to cut by exactly one of"),
-        ({"num_blocks": 2, "cuts": ("3",)}, "num_blocks and cuts given"),
-        ({"num_blocks": 0}, r"num_blocks=0, but this Sequential has 2 cut points; use 1 to 3 blocks"),
-        ({"num_blocks": -1}, "num_blocks=-1"),
-        ({"num_blocks": 4}, "num_blocks=4, but"),
-        ({"num_blocks": "4"}, "num_blocks='4' is a str; write a whole number"),
-        ({"num_blocks": 2.5}, "num_blocks=2.5 is a float"),
-        ({"num_blocks": True}, "num_blocks=True is a bool"),
-        ({"cuts": ()}, r"cuts=\(\); name the modules .*num_blocks=1"),
-        ({"cuts": "layer2"}, r"cuts='layer2' is one string; .*cuts=\('layer2',\)"),
-        ({"cuts": (3,)}, r"cuts=\(3,\); name the modules"),
-        ({"modules": []}, r"modules=\[\]: name at least one module"),
-        ({"num_blocks": 2, "balance": "byte"}, "unknown balance 'byte'; did you mean 'bytes'"),
-        ({"num_blocks": 2, "stem": "own "}, "unknown stem 'own '; did you mean 'own'"),
-        ({"num_blocks": 2, "balance": "bytes", "stem": "own"}, "stem='own' has no effect here"),
-        ({"cuts": ("3",), "balance": "bytes"}, "balance='bytes' has no effect here"),
-        ({"num_blocks": 2, "taps": ("nix",)}, "taps: unknown module 'nix'"),
+        (0, "this Sequential has 2 cut points; use 1 to 3 blocks"),
+        (-1, "-1"),
+        (4, "use 1 to 3 blocks"),
+        ("4", "one string"),
+        (2.0, "2.0 is a float"),
+        (True, "True is a bool"),
+        ((), r"\(\)"),
+        ([], r"\[\]"),
+        ("layer2", r"'layer2' is one string; .*\('layer2',\)"),
+        ((3,), r"\(3,\)"),
     ],
 )
-def test_requests_that_say_too_little_or_too_much(arguments: dict[str, Any], message: str) -> None:
+def test_values_that_do_not_say_where_to_cut(cutting: Any, message: str) -> None:
     with pytest.raises(PartitionError, match=message) as caught:
-        localize(mlp(), DGL, example=X, **arguments)
+        localize(mlp(), DGL, cutting, example=X)
     assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_way_to_count_the_stem() -> None:
+    with pytest.raises(PartitionError, match="unknown stem 'own '; did you mean 'own'"):
+        localize(mlp(), DGL, localgrad.cuts.by_count(2, stem="own "), example=X)  # type: ignore[arg-type]
 
 
 def test_models_that_cannot_be_trained_in_blocks() -> None:
     with pytest.raises(PartitionError, match="ReLU has no parameters"):
-        localize(nn.ReLU(), DGL, num_blocks=1, example=X)
+        localize(nn.ReLU(), DGL, 1, example=X)
     with pytest.raises(PartitionError, match="model is a builtin_function"):
-        localize(torch.relu, DGL, num_blocks=1, example=X)  # type: ignore[arg-type]
+        localize(torch.relu, DGL, 1, example=X)  # type: ignore[arg-type]
 
 
 def test_module_lists_that_are_not_the_model() -> None:
     model = mlp()
     with pytest.raises(PartitionError, match=r"do not compute what Sequential\.forward does"):
-        localize(model, DGL, modules=[model[0], model[3], model[5]], example=X)
+        localize(model, DGL, [model[0], model[3], model[5]], example=X)
     with pytest.raises(PartitionError, match="block 1 does not run on what the blocks before it return"):
-        localize(model, DGL, modules=[model[5], model[0]], example=X)
+        localize(model, DGL, [model[5], model[0]], example=X)
     pair = nn.Sequential(Two(), nn.Identity())
     with pytest.raises(PartitionError, match="block 0 returns a tuple; all but the last must return one tensor"):
-        localize(pair, DGL, modules=[pair[0], pair[1]], example=X)
+        localize(pair, DGL, [pair[0], pair[1]], example=X)
     with pytest.raises(PartitionError, match="is used by block 0 and by block 1"):
-        localize(nn.Sequential(model[0], model[0]), DGL, modules=[model[0], model[0]], example=X)
+        localize(nn.Sequential(model[0], model[0]), DGL, [model[0], model[0]], example=X)
 
 
 def test_a_deep_copy_trains_independently() -> None:
     torch.manual_seed(0)
-    network = localize(mlp(), DGL, num_blocks=3, example=X)
+    network = localize(mlp(), DGL, 3, example=X)
     before = copy.deepcopy(network.state_dict())
     other = copy.deepcopy(network)
     own = {id(p) for p in other.parameters()}
-    assert {id(p) for block in other.blocks for p in block.parameters()} <= own
+    assert {id(p) for k in range(other.num_blocks) for p in other.parameters_of(k)} <= own
     assert not own & {id(p) for p in network.parameters()}
     other.model.eval()
     assert network.model.training
@@ -98,8 +96,8 @@ def test_a_deep_copy_trains_independently() -> None:
 
 
 def test_to_keeps_blocks_in_step() -> None:
-    network = localize(mlp(), DGL, num_blocks=3, example=X).to(torch.float64)
-    assert all(p.dtype == torch.float64 for block in network.blocks for p in block.parameters())
+    network = localize(mlp(), DGL, 3, example=X).to(torch.float64)
+    assert all(p.dtype == torch.float64 for k in range(network.num_blocks) for p in network.parameters_of(k))
     localgrad.backward(network, X.double(), Y)
     assert all(p.grad is not None and p.grad.dtype == torch.float64 for p in network.parameters())
 
@@ -108,12 +106,12 @@ def test_the_mode_of_the_model_is_put_back() -> None:
     model = mlp().train()
     model[1].eval()
     modes = [module.training for module in model.modules()]
-    localize(model, DGL, num_blocks=3, example=X)
+    localize(model, DGL, 3, example=X)
     assert [module.training for module in model.modules()] == modes
 
 
 def test_it_says_what_it_is() -> None:
-    assert str(localize(mlp(), DGL, num_blocks=2, example=X)) == "Sequential in 2 blocks, beginning at the input, 5"
+    assert str(localize(mlp(), DGL, 2, example=X)) == "Sequential in 2 blocks, beginning at the input, 5"
 
 
 @pytest.mark.parametrize("method", [localgrad.methods.e2e(TASK), DGL, localgrad.methods.windows(DGL)])
@@ -121,6 +119,6 @@ def test_frozen_parameters_at_the_start(method: localgrad.Method) -> None:
     model = mlp()
     model[0].requires_grad_(False)
     model[1].requires_grad_(False)
-    network = localize(model, method, num_blocks=3, example=X)
+    network = localize(model, method, 3, example=X)
     localgrad.backward(network, X, Y)
     assert [p.grad is not None for p in model.parameters()] == [p.requires_grad for p in model.parameters()]

@@ -24,7 +24,7 @@ TASK = localgrad.tasks.classification(10)
 def network_of(method: Any, num_blocks: int = 4) -> localgrad.LocalNetwork:
     torch.manual_seed(0)
     model = localgrad.models.create("resnet8", in_channels=1)
-    return localgrad.localize(model, method, num_blocks=num_blocks, example=torch.randn(2, 1, 8, 8)).train()
+    return localgrad.localize(model, method, num_blocks, example=torch.randn(2, 1, 8, 8)).train()
 
 
 def batches(count: int) -> list[tuple[Tensor, Tensor]]:
@@ -170,7 +170,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 10)).double()
         x, y = torch.randn(7, 4).double(), torch.randint(10, (7,))
-        network = localgrad.localize(model, method, num_blocks=2, example=x)
+        network = localgrad.localize(model, method, 2, example=x)
         localgrad.backward(network, x, y)
         return [p.grad for p in model.parameters() if p.grad is not None]
 

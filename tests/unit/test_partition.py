@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 import localgrad
-from localgrad import LocalNetwork, PartitionError, localize
+from localgrad import PartitionError, localize, separate_blocks
 from localgrad.partition import INPUTS, OUTPUT, Partition
 
 TASK = localgrad.tasks.classification(3)
@@ -20,9 +21,9 @@ WINDOWS = localgrad.methods.windows(DGL)
 X, Y = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
-def run(network: LocalNetwork, inputs: Any) -> Any:
+def run(blocks: Sequence[Any], inputs: Any) -> Any:
     values: dict[str, Any] = {INPUTS: inputs}
-    for block in network.blocks:
+    for block in blocks:
         values |= zip(block.outputs, block(*[values[name] for name in block.inputs]), strict=True)
     return values[OUTPUT]
 
@@ -145,46 +146,49 @@ def test_a_cut_lies_before_layers_with_weights_and_outside_residual_branches() -
 
 def test_a_module_that_cannot_be_traced_is_kept_whole() -> None:
     model = nn.Sequential(nn.Linear(8, 8), Branch(), nn.Linear(8, 3))
-    network = localize(model, DGL, num_blocks=3, example=X)
+    network = localize(model, DGL, 3, example=X)
     assert [cut.name for cut in network.cuts] == ["1", "2"]
+    blocks = separate_blocks(network)
     for sign in (1, -1):
-        assert torch.equal(run(network, sign * X), model(sign * X))
+        assert torch.equal(run(blocks, sign * X), model(sign * X))
 
 
 def test_a_model_that_cannot_be_traced_names_the_line_and_offers_a_list() -> None:
     model = Untraceable()
-    with pytest.raises(PartitionError, match=r"test_partition\.py:\d+ `if x\.sum\(\) > 100:`.*modules=\[model\.first"):
-        localize(model, DGL, num_blocks=2, example=X)
-    network = localize(model, DGL, modules=[model.first, model.second], example=X)
-    assert torch.equal(run(network, X), model(X))
+    network = localize(model, DGL, 2, example=X)
+    with pytest.raises(PartitionError, match=r"test_partition\.py:\d+ `if x\.sum\(\) > 100:`.*\[model\.first"):
+        separate_blocks(network)
+    network = localize(model, DGL, [model.first, model.second], example=X)
+    assert torch.equal(run(separate_blocks(network), X), model(X))
     localgrad.backward(network, X, Y)
     assert all(p.grad is not None for p in model.parameters())
 
 
 def test_mode_buffers_and_parameters_read_in_a_traced_forward_stay_alive() -> None:
     model = Direct()
-    network = localize(model, E2E, cuts=("b", "c"), example=X)
-    assert not torch.equal(run(network, X), run(network, X))
+    network = localize(model, E2E, ("b", "c"), example=X)
+    blocks = separate_blocks(network)
+    assert not torch.equal(run(blocks, X), run(blocks, X))
     model.eval()
-    assert torch.equal(run(network, X), model(X))
+    assert torch.equal(run(blocks, X), model(X))
     with torch.no_grad():
         model.index.copy_(torch.arange(8))
         model.position.add_(1)
     model.table = torch.ones(2, 8)
-    assert torch.equal(run(network, X), model(X))
+    assert torch.equal(run(blocks, X), model(X))
     for inputs in (X.double(), X.double()[:1]):
         network.to(torch.float64)
-        assert torch.equal(run(network, inputs), model(inputs))
+        assert torch.equal(run(blocks, inputs), model(inputs))
     model.to(torch.float32)
-    assert torch.equal(run(network, X), model(X))
+    assert torch.equal(run(blocks, X), model(X))
     localgrad.backward(network, X, Y)
     assert all(p.grad is not None for p in model.parameters())
 
 
 def test_modules_that_return_several_values_are_traced_through() -> None:
     model = Sizes()
-    network = localize(model, DGL, num_blocks=3, example=X)
-    assert torch.equal(run(network, X[:1]), model(X[:1]))
+    network = localize(model, DGL, 3, example=X)
+    assert torch.equal(run(separate_blocks(network), X[:1]), model(X[:1]))
     localgrad.backward(network, X, Y)
     assert all(p.grad is not None for p in model.parameters())
 
@@ -193,21 +197,22 @@ def test_shared_parameters() -> None:
     model = Tied()
     assert cut_names(model) == ["b", "head"]
     with pytest.raises(PartitionError, match=r"parameter 'b\.weight' is used by block 0 and by block 1 \(from 'c'\)"):
-        localize(model, DGL, cuts=("c",), example=X)
+        localize(model, DGL, ("c",), example=X)
 
 
 def test_draws_of_a_fixed_size_are_not_frozen() -> None:
+    network = localize(Noisy(), DGL, 2, example=X)
     with pytest.raises(PartitionError, match="Noisy draws random numbers of a fixed size"):
-        localize(Noisy(), DGL, num_blocks=2, example=X)
+        separate_blocks(network)
 
 
 def test_several_inputs() -> None:
     model = TwoInputs()
-    network = localize(model, DGL, num_blocks=2, example=(X, X))
-    assert torch.equal(run(network, (X, 2 * X)), model(X, 2 * X))
+    network = localize(model, DGL, 2, example=(X, X))
+    assert torch.equal(run(separate_blocks(network), (X, 2 * X)), model(X, 2 * X))
     localgrad.backward(network, (X, X), Y)
     with pytest.raises(PartitionError, match=r"TwoInputs does not run on example=\(6, 8\) float32 on cpu: .*'y'"):
-        localize(model, DGL, num_blocks=2, example=X)
+        localize(model, DGL, 2, example=X)
 
 
 def test_in_place_layers_at_a_boundary() -> None:
@@ -215,8 +220,8 @@ def test_in_place_layers_at_a_boundary() -> None:
     assert cut_names(model) == ["2", "4"]
     for method in (E2E, WINDOWS):
         with pytest.raises(PartitionError, match=r"'1': '1' overwrites the features.*inplace=False.*begin with '2'"):
-            localize(model, method, cuts=("1",), example=X)
-    network = localize(model, DGL, cuts=("1",), example=X)
+            localize(model, method, ("1",), example=X)
+    network = localize(model, DGL, ("1",), example=X)
     localgrad.backward(network, X, Y)
     assert all(p.grad is not None for p in model.parameters())
 
@@ -224,8 +229,8 @@ def test_in_place_layers_at_a_boundary() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     model = mlp(nn.ReLU()).to(dtype)
-    network = localize(model, E2E, num_blocks=3, example=X.to(dtype))
-    assert torch.equal(run(network, X.to(dtype)), model(X.to(dtype)))
+    network = localize(model, E2E, 3, example=X.to(dtype))
+    assert torch.equal(run(separate_blocks(network), X.to(dtype)), model(X.to(dtype)))
     localgrad.backward(network, X.to(dtype), Y)
     found = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
@@ -245,7 +250,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 )
 def test_cuts_that_cannot_be(cuts: tuple[str, ...], message: str) -> None:
     with pytest.raises(PartitionError, match=message) as caught:
-        localize(Residual(), DGL, cuts=cuts, example=X)
+        localize(Residual(), DGL, cuts, example=X)
     assert "\n" not in str(caught.value)
 
 
@@ -261,7 +266,7 @@ def test_cuts_that_cannot_be(cuts: tuple[str, ...], message: str) -> None:
 )
 def test_examples_that_do_not_fit(example: Any, message: str) -> None:
     with pytest.raises(PartitionError, match=message):
-        localize(Residual(), DGL, num_blocks=2, example=example)
+        localize(Residual(), DGL, 2, example=example)
 
 
 def test_the_last_layout_is_that_of_the_last_maps() -> None:
@@ -305,7 +310,7 @@ class Grid(nn.Module):
 
 def test_copies_of_units_get_the_sizes_that_the_units_are_called_with() -> None:
     model, images = Grid(), torch.randn(6, 3, 16, 16)
-    network = localize(model, localgrad.methods.man_pp(DGL), num_blocks=4, example=images[:2])
+    network = localize(model, localgrad.methods.man_pp(DGL), 4, example=images[:2])
     losses = localgrad.backward(network, images, Y)
     assert len(losses) == 4 and all(p.grad is not None for p in model.parameters())
     unit = network.twins[0].source
@@ -333,21 +338,21 @@ class TwoBack(nn.Module):
 def test_where_two_tensors_cross_the_one_computed_from_the_other_is_the_features() -> None:
     model, inputs = TwoBack(), torch.randn(6, 4)
     assert [cut.name for cut in Partition(model, inputs).cuts] == ["head"]
-    network = localize(model, DGL, num_blocks=5, example=inputs)
+    network = localize(model, DGL, 5, example=inputs)
     assert [cut.name for cut in network.cuts] == ["cells.1", "cells.2", "cells.3", "head"]
     localgrad.testing.assert_isolated(network, inputs, Y)
-    assert [cut.name for cut in localize(model, DGL, cuts=["cells.2"], taps="auto", example=inputs).cuts] == ["cells.2"]
+    assert [cut.name for cut in localize(model, DGL, ["cells.2"], example=inputs).cuts] == ["cells.2"]
     F.cross_entropy(model(inputs), Y).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    localgrad.backward(localize(model, E2E, num_blocks=5, example=inputs), inputs, Y)
+    localgrad.backward(localize(model, E2E, 5, example=inputs), inputs, Y)
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, expected[name], atol=1e-6)
 
 
 def test_streams_that_never_meet_are_not_cut() -> None:
     with pytest.raises(PartitionError, match="this TwoBack has 1 cut points"):
-        localize(TwoBack(mixed=False), DGL, num_blocks=3, example=torch.randn(6, 4))
+        localize(TwoBack(mixed=False), DGL, 3, example=torch.randn(6, 4))
 
 
 class Caching(nn.Module):
@@ -373,6 +378,6 @@ class Caching(nn.Module):
 def test_nothing_that_a_module_keeps_in_eval_mode_survives() -> None:
     model, inputs = nn.Sequential(nn.Linear(4, 8), Caching(), Caching(), nn.Linear(8, 3)), torch.randn(6, 4)
     nn.Module.train(model)
-    network = localize(model, localgrad.methods.man_pp(DGL), num_blocks=3, example=inputs)
+    network = localize(model, localgrad.methods.man_pp(DGL), 3, example=inputs)
     assert model[1].cache is None and model[2].cache is None
     localgrad.backward(network, inputs, Y)

@@ -46,9 +46,8 @@ def test_a_step_without_data_needs_the_same_bytes(name: str, method: Method, blo
     planner = Planner(model, (3, side, side), 8, "fp32", RATES)
     cuts = [cut.name for cut in planner.cuts(blocks, method)] if blocks > 1 else []
     predicted = planner.step(planner.network(method, cuts), method, 8)
-    where = {"cuts": cuts} if cuts else {"num_blocks": 1}
     x, y = torch.randn(8, 3, side, side), torch.randint(10, (8,))
-    network = localize(model, method, example=x[:2], **where).train()
+    network = localize(model, method, cuts or 1, example=x[:2]).train()
     trained = list(network.parameters())
     assert predicted.tracked == measure(lambda: run_step(network, x, y), trained).peak_total
     assert predicted.trained == sum(p.numel() * p.element_size() for p in trained)
@@ -60,7 +59,7 @@ def test_the_per_block_step_frees_gradients() -> None:
     planner = Planner(model, (3, 16, 16), 4, "fp32", RATES)
     predicted = planner.step(planner.network(method, ["layer2", "layer3"]), method, 4)
     x, y = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
-    network = localize(model, method, cuts=["layer2", "layer3"], example=x).train()
+    network = localize(model, method, ["layer2", "layer3"], example=x).train()
 
     def step_block(block: int) -> None:
         copies = [p.grad + 0 for p in network.block_parameters(block)]  # what an optimizer does at its fullest
@@ -183,15 +182,13 @@ def test_localize_under_a_budget() -> None:
         return step.weights + 2 * step.trained + sum(step.peak)
 
     budget = int(needed(3) / 0.9) + 64
-    network = localize(model, method, memory=budget, batch_size=64, example=x)
+    network = localize(model, method, localgrad.cuts.fits(budget, batch_size=64), example=x)
     assert needed(2) > 0.9 * budget
     assert [cut.name for cut in network.cuts] == [cut.name for cut in planner.cuts(3, method)]
     with pytest.warns(UserWarning, match=r"plain training fits \(.* MiB\), so nothing is cut"):
-        assert len(localize(model, method, memory="8GiB", batch_size=64, example=x).blocks) == 1
+        assert localize(model, method, localgrad.cuts.fits("8GiB", batch_size=64), example=x).num_blocks == 1
     with pytest.raises(ConfigError, match="no way of cutting CifarResNet for dgl fits 64 images; the smallest needs"):
-        localize(model, method, memory="3MiB", batch_size=64, example=x)
-    with pytest.raises(localgrad.PartitionError, match="exactly one of num_blocks=, cuts=, modules= or memory="):
-        localize(model, method, memory="3MiB", num_blocks=2, example=x)
+        localize(model, method, localgrad.cuts.fits("3MiB", batch_size=64), example=x)
 
 
 def test_units_are_recomputed_where_no_number_of_blocks_fits() -> None:
@@ -207,5 +204,5 @@ def test_units_are_recomputed_where_no_number_of_blocks_fits() -> None:
     without = min(peak for (_, recompute), peak in peaks.items() if not recompute)
     (_, recompute), least = min(peaks.items(), key=lambda item: item[1])
     assert least < 0.98 * without and recompute
-    network = localize(model, method, memory=int(least / 0.9) + 64, batch_size=64, example=x)
-    assert network.cuts and any(isinstance(block, RecomputedBlock) for block in network.blocks)
+    network = localize(model, method, localgrad.cuts.fits(int(least / 0.9) + 64, batch_size=64), example=x)
+    assert network.cuts and any(isinstance(block, RecomputedBlock) for block in localgrad.separate_blocks(network))

@@ -191,7 +191,7 @@ def test_nothing_outlives_the_graph() -> None:
 def network_of(method: Any, num_blocks: int) -> localgrad.LocalNetwork:
     torch.manual_seed(0)
     model = localgrad.models.resnet32().train()
-    return localgrad.localize(model, method, num_blocks=num_blocks, example=torch.randn(2, 3, 32, 32))
+    return localgrad.localize(model, method, num_blocks, example=torch.randn(2, 3, 32, 32))
 
 
 def peak(method: Any, num_blocks: int) -> int:

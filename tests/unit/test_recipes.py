@@ -253,10 +253,10 @@ def test_training_is_the_published_one(name: str) -> None:
 def test_infopro_k16_trains_every_block() -> None:
     one = recipe("infopro/cifar10_resnet110_k16")
     network = build_network(one, build_task(one, 10, (0.5,) * 3, (0.25,) * 3), (3, 32, 32), torch.device("cpu"))
-    assert len(network.blocks) == 16 and len(network.auxiliary) == 15
+    assert network.num_blocks == 16 and len(network.auxiliary) == 15
     localgrad.backward(network, torch.randn(4, 3, 32, 32), torch.tensor([0, 0, 1, 1]))
-    for block in network.blocks:
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
+    for k in range(16):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters_of(k))
 
 
 def test_man_pp_heads_have_the_published_size() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import localgrad
-from localgrad import PartitionError, localize, methods
+from localgrad import PartitionError, cuts, localize, methods
 from localgrad.bench.cost import run_step
 from localgrad.bench.memory import measure
 from localgrad.method import Method
@@ -40,7 +40,7 @@ METHODS = {"dgl": methods.dgl(TASK), "windows": methods.windows(methods.dgl(TASK
 
 def state_after_a_step(name: str, method: Method, recompute: Sequence[int]) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
-    network = localize(MODELS[name](), method, num_blocks=3, example=X[:2], recompute=recompute).train()
+    network = localize(MODELS[name](), method, cuts.recomputed(3, recompute), example=X[:2]).train()
     with keyed_randomness(3):
         localgrad.backward(network, X, Y)
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -57,8 +57,8 @@ def test_gradients_and_statistics_are_those_without(name: str, method: Method) -
 
 @pytest.mark.parametrize("name", MODELS)
 def test_contracts_hold(name: str) -> None:
-    network = localize(MODELS[name](), METHODS["dgl"], num_blocks=3, example=X[:2], recompute=(0, 1, 2))
-    assert all(isinstance(block, RecomputedBlock) for block in network.blocks)
+    network = localize(MODELS[name](), METHODS["dgl"], cuts.recomputed(3, (0, 1, 2)), example=X[:2])
+    assert all(isinstance(block, RecomputedBlock) for block in localgrad.separate_blocks(network))
     assert_isolated(network, X, Y)
     assert_transparent(network.model, network, X)
 
@@ -66,16 +66,16 @@ def test_contracts_hold(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_memory_falls(name: str) -> None:
     def peak(recompute: Sequence[int]) -> int:
-        network = localize(MODELS[name](), METHODS["dgl"], num_blocks=2, example=X[:2], recompute=recompute).train()
+        network = localize(MODELS[name](), METHODS["dgl"], cuts.recomputed(2, recompute), example=X[:2]).train()
         return measure(lambda: run_step(network, X, Y), list(network.parameters())).peak_activations
 
     assert peak((0, 1)) <= 0.75 * peak(())
 
 
 def test_what_cannot_be_recomputed_is_refused() -> None:
-    with pytest.raises(PartitionError, match=r"recompute=\(4,\): there are 3 blocks, counted from 0"):
-        localize(resnet(), METHODS["dgl"], num_blocks=3, example=X[:2], recompute=(4,))
+    with pytest.raises(PartitionError, match=r"\(4,\).* there are 3 blocks, counted from 0"):
+        localize(resnet(), METHODS["dgl"], cuts.recomputed(3, (4,)), example=X[:2])
     with pytest.raises(PartitionError, match=r"block 0, from the input on, is a single unit"):
-        localize(resnet(), METHODS["dgl"], cuts=("layer1",), example=X[:2], recompute=(0,))
-    with pytest.raises(PartitionError, match=r"recompute=\(0,\) has no effect here: a list of modules"):
-        localize(nn.Sequential(nn.Linear(3, 3)), METHODS["e2e"], modules=[nn.Linear(3, 3)], example=X, recompute=(0,))
+        localize(resnet(), METHODS["dgl"], cuts.recomputed(("layer1",), (0,)), example=X[:2])
+    with pytest.raises(PartitionError, match="a list of modules has no units"):
+        localize(nn.Sequential(nn.Linear(3, 3)), METHODS["e2e"], cuts.recomputed([nn.Linear(3, 3)], (0,)), example=X)

@@ -367,7 +367,8 @@ def test_memory_and_batches_that_are_too_small_are_explained(monkeypatch: pytest
     def exhausted(*_: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(state.network.blocks[1], "forward", exhausted)
+    begin = state.network.model.get_submodule(state.network.cuts[0].name)
+    monkeypatch.setattr(begin, "forward", exhausted)
     with pytest.raises(TrainingError, match=r"does not fit in the memory of cpu; lower train\.batch_size"):
         finish(state)
 

@@ -80,7 +80,7 @@ def test_exchange_is_a_function_after_localize() -> None:
     """Not the module of that name, which importing `localgrad.network` binds."""
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     method = localgrad.methods.dgl(localgrad.tasks.classification(3))
-    network = localgrad.localize(model, method, num_blocks=2, example=torch.randn(4, 4))
+    network = localgrad.localize(model, method, 2, example=torch.randn(4, 4))
     before = copy.deepcopy(network.state_dict())
     localgrad.exchange(network)
     assert network.twins == []

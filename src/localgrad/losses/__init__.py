@@ -2,14 +2,13 @@
 
 from localgrad.losses.attention_transfer import AttentionTransfer
 from localgrad.losses.contrastive import Contrastive
-from localgrad.losses.distillation import Consistent, Distilled
+from localgrad.losses.distillation import Distilled
 from localgrad.losses.reconciliation import Reconciliation
 from localgrad.losses.reconstruction import Reconstruction
 from localgrad.losses.similarity import Similarity
 
 __all__ = [
     "AttentionTransfer",
-    "Consistent",
     "Contrastive",
     "Distilled",
     "Reconciliation",

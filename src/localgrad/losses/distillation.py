@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -68,21 +67,3 @@ class Distilled:
             return self.loss(output, batch)
         soft = self.temperature**2 * divergence(logits_of(output), logits_of(answer), self.temperature)
         return (1.0 - self.weight) * self.loss(output, batch) + self.weight * soft
-
-
-@dataclass(frozen=True)
-class Consistent:
-    """``share * loss + (1 - share) * KL(softmax(output) || softmax(previous))``; uniform where there is none before.
-
-    Source: field notes on SID (arXiv:2510.03273): the belief of a block stays near that of the block before.
-    """
-
-    loss: Loss
-    share: float
-    reads_previous: ClassVar[bool] = True
-
-    def __call__(self, output: Any, batch: Batch) -> Tensor:
-        logits = logits_of(output)
-        before = torch.zeros_like(logits) if batch.previous is None else logits_of(batch.previous)
-        apart = divergence(logits, before, reverse=True)
-        return self.share * self.loss(output, batch) + (1.0 - self.share) * apart

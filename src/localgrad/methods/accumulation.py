@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from localgrad.errors import MethodError
-from localgrad.method import Method
+from localgrad.method import Accumulate, Method, Wait
 
 
-def accumulation(base: Method, *, parts: int = 4) -> Method:
+def accumulation(base: Method, *, parts: int = 4, wait: Wait = "device") -> Method:
     """Run each batch in ``parts`` micro-batches and add up their gradients, weighted by their share of the samples.
+
+    All parts pass a block, or a run of blocks that spans link, before the next one begins. So a block can step, and its
+    gradients are freed, before the next block runs; what waits is one boundary feature for each part.
 
     Gradients equal the base method's where no layer or loss looks across samples; BatchNorm normalises by micro-batch
     and moves its statistics ``parts`` times.
@@ -17,9 +19,10 @@ def accumulation(base: Method, *, parts: int = 4) -> Method:
     Args:
         base: any method.
         parts: micro-batches per batch.
+        wait: where boundary features wait meanwhile: ``device``, ``host``, or ``bf16``: on the host, rounded.
 
     Raises:
-        MethodError: for fewer than 1 part.
+        MethodError: for fewer than 1 part or an unknown place.
 
     Example:
         >>> import localgrad
@@ -27,6 +30,5 @@ def accumulation(base: Method, *, parts: int = 4) -> Method:
         >>> localgrad.methods.accumulation(base, parts=2).micro_batches
         2
     """
-    if parts < 1:
-        raise MethodError(f"parts={parts}; accumulation needs at least 1 micro-batch")
-    return replace(base, name=f"accumulation({base.name})", micro_batches=base.micro_batches * parts)
+    accumulate = Accumulate(base.accumulate.parts * Accumulate(parts).parts, wait)
+    return replace(base, name=f"accumulation({base.name})", accumulate=accumulate)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from localgrad.errors import MethodError, nearest
 from localgrad.method import Method
+from localgrad.recompute import Recompute
 
 Where = Literal["blocks", "auxiliary", "both", "pointwise"]
 
@@ -17,6 +18,9 @@ def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = 
 
     The last block of a span is never run twice: its backward pass comes at once. Random draws are repeated and
     BatchNorm statistics move once, so gradients equal the base method's.
+
+    Blocks that run again are separate modules, made by torch.fx: `localgrad.localize` says where a model does not allow
+    it. Where the model checkpoints by itself (timm's ``set_grad_checkpointing``) nothing of this is needed.
 
     In auxiliary networks each copied unit of a bridge and each head is a part: only one of them is alive at a time.
 
@@ -48,10 +52,14 @@ def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = 
         base.require_heads("checkpointing")
     if first is not None and (where != "pointwise" or first < 1):
         raise MethodError(f"first={first} with where={where!r}: write where='pointwise' and first=1 or more, or None")
+    known = base.recompute
+    pointwise = (first or math.inf) if where == "pointwise" else 0
     return replace(
         base,
         name=f"checkpointing({base.name})",
-        checkpoint=base.checkpoint or where in ("blocks", "both"),
-        checkpoint_auxiliary=base.checkpoint_auxiliary or where in ("auxiliary", "both"),
-        checkpoint_pointwise=max(base.checkpoint_pointwise, (first or math.inf) if where == "pointwise" else 0),
+        recompute=Recompute(
+            known.blocks or where in ("blocks", "both"),
+            known.auxiliary or where in ("auxiliary", "both"),
+            max(known.pointwise, pointwise),
+        ),
     )

@@ -70,12 +70,12 @@ class Teacher:
     chosen: dict[int, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     def __call__(self, network: LocalNetwork, batch: Batch) -> list[Tensor]:
-        boundaries = len(network.blocks) - 1
+        boundaries = network.num_blocks - 1
         model = self.model.to(network.device)
         model.eval()
         inputs = batch.inputs.to(next(model.parameters()).dtype)
         if self.layers is None and boundaries not in self.chosen:
-            cuts = by_count(Partition(model, inputs[:1]), boundaries + 1, "unit")
+            cuts = by_count(Partition(model, inputs[:2]), boundaries + 1, "unit")
             self.chosen[boundaries] = tuple(cut.name for cut in cuts)
         layers = self.chosen[boundaries] if self.layers is None else self.layers
         if len(layers) != boundaries:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
 from localgrad import heads
-from localgrad.method import HeadBuilder, Method, Task, Term
+from localgrad.engine import num_samples
+from localgrad.method import Auxiliary, Batch, HeadBuilder, Method, Site, Task, Term, alone
+from localgrad.rules import Observer, Rule
 from localgrad.spans import Local
+
+if TYPE_CHECKING:
+    from localgrad.network import LocalNetwork
 
 
 def local_critic(task: Task, *, head: heads.Spec | HeadBuilder | None = None) -> Method:
@@ -26,4 +38,72 @@ def local_critic(task: Task, *, head: heads.Spec | HeadBuilder | None = None) ->
     Differs: critics share the blocks' optimizer (theirs: Adam, 1e-4); the distance is that of the batch's mean losses.
     """
     critic = task.head(heads.Critic(task.num_outputs)) if head is None else heads.named(head, task)
-    return Method("local_critic", task, terms=(Term(critic, task.loss, follows=True),), spans=Local())
+    term = Term(_Critic(critic), task.loss)
+    return Method("local_critic", task, terms=(term,), spans=Local(), rules=(_Following(),))
+
+
+class Followed(NamedTuple):
+    """What a critic answers: once for the loss of the block, once for its own."""
+
+    output: Any
+    own: Any
+
+
+@dataclass(frozen=True)
+class _Critic:
+    """Builds a critic around a head."""
+
+    head: HeadBuilder
+
+    def __call__(self, site: Site) -> nn.Module:
+        return Critic(self.head(site))
+
+
+class Critic(nn.Module):
+    """A head whose parameters are out of reach of the block's loss, and whose own loss does not reach the block."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return self.head(features)
+        frozen = {name: p.detach() for name, p in self.head.named_parameters()}
+        return Followed(torch.func.functional_call(self.head, frozen, (features,)), self.head(features.detach()))
+
+
+@dataclass(frozen=True)
+class _Following(Rule):
+    reason: ClassVar[str] = "lets heads follow the loss at the next boundary"
+    late: ClassVar[bool] = True
+
+    def observe(self, network: LocalNetwork, batch: Batch) -> _Critics:
+        return _Critics()
+
+    def late_parameters(self, auxiliary: Auxiliary) -> Iterable[nn.Parameter]:
+        return [p for head in auxiliary.heads if isinstance(head, Critic) for p in head.parameters()]
+
+
+class _Critics(Observer):
+    """Heads whose loss waits for that of their term at the next boundary, or for the model's own."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[int, Term, float, Tensor]] = []
+
+    def answer(self, boundary: int, term: Term, weight: float, output: Any, batch: Batch) -> Any:
+        if not isinstance(output, Followed):
+            return output
+        self.waiting.append((boundary, term, weight, term.loss(output.own, batch)))
+        return output.output
+
+    def total(self, boundary: int, total: Tensor, losses: Mapping[int, Tensor], features: Any, batch: Batch) -> Tensor:
+        due = [entry for entry in self.waiting if entry[0] < boundary]
+        self.waiting = [entry for entry in self.waiting if entry[0] >= boundary]
+        whole = total
+        for _, term, weight, loss in due:
+            apart = loss - losses.get(id(term), whole).detach()
+            if batch.joined is not alone:  # the distance of two means over all samples, not a mean of distances
+                apart = batch.joined(apart.expand(num_samples(batch.inputs) or 1)).mean()
+            total = total + weight * apart.abs()
+        return total

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from localgrad.errors import MethodError
-from localgrad.losses import Consistent
-from localgrad.method import Method
+from localgrad.losses.distillation import divergence, logits_of
+from localgrad.method import Batch, Method, Term
+from localgrad.rules import Observer, Rule
+
+if TYPE_CHECKING:
+    from localgrad.network import LocalNetwork
 
 
 def logit_consistency(base: Method, *, share: float = 0.5) -> Method:
@@ -34,6 +43,33 @@ def logit_consistency(base: Method, *, share: float = 0.5) -> Method:
     base.require_logits("logit_consistency")
     if not 0.0 < share <= 1.0:
         raise MethodError(f"share={share}; it must be above 0 and at most 1")
-    terms = tuple(replace(t, loss=Consistent(t.loss, share)) if t.scored else t for t in base.terms)
-    final = Consistent(base.final_loss or base.task.loss, share)
-    return replace(base, name=f"logit_consistency({base.name})", terms=terms, final_loss=final)
+    return replace(base, name=f"logit_consistency({base.name})", rules=(*base.rules, _Consistency(share)))
+
+
+@dataclass(frozen=True)
+class _Consistency(Rule):
+    share: float
+    reason: ClassVar[str] = "compares the answers of neighbouring heads"
+
+    def observe(self, network: LocalNetwork, batch: Batch) -> _Answers:
+        return _Answers(self.share)
+
+
+class _Answers(Observer):
+    """Remembers what the first scored head at the boundary before answered."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.previous: Any = None
+        self.answers: tuple[int, Any] | None = None
+
+    def term_loss(self, boundary: int, term: Term | None, loss: Tensor, output: Any, batch: Batch) -> Tensor:
+        if self.answers is not None and self.answers[0] < boundary:
+            self.previous, self.answers = self.answers[1], None
+        if term is not None and not term.scored:
+            return loss
+        if self.answers is None and term is not None:
+            self.answers = (boundary, tree_map_only(Tensor, Tensor.detach, output))
+        logits = logits_of(output)
+        before = torch.zeros_like(logits) if self.previous is None else logits_of(self.previous)
+        return self.share * loss + (1.0 - self.share) * divergence(logits, before, reverse=True)

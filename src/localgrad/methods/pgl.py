@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from localgrad.errors import MethodError, nearest
+from localgrad.forward import call_model
 from localgrad.losses import Distilled
 from localgrad.method import Batch, Method
 from localgrad.network import LocalNetwork
@@ -27,6 +28,7 @@ def pgl(
     steps_per_epoch: int | None = None,
     weight: float = 0.5,
     temperature: float = 4.0,
+    recompute: bool = True,
 ) -> Method:
     """Local training that the global objective guides from time to time.
 
@@ -50,6 +52,8 @@ def pgl(
         steps_per_epoch: needed to count epochs; ``localgrad train`` fills it in.
         weight: of the soft targets; 0 is the base method.
         temperature: T.
+        recompute: run blocks again in the backward pass of guided steps, so that memory stays low; needs a model that
+            torch.fx can take apart, see `localgrad.methods.checkpointing`.
 
     Raises:
         MethodError: unless ``1 <= duration <= every`` and ``start >= 0``; for an unknown option; for ``distill`` if no
@@ -80,7 +84,7 @@ def pgl(
     schedule = Periodic(base.spans, every * steps, duration * steps, start * steps)
     name = f"pgl({base.name})"
     if guidance == "backprop":
-        return replace(base, name=name, spans=schedule, checkpoint=True)
+        return replace(base, name=name, spans=schedule, recompute=replace(base.recompute, blocks=recompute))
     base.require_logits("pgl")
     if not 0.0 <= weight <= 1.0 or not temperature > 0:
         raise MethodError(f"weight={weight}, temperature={temperature}; need a weight in [0, 1] and temperature > 0")
@@ -108,5 +112,4 @@ class FinalLogits:
         if self.rests(batch.step):
             return None
         with BuffersKept(network.model):
-            inputs = batch.inputs if isinstance(batch.inputs, (tuple, list)) else (batch.inputs,)
-            return network.model(*inputs)
+            return call_model(network.model, batch.inputs)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from localgrad.errors import MethodError
 from localgrad.losses.precision import widened
-from localgrad.method import Method
-from localgrad.partition import Chain, Cut, Partition
+from localgrad.method import Batch, Method
+from localgrad.partition import Cut, Partition
 from localgrad.partition.residual import residual_branches
+from localgrad.rules import Observer, Rule
+
+if TYPE_CHECKING:
+    from localgrad.network import LocalNetwork
 
 
 def trgl(base: Method, *, tau: float = 10.0, growing: bool = True) -> Method:
@@ -37,56 +43,70 @@ def trgl(base: Method, *, tau: float = 10.0, growing: bool = True) -> Method:
 
     Source: Karkar et al., Module-wise Training of Neural Networks via the Minimizing Movement Scheme, NeurIPS 2023,
     arXiv:2309.17357.
-    Differs: any base; residual branches are found in the traced model instead of being written into it. On guided steps
+    Differs: any base; residual branches are found in autograd's graph instead of being written into it. On guided steps
     of `localgrad.methods.pgl` only the last block's energy counts.
     """
     base.require_heads("trgl")
     if not tau > 0:
         raise MethodError(f"tau={tau}; it must be positive")
-    return replace(base, name=f"trgl({base.name})", probe=_Transport(tau, growing))
+    return replace(base, name=f"trgl({base.name})", rules=(*base.rules, _Transport(tau, growing)))
 
 
 @dataclass(frozen=True)
-class _Transport:
+class _Transport(Rule):
+    """``branches`` are the modules of each block whose results are residual branches, and half of 1 / tau there."""
+
     tau: float
     growing: bool
+    branches: tuple[tuple[tuple[str, ...], float], ...] = ()
+    overwritten: dict[nn.Module, bool] = field(default_factory=dict, compare=False, repr=False)
+    travels: ClassVar[bool] = True
 
-    def __call__(self, partition: Partition | Chain, cuts: tuple[Cut, ...], block: int) -> _Energy | None:
-        if isinstance(partition, Chain):
-            raise MethodError("trgl finds residual branches by tracing; give num_blocks= or cuts= instead of modules=")
+    def bound(self, partition: Partition, cuts: Sequence[Cut]) -> Rule:
         branches = residual_branches(partition)
         if not branches:
             raise MethodError(f"trgl: {type(partition.model).__name__} has no residual branches, so nothing to add")
-        edges = [0, *(cut.position for cut in cuts), len(partition.traced.nodes)]
-        inside = dict.fromkeys(path for at, path in branches if edges[block] <= at < edges[block + 1])
-        tau = self.tau * (2.0 if self.growing and 2 * block >= len(cuts) + 1 else 1.0)
-        return _Energy([partition.modules[path] for path in inside], 0.5 / tau) if inside else None
+        edges = [0, *(cut.position for cut in cuts), 1 << 62]
+        found = []
+        for block in range(len(cuts) + 1):
+            inside = dict.fromkeys(path for at, path in branches if edges[block] <= at < edges[block + 1])
+            tau = self.tau * (2.0 if self.growing and 2 * block >= len(cuts) + 1 else 1.0)
+            found.append((tuple(inside), 0.5 / tau))
+        return replace(self, branches=tuple(found), overwritten={})
+
+    def observe(self, network: LocalNetwork, batch: Batch) -> _Energies:
+        return _Energies(network.running, self)
 
 
-class _Energy:
-    """A `localgrad.method.Probe`."""
+class _Energies(Observer):
+    """Measures residual branches while their block runs."""
 
-    def __init__(self, branches: list[nn.Module], weight: float) -> None:
-        self.branches, self.weight = branches, weight
-        self.overwritten: dict[nn.Module, bool] = {}
+    def __init__(self, root: nn.Module, rule: _Transport) -> None:
+        self.root, self.branches, self.overwritten = root, rule.branches, rule.overwritten
+        self.found: list[Tensor] = []
+        self.seen: list[tuple[nn.Module, Tensor, int]] = []
 
-    def __call__(self, block: nn.Module, *values: Any) -> tuple[tuple[Any, ...], Tensor]:
-        energies: list[Tensor] = []
-        seen: list[tuple[nn.Module, Tensor, int]] = []
-
-        def measure(module: nn.Module, _: Any, branch: Tensor) -> None:
-            # ``out += x`` is an ordinary addition to torch.fx, so whether a branch is overwritten shows when it runs.
-            kept = widened(branch.clone() if self.overwritten.get(module, True) else branch)
-            # A norm keeps no squares for the backward pass.
-            energies.append(torch.linalg.vector_norm(kept).square() / kept.numel())
-            seen.append((module, branch, branch._version))
-
-        hooks = [module.register_forward_hook(measure) for module in self.branches]
+    @contextlib.contextmanager
+    def during(self, block: int) -> Iterator[None]:
+        self.found = []
+        names, _ = self.branches[block]
+        hooks = [self.root.get_submodule(name).register_forward_hook(self._measure) for name in names]
         try:
-            outputs = block(*values)
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
-        for module, branch, version in seen:
-            self.overwritten[module] = branch._version != version
-        return outputs, self.weight * torch.stack(energies).sum()
+            for module, branch, version in self.seen:
+                self.overwritten[module] = branch._version != version
+            self.seen = []
+
+    def _measure(self, module: nn.Module, _: Any, branch: Tensor) -> None:
+        # ``out += x`` is an ordinary addition to autograd: whether a branch is overwritten shows when it runs.
+        kept = widened(branch.clone() if self.overwritten.get(module, True) else branch)
+        self.seen.append((module, branch, branch._version))
+        # A norm keeps no squares for the backward pass.
+        self.found.append(torch.linalg.vector_norm(kept).square() / kept.numel())
+
+    def measured(self, block: int) -> Tensor | None:
+        found, self.found = self.found, []
+        return self.branches[block][1] * torch.stack(found).sum() if found and torch.is_grad_enabled() else None

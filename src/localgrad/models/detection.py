@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.errors import ConfigError
-from localgrad.partition.trace import untouched
+from localgrad.untouched import untouched
 
 PROBED_PIXELS = 256
 

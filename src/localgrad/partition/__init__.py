@@ -1,10 +1,12 @@
 """Cutting any model into blocks."""
 
-from localgrad.partition.balance import AuxiliaryBytes, by_bytes, by_count
 from localgrad.partition.blocks import INPUTS, OUTPUT, Block, RecomputedBlock
-from localgrad.partition.cuts import Chain, Cut, Partition, Unit
+from localgrad.partition.choose import AuxiliaryBytes, by_bytes, by_count
+from localgrad.partition.moments import Cut, Partition
+from localgrad.partition.separate import Chain, SeparateBlocks, separate_blocks
+from localgrad.partition.units import Unit
 
 __all__ = [
-    "INPUTS", "OUTPUT", "AuxiliaryBytes", "Block", "Chain", "Cut", "Partition", "RecomputedBlock", "Unit", "by_bytes",
-    "by_count",
+    "INPUTS", "OUTPUT", "AuxiliaryBytes", "Block", "Chain", "Cut", "Partition", "RecomputedBlock", "SeparateBlocks", "Unit",
+    "by_bytes", "by_count", "separate_blocks",
 ]  # fmt: skip

@@ -216,7 +216,7 @@ def _split_one(
     mode = "training" if training else "eval"
     missing = [p for p in points if p not in traced.entered]
     if missing:
-        raise PartitionError(f"module {missing[0]!r} is not reached in {mode} mode; cut the model elsewhere (cuts=...)")
+        raise PartitionError(f"module {missing[0]!r} is not reached in {mode} mode; cut the model elsewhere")
     note_values(traced, model, example)
     features = []
     for point in points:
@@ -224,7 +224,7 @@ def _split_one(
         if len(crossing) != 1:
             raise PartitionError(
                 f"in {mode} mode {len(crossing)} tensors with gradient cross the boundary at {point!r}; one must. Cut "
-                "the model elsewhere (cuts=...)"
+                "the model elsewhere"
             )
         features.append(crossing[0])
     edges = [0, *(traced.entered[p] for p in points), len(traced.nodes)]
@@ -266,24 +266,3 @@ def _block_graph(
     graph.lint()
     module = fx.GraphModule(traced.root, graph, class_name="BlockGraph")
     return module, tuple(INPUTS if n.op == "placeholder" else n.name for n in inputs), names
-
-
-def chain(model: nn.Module, modules: Sequence[nn.Module]) -> list[Block]:
-    """Blocks from a list of modules that run one after the other, each on what the one before returned."""
-    blocks = []
-    for index, module in enumerate(modules):
-        inputs = (INPUTS if index == 0 else f"features_{index}",)
-        outputs = (OUTPUT if index == len(modules) - 1 else f"features_{index + 1}",)
-        wrapped = _Single(module)
-        blocks.append(Block(model, {True: (wrapped, inputs, outputs), False: (wrapped, inputs, outputs)}))
-    check_shared_parameters(model, blocks, [f"modules[{k}]" for k in range(1, len(modules))])
-    return blocks
-
-
-class _Single(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, value: Any) -> tuple[Any]:
-        return (self.module(value),)

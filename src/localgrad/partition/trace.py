@@ -22,6 +22,7 @@ from torch.fx.immutable_collections import immutable_dict
 from torch.utils._pytree import tree_leaves
 
 from localgrad.errors import PartitionError
+from localgrad.untouched import untouched
 
 ROOT = "model"
 Taps = Sequence[str] | Literal["auto"]
@@ -202,26 +203,6 @@ def _sources(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-@contextmanager
-def untouched(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module in one mode; on exit modes, buffers and random generators are as they were before."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    model.train(training)
-    try:
-        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
-            yield
-    finally:
-        model.train(modes[model])  # a module's own train() may do more than set the mode: drop what it cached, say
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
 def trace(
     model: nn.Module,
     num_inputs: int | None,
@@ -271,7 +252,7 @@ def trace(
             raise PartitionError(
                 f"{type(model).__name__} draws random numbers of a fixed size (torch.rand(...), say) in a forward that "
                 "has to be traced, so every step would see the same draw. Move the draw into a module of its own, or "
-                "pass modules=[...], a list of modules that run one after the other."
+                "pass a list of modules that run one after the other."
             )
         return Trace(root, graph, tracer.entered, tracer.left, tracer.returned, tracer.structured, tracer.calls, opaque)
 
@@ -296,11 +277,10 @@ def _untraceable(model: nn.Module, path: str, error: Exception) -> str:
     children = [name for name, _ in model.named_children()]
     return (
         f"{whose} cannot be traced: {_where(error)}. "
-        "If cuts= named modules inside it, name its siblings instead; otherwise pass the model as a list of modules "
-        "that run one after the other: localize(model, method, modules=["
+        "Pass the model as a list of modules that run one after the other: localize(model, method, ["
         + ", ".join(f"model.{name}" for name in children[:3])
         + ("" if len(children) <= 3 else ", ...")
-        + "])."
+        + "], example=...)."
     )
 
 
@@ -358,28 +338,6 @@ def note_values(traced: Trace, model: nn.Module, example: Any) -> None:
     """Fill in shapes and ``differentiable`` by running ``example`` in eval mode."""
     with untouched(model, False), torch.no_grad():
         _Values(traced).run(example)
-
-
-def check_runs(model: nn.Module, example: Any) -> None:
-    """Raise `PartitionError` unless ``model`` runs on ``example``."""
-    arguments = example if isinstance(example, (tuple, list)) else (example,)
-    try:
-        with untouched(model, False), torch.no_grad():
-            model(*arguments)
-    except Exception as error:  # a forward may fail in any way
-        given = ", ".join(_described(argument) for argument in arguments)
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise PartitionError(
-            f"{type(model).__name__} does not run on example={given}: {reason}. Pass a small batch shaped as in "
-            "training, with the model's dtype and on its device, such as torch.randn(2, 3, 224, 224); a tuple of "
-            "tensors for a model with several inputs."
-        ) from error
-
-
-def _described(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
 
 
 def writes_in_place(node: fx.Node, root: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from localgrad.errors import ConfigError
 from localgrad.method import Method
 from localgrad.network import LocalNetwork, auxiliary_bytes, localize
 from localgrad.partition import AuxiliaryBytes, Cut, Partition, by_bytes
-from localgrad.partition.balance import Held, unit_storages
+from localgrad.partition.choose import Held, unit_storages
 from localgrad.planning.work import Rates, Work
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}

@@ -21,7 +21,7 @@ from localgrad.errors import ConfigError, MethodError, nearest
 from localgrad.method import Method
 from localgrad.network import LocalNetwork
 from localgrad.partition import RecomputedBlock
-from localgrad.partition.balance import Held
+from localgrad.partition.choose import Held
 from localgrad.planning.planner import PRECISIONS, Planner, Predicted
 from localgrad.planning.report import EXACT, LOCAL, MICRO, Option, Plan
 from localgrad.planning.sizes import read_memory, size

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from localgrad.bench.memory import saved_storages
 from localgrad.errors import PartitionError
-from localgrad.partition.blocks import INPUTS, Block
-from localgrad.partition.cuts import Cut, Partition
-from localgrad.partition.trace import untouched
+from localgrad.forward import OpenModel, Watch, tensors_in
+from localgrad.partition.moments import Cut, Partition
+from localgrad.untouched import untouched
 
 Stem = Literal["unit", "own", "merged"]
 Held = Literal["none", "own", "earlier"]
+
+
+def _available(partition: Partition, num_blocks: int) -> tuple[Cut, ...]:
+    """The default cut points, or the finest where there are too few of them.
+
+    Raises:
+        PartitionError: for more blocks than cut points allow, or fewer than 1.
+    """
+    cuts = partition.cuts if num_blocks <= len(partition.cuts) + 1 else partition.finest
+    if not 1 <= num_blocks <= len(cuts) + 1:
+        tied = {} if cuts or partition.shared else {name: None for cut, _ in partition.all for name in cut.shared}
+        raise PartitionError(
+            f"{num_blocks} blocks, but this {type(partition.model).__name__} has {len(partition.finest)} cut points; use "
+            f"1 to {len(partition.finest) + 1} blocks or name modules that blocks begin with, ('layer2', 'layer3')"
+            + (f". {next(iter(tied))!r} is used at both ends; localize(..., shared=True) lets both train it" if tied else "")
+        )
+    return cuts
 
 
 def by_count(partition: Partition, num_blocks: int, stem: Stem = "unit") -> tuple[Cut, ...]:
@@ -32,22 +49,17 @@ def by_count(partition: Partition, num_blocks: int, stem: Stem = "unit") -> tupl
         PartitionError: for more blocks than cut points allow, or fewer than 1.
     """
     name = type(partition.model).__name__
-    found = len(partition.cuts)
-    if num_blocks < 1 or num_blocks > found + 1:
-        raise PartitionError(
-            f"num_blocks={num_blocks}, but this {name} has {found} cut points; use 1 to {found + 1} blocks or pass "
-            f"cuts=(...){partition.kept_whole}"
-        )
+    cuts = _available(partition, num_blocks)
     if stem == "own" and num_blocks < 2:
-        raise PartitionError("num_blocks=1 with stem='own': the stem and the rest are two blocks; use num_blocks=2")
-    body = [cut for cut in partition.cuts if not cut.tail]
+        raise PartitionError("1 block with stem='own': the stem and the rest are two blocks; write by_count(2, stem='own')")
+    body = [cut for cut in cuts if not cut.tail]
     units = body if stem in ("own", "merged") else [None, *body]
     wanted = num_blocks - 1 if stem == "own" else num_blocks
     if wanted > len(units):
-        units = list(partition.cuts) if stem in ("own", "merged") else [None, *partition.cuts]
+        units = list(cuts) if stem in ("own", "merged") else [None, *cuts]
     if wanted > len(units):
         raise PartitionError(
-            f"num_blocks={num_blocks} with stem={stem!r}: this {name} has {len(units)} units besides the stem; use "
+            f"{num_blocks} blocks with stem={stem!r}: this {name} has {len(units)} units besides the stem; use "
             f"at most {len(units) + (stem == 'own')} blocks, or stem='unit'"
         )
     size, extra = divmod(len(units), wanted)
@@ -93,19 +105,15 @@ def by_bytes(
         PartitionError: for more blocks than cut points allow, or fewer than 1.
     """
     cuts = partition.cuts
-    if num_blocks < 1 or num_blocks > len(cuts) + 1:
-        raise PartitionError(
-            f"num_blocks={num_blocks}, but this {type(partition.model).__name__} has {len(cuts)} cut points; use 1 to "
-            f"{len(cuts) + 1} blocks or pass cuts=(...){partition.kept_whole}"
-        )
-    saved = unit_storages(partition) if saved is None else saved
+    if _available(partition, num_blocks) is not cuts:
+        cuts, saved = partition.finest, None
+    saved = unit_storages(partition, cuts) if saved is None else saved
     none = AuxiliaryBytes(0, 0)
     ends = [*(auxiliary(cut) if auxiliary else none for cut in cuts), none]
     n = len(saved)
     trained = [0] * n
     if gradients != "none":
-        units = ([p for p in unit.parameters() if p.requires_grad] for unit in partition.units)
-        trained = [int(share * sum(p.numel() * p.element_size() for p in unit)) for unit in units]
+        trained = [int(share * size) for size in _trained_bytes(partition, cuts)]
         ends = [AuxiliaryBytes(end.saved, int(end.gradients * share)) for end in ends]
     else:
         ends = [AuxiliaryBytes(end.saved, 0) for end in ends]
@@ -151,33 +159,47 @@ def _smallest_largest(cost: Sequence[Sequence[int]], num_blocks: int) -> list[in
     return sorted(starts)
 
 
-def unit_storages(partition: Partition) -> list[dict[int, int]]:
-    """For each unit, the storages autograd saves for its backward pass on the example: id -> bytes."""
-    model = partition.model
-    exclude = [*model.parameters(), *model.buffers()]
-    inputs = partition.example
-    exclude += [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    units = partition.units
-    try:
-        with untouched(model, training=True):
-            return _run_units(units, inputs, exclude)
-    except ValueError as error:  # BatchNorm refuses a single value per channel
-        raise PartitionError(
-            f"balance='bytes' runs the example in training mode, which fails: {error}. Pass an example of at least "
-            "2 samples."
-        ) from error
+def _trained_bytes(partition: Partition, cuts: Sequence[Cut]) -> list[int]:
+    """Bytes of the parameters that each unit trains; a shared one counts where it is used last."""
+    home, sizes = partition.home(cuts), [0] * (len(cuts) + 1)
+    for name, parameter in partition.model.named_parameters():
+        if parameter.requires_grad and home[name]:
+            sizes[home[name][-1]] += parameter.numel() * parameter.element_size()
+    return sizes
 
 
-def _run_units(units: Sequence[Block], inputs: Any, exclude: Sequence[Tensor]) -> list[dict[int, int]]:
-    values: dict[str, Any] = {INPUTS: inputs}
+def unit_storages(partition: Partition, cuts: Sequence[Cut] | None = None) -> list[dict[int, int]]:
+    """For each unit, the storages autograd saves for its backward pass on the example: id -> bytes.
+
+    The model runs once, suspended at every cut point; nothing is cut from its graph.
+    """
+    model, cuts = partition.model, partition.cuts if cuts is None else cuts
+    exclude = [*model.parameters(), *model.buffers(), *tensors_in(partition.example)]
+    device = next(model.parameters()).device.type
     kept, saved = [], []  # kept: storage ids are unique only while every storage is alive
-    for unit in units:
-        arguments = [values[name] for name in unit.inputs]
-        outputs, storages = saved_storages(partial(unit, *arguments), exclude)
-        kept.append(outputs)
-        values |= zip(unit.outputs, outputs, strict=True)
-        saved.append(storages)
+    with untouched(model, training=True), torch.enable_grad():
+        with OpenModel(model, model, [cut.point for cut in cuts], Watch(), device) as opened:
+            forward = opened.call(partition.example)
+            while forward.boundary <= len(cuts):
+                before = forward.boundary
+                features, storages = saved_storages(lambda: (forward.proceed(), forward.features)[1], exclude)
+                kept.append(features)
+                saved += [*({} for _ in range(forward.boundary - before - 1)), storages]
     return saved
+
+
+@torch.no_grad()
+def features_at(partition: Partition, cuts: Sequence[Cut]) -> list[Tensor]:
+    """The features of the example at each of ``cuts``, in training mode."""
+    model, found = partition.model, []
+    device = next(model.parameters()).device.type
+    with untouched(model, training=True):
+        with OpenModel(model, model, [cut.point for cut in cuts], Watch(), device) as opened:
+            forward = opened.call(partition.example)
+            for _ in cuts:
+                forward.proceed()
+                found.append(forward.features)
+    return found
 
 
 def module_bytes(module: nn.Module, features: Tensor) -> int:

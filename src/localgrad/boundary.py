@@ -1,0 +1,161 @@
+"""Where the gradient stops and goes on: the one place that cuts features from the graph they came from.
+
+A boundary after the forward was suspended there, a span ending at it (left) and a span going on across it (right)::
+
+    block k                     head            block k                     block k + 1
+    ... -> made ..X.. features -> loss          ... -> made ..X.. features -> ...
+            ^            |                              ^            |
+         _Inject      _Capture                       _Inject      _Capture
+            ^            |                              ^            |
+            +- gradient -+                              +- gradient -+
+      later, in a backward pass of its own        when the widest span that starts here has ended
+
+``X``: no graph goes on. What a block has made, everybody who holds it (the frames of the model's forward, a list of
+skips, an attribute) finds replaced in place: by its detached version or, inside a span, by one whose gradient is caught.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localgrad.errors import PartitionError
+
+Gradients = list[Tensor | None]
+
+
+def becomes(tensor: Tensor, value: Tensor) -> None:
+    """Everybody who holds ``tensor`` holds ``value`` from now on; no version counter moves, views are tensors too."""
+    try:
+        torch._C._swap_tensor_impl(tensor, value)
+    except RuntimeError as error:  # `retain_grad` has left a weak reference to it in C++
+        if value.requires_grad or tensor._is_view() or value.device != tensor.device:
+            raise PartitionError(
+                f"a tensor of shape {tuple(tensor.shape)} that crosses a boundary is held by autograd (retain_grad() was "
+                "called on it, most likely), so it cannot be cut from its graph: read features through a hook on the "
+                "module inside the block instead, or cut elsewhere"
+            ) from error
+        tensor.detach_()
+
+
+def nothing_like(tensor: Tensor) -> Tensor:
+    """A tensor of this shape without data; reading it beside real ones is an error, never a wrong number."""
+    return torch.empty((), dtype=tensor.dtype, device="meta").expand(tensor.shape)
+
+
+class _Inject(torch.autograd.Function):
+    """A scalar whose backward pass sends the gradients in ``box`` into ``outputs``.
+
+    Handing them to ``torch.autograd.backward`` would keep them, and the outputs, alive for as long as it runs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, box: Gradients, *outputs: Tensor) -> Tensor:
+        ctx.box = box
+        return torch.zeros((), device=outputs[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (None, *ctx.box)
+        ctx.box.clear()
+        return gradients
+
+
+class _Capture(torch.autograd.Function):
+    """The same features; their gradient is added to ``gradients[index]`` as it is, and goes no further.
+
+    A leaf's ``.grad`` would do but for its strides: autograd may copy a gradient to lay it out like the leaf, after
+    which the blocks before it sum in another order than end-to-end training does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, leaf: Tensor, gradients: Gradients, index: int) -> Tensor:
+        ctx.gradients, ctx.index = gradients, index
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
+        known = ctx.gradients[ctx.index]
+        ctx.gradients[ctx.index] = gradient if known is None else known + gradient
+        return None, None, None, None
+
+
+class _Stop(torch.autograd.Function):
+    """The same features, differentiable; their gradient goes nowhere.
+
+    Where a cut lies inside a region that activation checkpointing runs again, the features must look as if they were
+    not cut: a layer saves other tensors when its input carries no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, leaf: Tensor) -> Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        return None, None
+
+
+def _anchor() -> Tensor:
+    return torch.zeros((), requires_grad=True)
+
+
+def stopped(tensor: Tensor, *, differentiable: bool = False) -> Tensor:
+    """``tensor`` as the next block may read it when no span crosses."""
+    with torch.enable_grad():
+        return _Stop.apply(_anchor(), tensor) if differentiable else tensor.detach()  # type: ignore[no-any-return]
+
+
+class BlockGraph:
+    """The autograd graph of a finished block: the way into it, and the gradients of what it made.
+
+    Args:
+        made: what the block made and somebody still holds, tensors with a graph.
+        first: the block; or the first of several, where the forward did not reach the cuts between them.
+    """
+
+    def __init__(self, made: Sequence[Tensor], first: int) -> None:
+        self.first = first
+        self._box: Gradients = []
+        self.gradients: Gradients = [None] * len(made)
+        self.root: Tensor | None = _Inject.apply(self._box, *made) if made else None
+
+    def captured(self, tensor: Tensor, slot: int) -> Tensor:
+        """``tensor`` without its graph, such that a backward pass from it leaves its gradient here."""
+        with torch.enable_grad():
+            return _Capture.apply(_anchor(), tensor.detach(), self.gradients, slot)  # type: ignore[no-any-return]
+
+    def take_gradients(self) -> Gradients:
+        """The gradients left here, which are forgotten."""
+        gradients = list(self.gradients)
+        self.gradients[:] = [None] * len(gradients)
+        return gradients
+
+    def backward(self, gradients: Gradients, again: bool) -> None:
+        """Send gradients of what the block made through it; keep its graph only if it is needed ``again``."""
+        self._box[:] = gradients
+        gradients.clear()
+        root = self.root
+        if not again:
+            self.root = None
+        if root is not None and any(gradient is not None for gradient in self._box):
+            torch.autograd.backward(root, retain_graph=again)
+
+
+def parameters_reached(tensors: Iterable[Tensor | None]) -> set[int]:
+    """Identities of the leaf tensors in the graphs of ``tensors``."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    stack: list[Any] = [tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        stack += [following for following, _ in node.next_functions if following is not None]
+    return found

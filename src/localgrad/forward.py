@@ -1,0 +1,289 @@
+"""The model's own forward, suspended at the cuts.
+
+One call of the model runs in a greenlet, which is a call stack of its own in the caller's thread::
+
+    caller (engine)                        forward (the model's code)
+    proceed() ---------------------------> model(*inputs) ... block 0 ... the module at cut 1 is called
+              <--- features, arguments --- suspended before it begins
+    loss, backward, step of block 0
+    proceed() ---------------------------> that module runs ... block 1 ... cut 2
+              <---------------------------
+
+So hooks, activation checkpointing, autocast, branches, draws, masks and keyword arguments work as in plain training,
+because it is plain training. The cut is taken in ``Module.__call__``, outside the module's own hooks and outside what
+``Module.compile`` compiled; what is put there lives only while a step runs, and no copy or pickle of a model has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from localgrad import thread_state
+from localgrad.errors import PartitionError
+
+Tag = tuple[str, ...]  # who holds a tensor: ("returns", module, place) or ("takes", ...) or ("frame", function, name, place)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a block begins: the ``call``-th call of module ``name``; its ``leaf``-th argument are the features."""
+
+    name: str
+    call: int = 0
+    leaf: int = 0
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How tensors that cross boundaries are found: modules that take or return them, and frames' local variables.
+
+    ``last`` says which block reads what is held under a tag last; after it nobody needs the data.
+    """
+
+    modules: tuple[str, ...] = ()
+    frames: bool = False
+    last: Mapping[Tag, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the module at a cut is about to be called with, in this forward."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """``model`` on a batch: a tensor, a tuple of positional or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a nest; an object of a kind that pytree does not know counts by its attributes."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dataclass_fields__"):
+            found += [t for t in tree_leaves(list(vars(leaf).values())) if isinstance(t, Tensor)]
+    return found
+
+
+def held_by_frames(frame: Any) -> Iterator[tuple[Tag, Tensor]]:
+    """Tensors with a graph in local variables of the frames from ``frame`` outwards, lists and mappings opened."""
+    while frame is not None:
+        values = frame.f_locals
+        code = frame.f_code
+        for name, value in list(values.items()):
+            if isinstance(value, (Tensor, list, tuple, dict)):
+                for place, leaf in enumerate(tensors_in(value)):
+                    if leaf.grad_fn is not None:
+                        yield ("frame", code.co_qualname, name, str(place)), leaf
+        if isinstance(values, dict) and code.co_flags & 1:
+            values.clear()  # before Python 3.13 the frame keeps this copy of its variables, and with it the tensors
+        frame = frame.f_back
+
+
+class SuspendedForward(greenlet.greenlet):
+    """One call of a model.
+
+    Attributes:
+        boundary: where it is suspended; the number of blocks once it has ended.
+        features: of the module that begins there, or what the model returned.
+        arguments: of that module.
+        autocast: whether the forward was under autocast there, and to which dtype.
+        hooked: whether it was suspended under saved-tensor hooks, inside a checkpointed region most likely.
+    """
+
+    def __init__(self, opened: OpenModel, call: Callable[[], Any]) -> None:
+        super().__init__(call)
+        self._opened = opened
+        self._calls: dict[nn.Module, int] = {}
+        self._made: list[tuple[Tag, weakref.ref[Tensor]]] = []
+        self._base: thread_state.Heights | None = None
+        self._closing = False
+        self.boundary = 0
+        self.features: Any = None
+        self.arguments = Arguments((), {})
+        self.autocast: tuple[bool, torch.dtype] = (False, torch.float32)
+        self.hooked = False
+        self.gr_context = contextvars.copy_context()  # what the forward sets in context variables stays its own
+
+    def proceed(self, error: type[BaseException] | None = None) -> None:
+        """Run the forward to the next cut, or to its end."""
+        self.parent = greenlet.getcurrent()
+        callers, self._base = thread_state.values(), thread_state.heights()
+        self.features, self.arguments = None, Arguments((), {})
+        try:
+            output = self.switch() if error is None else self.throw(error)
+        finally:
+            thread_state.set_values(callers)
+        if self.dead:
+            self.boundary, self.features, self.autocast = len(self._opened.points) + 1, output, (False, torch.float32)
+            self.hooked = False
+
+    def made(self, known: Callable[[Tensor], bool]) -> dict[int, tuple[Tag, Tensor]]:
+        """What has been made since the last cut and is still held, each tensor once under its first tag."""
+        found: dict[int, tuple[Tag, Tensor]] = {}
+        for tag, ref in self._made:
+            if (tensor := ref()) is not None and tensor.grad_fn is not None and not known(tensor):
+                found.setdefault(id(tensor), (tag, tensor))
+        self._made = []
+        for place, tensor in enumerate(tensors_in(self.features)):
+            if tensor.grad_fn is not None and not known(tensor):
+                found.setdefault(id(tensor), (("features", str(place)), tensor))
+        return found
+
+    def saw(self, kind: str, name: str, values: Any) -> None:
+        """A watched module took or returned ``values``."""
+        self._made += [
+            ((kind, name, str(place)), weakref.ref(tensor))
+            for place, tensor in enumerate(tensors_in(values))
+            if tensor.grad_fn is not None
+        ]
+
+    def arrived(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """``module`` is about to run, inside this forward; suspended if a cut lies here."""
+        number = self._calls[module] = self._calls.get(module, -1) + 1
+        later = enumerate(self._opened.points[self.boundary :], start=self.boundary + 1)
+        boundary = next((b for b, (other, point) in later if other is module and point.call == number), None)
+        if boundary is None:
+            return
+        if self._closing:
+            raise greenlet.GreenletExit
+        point = self._opened.points[boundary - 1][1]
+        features = _leaf(tree_leaves((args, kwargs)), point)
+        if self._opened.training and not torch.is_grad_enabled():
+            raise PartitionError(
+                f"the forward runs {point.name!r}, with which a block begins, without gradients: inside torch.no_grad() "
+                "or under torch.utils.checkpoint with use_reentrant=True. Cut elsewhere, or write use_reentrant=False"
+            )
+        if self._opened.watch.frames:
+            self._made += [(tag, weakref.ref(tensor)) for tag, tensor in held_by_frames(sys._getframe(2))]
+        self.boundary, self.features, self.arguments = boundary, features, Arguments(args, kwargs)
+        self._suspend()
+
+    def _suspend(self) -> None:
+        assert self._base is not None and self.parent is not None
+        own = thread_state.values()
+        device = self._opened.device_type
+        self.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        stacked = thread_state.lift_off(self._base)
+        self.hooked = bool(stacked.hooks)
+        try:
+            self.parent.switch()
+        finally:
+            thread_state.put_on(stacked)
+            thread_state.set_values(own)
+
+    def close(self) -> None:
+        """Leave the ``with`` and ``finally`` blocks of the forward now; again where the model catches everything."""
+        self._closing = True
+        self._made = []
+        while self and not sys.is_finalizing():
+            self.proceed(greenlet.GreenletExit)
+        self.features, self.arguments = None, Arguments((), {})
+
+
+def _leaf(leaves: Sequence[Any], point: Point) -> Tensor:
+    features = leaves[point.leaf] if point.leaf < len(leaves) else None
+    if not isinstance(features, Tensor):
+        raise PartitionError(
+            f"a block begins with {point.name!r}, whose argument {point.leaf} was a tensor when the model was cut, and is "
+            f"now {'missing' if features is None else f'a {type(features).__name__}'}; call localize again, on an "
+            "example that is called as in training"
+        )
+    return features
+
+
+class OpenModel:
+    """A model with doors at its cuts: as a context, for the length of a step; ``call`` begins a forward.
+
+    Args:
+        model: what is called; its parts are looked up in ``root`` by name.
+        points: where blocks 1 .. K-1 begin, in the order they run.
+        watch: how to find what else crosses.
+        device_type: of the parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, root: nn.Module, points: Sequence[Point], watch: Watch, device_type: str
+    ) -> None:
+        self.model, self.watch, self.device_type = model, watch, device_type
+        self.points = [(root.get_submodule(point.name), point) for point in points]
+        self.watched = [(name, root.get_submodule(name)) for name in watch.modules]
+        self.training = torch.is_grad_enabled()
+        self._open: list[SuspendedForward] = []
+        self._exits = contextlib.ExitStack()
+
+    def call(self, inputs: Any) -> SuspendedForward:
+        """A forward that has not begun."""
+        forward = SuspendedForward(self, lambda: call_model(self.model, inputs))
+        self._open.append(forward)
+        return forward
+
+    def __enter__(self) -> OpenModel:
+        for name, module in self.watched:
+            self._exits.callback(module.register_forward_pre_hook(_Seen("takes", name), with_kwargs=True).remove)
+            self._exits.callback(module.register_forward_hook(_Seen("returns", name)).remove)
+        for module in dict.fromkeys(module for module, _ in self.points):
+            self._exits.callback(_put_door(module))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            for forward in self._open:
+                forward.close()
+        finally:
+            self._open.clear()
+            self._exits.close()
+
+
+class _Seen:
+    """A hook that tells the forward which runs, if one does, what a module takes or returns."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __call__(self, module: nn.Module, *values: Any) -> None:
+        forward = greenlet.getcurrent()
+        if isinstance(forward, SuspendedForward):
+            forward.saw(self.kind, self.name, values[-1] if self.kind == "returns" else values)
+
+
+def _put_door(module: nn.Module) -> Callable[[], None]:
+    """Ask for a cut before ``module`` runs, in a forward of ours only; returns what takes the door away again.
+
+    ``Module.__call__`` looks up ``_compiled_call_impl`` first. A pre-hook would run inside what was compiled, and after
+    hooks of others, such as FSDP's, which must not have begun the next block while the last one goes back.
+    """
+    before = module.__dict__.get("_compiled_call_impl")
+    inner = before or module._call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        forward = greenlet.getcurrent()
+        if isinstance(forward, SuspendedForward):
+            forward.arrived(module, args, kwargs)
+        return inner(*args, **kwargs)
+
+    def remove() -> None:
+        if before is None:
+            module.__dict__.pop("_compiled_call_impl", None)
+        else:
+            module.__dict__["_compiled_call_impl"] = before
+
+    module.__dict__["_compiled_call_impl"] = call
+    return remove

@@ -1,0 +1,41 @@
+"""Whether a loss trains what its span says, read off the autograd graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from localgrad.boundary import BlockGraph, parameters_reached
+from localgrad.errors import PartitionError
+from localgrad.spans import Span
+
+if TYPE_CHECKING:
+    from localgrad.network import LocalNetwork
+
+
+def check_isolation(network: LocalNetwork, span: Span, loss: Tensor, graph: BlockGraph) -> None:
+    """Walk the graphs of a loss and of the block at its end.
+
+    The graph of every other block of the span is walked with that block's own loss, or is part of the same walk.
+
+    Raises:
+        PartitionError: they reach a parameter of the model that no block of the span uses, or one that is new.
+    """
+    home = network.home
+    reached = parameters_reached([loss, graph.root])
+    for name, parameter in network.running.named_parameters():
+        if id(parameter) not in reached:
+            continue
+        if name not in home:
+            raise PartitionError(
+                f"the loss of span {span} trains {name!r}, which the model did not have, or did not use, when it was cut: "
+                "call localgrad.localize again after changing a model"
+            )
+        if not any(graph.first <= block < span.stop for block in home[name]):
+            raise PartitionError(
+                f"the loss of span {span} reaches {name!r} of block {home[name][0]}, which lies outside: the model "
+                "passes a tensor on that is neither taken nor returned by a module nor a local variable of a "
+                "forward (an attribute or a cache, most likely). Return it from a module, switch the cache off "
+                f"(use_cache=False), or cut elsewhere than at {network.begins_at(graph.first)}"
+            )

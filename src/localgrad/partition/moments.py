@@ -1,0 +1,641 @@
+"""Cut points, from one forward in training mode: a cut is a moment on autograd's own clock.
+
+Autograd numbers its nodes in the order in which they are made. A hook of each module reads that clock. What crosses a
+moment is every tensor made before it and read by a node made after it, so each tensor is an interval::
+
+    nodes    1 ----- 2 ----- 3 ----- 4 ----- 5 ----- 6        a moment is a cut if the engine can find what crosses:
+    made     a=====================================>|           the features, which the module at the moment takes,
+             |       b======>|                                  and the taps, which some module took or returned or
+             |       |       c======>|                          which are local variables of a frame;
+    moments  |   M1  |   M2  |   M3                             and if the features depend on every parameter before.
+
+No tracing: any model whose outputs carry a gradient. A parameter that is read on both sides is shared.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from localgrad.errors import PartitionError, nearest
+from localgrad.forward import Point, call_model, held_by_frames, tensors_in
+from localgrad.layout import Layout, layout_of
+from localgrad.partition.units import Called, Key, Unit, others_of
+from localgrad.untouched import untouched
+
+Value = tuple[int, int]  # an output of a node: (index of the node, number of the output)
+Hint = Literal["first", "last"] | None
+MOST_TAPS = 16
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place where a block may begin.
+
+    Args:
+        name: path of the module it begins with; ``aliases`` are other modules that begin at the same place.
+        position: of the moment on autograd's clock.
+        shape: of the example's features there.
+        channels_hint: where the neighbouring layers look for channels.
+        tail: whether only the model's own head follows: a classifier, that is, no layer with weight matrices whose
+            output has positions; or, where the model's answers have positions, the modules that make them.
+        point: the call of the module, and where it takes the features.
+        overwritten: whether the features are overwritten in place later.
+        taps: what else crosses, by the modules that return or take it, or the variables that hold it.
+        shared: parameters that are read on both sides.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    position: int
+    shape: tuple[int, ...]
+    channels_hint: Hint
+    tail: bool
+    point: Point
+    overwritten: bool = False
+    taps: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+
+
+@dataclass
+class Call:
+    """One call of a module: when it began and ended on the clock, what it took and returned."""
+
+    name: str
+    number: int
+    enter: int
+    exit: int = 0
+    taken: list[tuple[int, Key, Any, tuple[int, ...]]] = field(default_factory=list)  # leaf, argument, edge, shape
+    returned: list[tuple[Any, tuple[int, ...]]] = field(default_factory=list)
+    reads: tuple[int, ...] = ()  # shape of the first tensor taken, with or without a graph
+    makes: tuple[int, ...] = ()
+    frames: dict[Any, str] = field(default_factory=dict)
+    others: dict[Key, Any] = field(default_factory=dict)
+    first: Key = 0
+    watched: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # leaf and its version when the call began
+    overwritten: frozenset[int] = frozenset()
+    structured: bool = False
+
+
+def clock() -> int:
+    """The number that autograd gives its next node."""
+    with torch.enable_grad():
+        node = torch.zeros((), requires_grad=True).clone().grad_fn
+        assert node is not None
+        return int(node._sequence_nr())
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether a block may begin with this module: layers with weight matrices or modules that contain some.
+
+    A norm, activation, pooling or dropout layer belongs to what runs before it.
+    """
+    return any(parameter.dim() >= 2 for parameter in module.parameters())
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
+
+
+class _Listener:
+    """Hooks on every module, for one forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: list[Call] = []
+        self.numbers: dict[str, int] = {}
+        self.running: list[Call] = []
+        self.units = {name for name, module in model.named_modules() if is_unit(module)}
+        self.hooks = []
+        for name, module in model.named_modules():
+            if name:
+                self.hooks += [
+                    module.register_forward_pre_hook(self._before(name), with_kwargs=True, prepend=True),
+                    module.register_forward_hook(self._after(name), always_call=False),
+                ]
+
+    def _before(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            number = self.numbers[name] = self.numbers.get(name, -1) + 1
+            call = Call(name, number, clock())
+            given: list[tuple[Key, Any]] = [*enumerate(args), *kwargs.items()]
+            for key, value in given:
+                call.reads = call.reads or next((tuple(t.shape) for t in tensors_in(value)), ())
+            leaves = [(key, leaf) for key, value in given for leaf in tree_leaves(value)]
+            for place, (key, leaf) in enumerate(leaves):
+                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                    call.taken.append((place, key, (leaf.grad_fn, leaf.output_nr), tuple(leaf.shape)))
+            if name in self.units and call.taken and torch.is_grad_enabled():
+                tensors = ((place, leaf) for place, (_, leaf) in enumerate(leaves) if isinstance(leaf, Tensor))
+                call.watched = {place: (leaf, leaf._version) for place, leaf in tensors}
+                call.others = others_of(args, kwargs, call.taken[0][1])
+                for tag, tensor in held_by_frames(sys._getframe(1)):
+                    call.frames.setdefault((tensor.grad_fn, tensor.output_nr), ":".join(tag[1:3]))
+            self.calls.append(call)
+            self.running.append(call)
+
+        return hook
+
+    def _after(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            while self.running and self.running[-1].name != name:
+                self.running.pop()  # it raised, and somebody caught that
+            if not self.running:
+                return
+            call = self.running.pop()
+            call.exit = clock()
+            tensors = tensors_in(output)
+            call.structured = not isinstance(output, Tensor)
+            call.makes = tuple(tensors[0].shape) if tensors else ()
+            call.returned = [((t.grad_fn, t.output_nr), tuple(t.shape)) for t in tensors if t.grad_fn is not None]
+
+        return hook
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+class _Graph:
+    """Autograd's graph as lists of numbers: it may be kept, since it holds no tensor."""
+
+    def __init__(self, outputs: Sequence[Any], names: dict[int, str]) -> None:
+        nodes: set[Any] = set()
+        leaves: dict[Any, list[int]] = {}
+        stack = [node for node, _ in outputs]
+        while stack:
+            node = stack.pop()
+            if node in nodes:
+                continue
+            nodes.add(node)
+            for following, _ in node.next_functions:
+                if following is not None and not hasattr(following, "variable"):
+                    stack.append(following)
+        self.nodes = sorted(nodes, key=lambda node: node._sequence_nr())
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self.times = [node._sequence_nr() for node in self.nodes]
+        self.kinds = [node.name() for node in self.nodes]
+        self.inputs: list[list[Value]] = []
+        self.reads: dict[Value, list[int]] = {}
+        self.readers: dict[str, list[int]] = {}
+        self.bits: list[int] = []
+        for i, node in enumerate(self.nodes):
+            inputs = []
+            for following, slot in node.next_functions:
+                if following is None:
+                    continue
+                if hasattr(following, "variable"):
+                    leaves.setdefault(following, []).append(i)
+                else:
+                    inputs.append((self.index[following], slot))
+                    self.reads.setdefault((self.index[following], slot), []).append(self.times[i])
+            self.inputs.append(inputs)
+        self.outputs = [(self.index[node], slot) for node, slot in outputs]
+        self.own: dict[int, list[str]] = {}  # node -> parameters it reads
+        for value in self.outputs:
+            self.reads.setdefault(value, []).append(1 << 62)
+        for leaf, at in leaves.items():
+            name = names.get(id(leaf.variable))
+            if name is not None:
+                self.readers.setdefault(name, []).extend(self.times[i] for i in at)
+                for i in at:
+                    self.own.setdefault(i, []).append(name)
+        self.order = sorted(self.readers, key=lambda name: min(self.readers[name]))
+        self.first_reads = [min(self.readers[name]) for name in self.order]
+        self.last_reads = sorted(max(reads) for reads in self.readers.values())
+        rank = {name: 1 << k for k, name in enumerate(self.order)}
+        self.ancestors: list[int] = []
+        for i in range(len(self.nodes)):
+            bits, above = 0, 1 << i
+            for name in self.own.get(i, ()):
+                bits |= rank[name]
+            for j, _ in self.inputs[i]:
+                bits |= self.bits[j]
+                above |= self.ancestors[j]
+            self.bits.append(bits)
+            self.ancestors.append(above)
+
+    def value(self, edge: Any) -> Value | None:
+        """What a tensor is an output of; None if no loss reads it."""
+        index = self.index.get(edge[0])
+        return None if index is None else (index, edge[1])
+
+    def forget(self) -> None:
+        """Let go of the nodes, and with them of what they saved."""
+        self.nodes, self.index = [], {}
+
+
+class Partition:
+    """A model, an example, and every cut point.
+
+    Args:
+        model: run once in training mode, left as it was.
+        example: a small batch shaped as in training: a tensor, a tuple of positional inputs, or a mapping of keyword
+            arguments.
+        shared: whether parameters may be used on both sides of a cut.
+
+    Attributes:
+        cuts: where blocks begin by default: nothing but the features crosses, or taps that only wait for a later head.
+        finest: the same, and where other taps cross.
+    """
+
+    def __init__(self, model: nn.Module, example: Any, shared: bool = False) -> None:
+        self.model, self.example, self.shared = model, example, shared
+        self.modules = dict(model.named_modules())
+        self._record()
+        self._weighted = [c for c in self.calls if c.exit and _has_weights(self.modules[c.name])]
+        self._leaf_starts = [call.enter for call in self._weighted]
+        self._head = self._head_position()
+        self.all = self._find()
+        self.cuts = tuple(cut for cut, plain in self.all if plain and (shared or not cut.shared))
+        self.finest = tuple(self._finest())
+
+    # One forward -------------------------------------------------------------------------------------------------
+
+    def _record(self) -> None:
+        listener = _Listener(self.model)
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        try:
+            with untouched(self.model, training=True), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+                output = call_model(self.model, self.example)
+        except Exception as error:  # a forward may fail in any way
+            raise _failed(self.model, self.example, error) from error
+        finally:
+            listener.remove()
+        outputs = [(t.grad_fn, t.output_nr) for t in tensors_in(output) if t.grad_fn is not None]
+        if not outputs:
+            raise PartitionError(
+                f"nothing that {type(self.model).__name__} returns in training mode carries a gradient: its parameters "
+                "are frozen (requires_grad=False), or its forward runs under torch.no_grad(); unfreeze what is to train"
+            )
+        self.graph = graph = _Graph(list(dict.fromkeys(outputs)), names)
+        self.calls = listener.calls
+        self.known: dict[Value, str] = {}
+        self.shapes: dict[Value, tuple[int, ...]] = {}
+        for call in self.calls:
+            call.taken = [(p, k, v, s) for p, k, edge, s in call.taken if (v := graph.value(edge)) is not None]
+            call.returned = [(v, s) for edge, s in call.returned if (v := graph.value(edge)) is not None]
+            call.frames = {v: name for edge, name in call.frames.items() if (v := graph.value(edge)) is not None}
+            seen = [(v, s) for _, _, v, s in call.taken] + call.returned
+            for value, shape in seen:
+                self.known.setdefault(value, call.name)
+                self.shapes.setdefault(value, shape)
+        for call in self.calls:
+            call.overwritten = frozenset(k for k, (tensor, version) in call.watched.items() if tensor._version != version)
+            call.watched = {}
+        graph.forget()
+        self.outputs_have_positions = any(_has_positions(tuple(t.shape)) for t in tensors_in(output)[:1])
+
+    def _crossing(self, times: Sequence[int]) -> list[list[Value]]:
+        """For each moment, in order: what is made before and read after it."""
+        crossing: list[list[Value]] = [[] for _ in times]
+        for value, reads in self.graph.reads.items():
+            made, last = self.graph.times[value[0]], max(reads)
+            for k in range(bisect.bisect_right(times, made), bisect.bisect_right(times, last)):
+                crossing[k].append(value)
+        return crossing
+
+    # Cut points --------------------------------------------------------------------------------------------------
+
+    def _find(self) -> list[tuple[Cut, bool]]:
+        """Every cut point, and whether it is one by default."""
+        calls = [c for c in self.calls if c.taken and is_unit(self.modules[c.name])]
+        calls.sort(key=lambda c: c.enter)
+        across = self._crossing([c.enter for c in calls])
+        found: list[tuple[Cut, bool]] = []
+        by_place: dict[tuple[int, Value], int] = {}
+        for call, crossing in zip(calls, across, strict=True):
+            features = self._features(call, crossing)
+            if features is None:
+                continue
+            others = [value for value in crossing if value != features]
+            place = (bisect.bisect_right(self.graph.times, call.enter), features)
+            if place in by_place:
+                index = by_place[place]
+                cut, plain = found[index]
+                if call.number == 0:
+                    found[index] = (_with_alias(cut, call.name), plain)
+                continue
+            by_place[place] = len(found)
+            found.append((self._cut(call, features, others), self._plain(call, features, others)))
+        spaced: list[tuple[Cut, bool]] = []
+        any_before = plain_before = 0
+        for cut, plain in found:  # between two cut points lies at least one layer with weights
+            plain = plain and not cut.overwritten and self._layers_between(plain_before, cut.position)
+            if plain or self._layers_between(any_before, cut.position):
+                spaced.append((cut, plain))
+                any_before = cut.position
+                plain_before = cut.position if plain else plain_before
+        return spaced
+
+    def _layers_between(self, start: int, stop: int) -> bool:
+        return bisect.bisect_left(self._leaf_starts, start) < bisect.bisect_left(self._leaf_starts, stop)
+
+    def _features(self, call: Call, crossing: Collection[Value]) -> Value | None:
+        """What the call takes and the next block is computed from; None if this is no cut."""
+        started = bisect.bisect_left(self.graph.first_reads, call.enter)
+        wanted = (1 << started) - 1
+        ended = bisect.bisect_left(self.graph.last_reads, call.enter)
+        if ended == 0 or ended == len(self.graph.order):
+            return None  # nothing to train on one side
+        taken = [v for _, _, v, s in call.taken if v in crossing and 2 <= len(s) <= 5]
+        full = [v for v in taken if self.graph.bits[v[0]] & wanted == wanted]
+        if not full or len(crossing) > MOST_TAPS + 1:
+            return None
+        features = max(full)
+        findable = all(value in self.known or value in call.frames for value in crossing)
+        return features if findable else None
+
+    def _plain(self, call: Call, features: Value, others: Sequence[Value]) -> bool:
+        return not others or self._tapped(call, features, others)
+
+    def _tapped(self, call: Call, features: Value, others: Sequence[Value]) -> bool:
+        """Whether ``others`` only wait for a later head, while all goes on from ``features``, the youngest value.
+
+        So it is in encoders whose stages are read again by a decoder or a feature pyramid: what runs next reads the
+        features, they were computed from each of the others, and each other one are maps of finer resolution, or
+        nothing reads it before the model's own child that runs at the moment has ended. The input of a module that is
+        still running, such as the shortcut of a residual unit, does not wait for a head.
+        """
+        graph, moment = self.graph, call.enter
+        running = [c for c in self.calls if c.enter < moment < c.exit]
+        end = min((c.exit for c in running if "." not in c.name), default=moment)
+        if features not in self._reads_first(moment, {*others, features}):
+            return False
+        above = graph.ancestors[features[0]]
+        for other in others:
+            uses = [time for time in graph.reads[other] if time > moment]
+            finer = self._side(other) > self._side(features) > 0
+            if not above >> other[0] & 1 or not (finer or (end > moment and min(uses) >= end)):
+                return False
+            for outer in running:
+                if graph.times[other[0]] < outer.enter and min(uses) < outer.exit:
+                    (entering,) = self._crossing([outer.enter])
+                    if other in self._reads_first(outer.enter, set(entering)):
+                        return False
+        return True
+
+    def _reads_first(self, moment: int, values: Collection[Value]) -> list[Value]:
+        for index in range(bisect.bisect_right(self.graph.times, moment), len(self.graph.times)):
+            if reading := [value for value in self.graph.inputs[index] if value in values]:
+                return reading
+        return []
+
+    def _side(self, value: Value) -> int:
+        """Height of maps in positions; 0 for other values."""
+        shape = self.shapes.get(value, ())
+        if len(shape) not in (4, 5):
+            return 0
+        hint = self._channels_hint(self.graph.times[value[0]], shape)
+        return shape[1] if hint == "last" else shape[2]
+
+    def _cut(self, call: Call, features: Value, others: Sequence[Value]) -> Cut:
+        leaf, _, _, shape = next(taken for taken in call.taken if taken[2] == features)
+        moment = call.enter
+        later = (c for c in self._weighted if c.enter >= moment)
+        shared = [n for n, reads in self.graph.readers.items() if min(reads) < moment <= max(reads)]
+        return Cut(
+            call.name,
+            (),
+            moment,
+            shape,
+            self._channels_hint(moment, shape),
+            moment >= self._head or not any(_has_positions(c.makes) for c in later),
+            Point(call.name, call.number, leaf),
+            leaf in call.overwritten,
+            tuple(self.known.get(value) or call.frames[value] for value in others),
+            tuple(shared),
+        )
+
+    def _finest(self) -> Iterator[Cut]:
+        """Cut points where taps cross too, as long as the features are computed from them; outermost modules only."""
+        chosen: list[Cut] = []
+        for cut, plain in self.all:
+            inside = any(cut.name.startswith(other.name + ".") for other in chosen)
+            if (cut.shared and not self.shared) or cut.overwritten or (inside and not plain):
+                continue
+            chosen.append(cut)
+            yield cut
+
+    def _channels_hint(self, moment: int, shape: tuple[int, ...]) -> Hint:
+        """Where the layers next to a moment look for channels: the first one with weights behind it, else before it."""
+        if len(shape) < 3:
+            return None
+        at = bisect.bisect_left([c.enter for c in self.calls], moment)
+        ways = [[(c.name, c.reads) for c in self.calls[at:]], [(c.name, c.makes) for c in reversed(self.calls[:at])]]
+        for way in ways:
+            for name, seen in way[:48]:
+                if len(seen) != len(shape):
+                    continue
+                if (hint := _looks_for(self.modules[name], seen)) is not None:
+                    return hint
+        return "last" if len(shape) == 4 and shape[1] == shape[2] != shape[3] else None
+
+    def _head_position(self) -> int:
+        """Where the model's own head begins if it answers with positions, as in segmentation; else the end.
+
+        The head are those parts of the model from which nothing goes on to another part.
+        """
+        end = 1 << 62
+        if not self._weighted or not self.outputs_have_positions or not _has_positions(self._weighted[-1].makes):
+            return end
+        paths = [call.name.split(".") for call in self._weighted]
+        # The least and the greatest path differ where any two do.
+        pairs = zip(min(paths)[:-1], max(paths)[:-1], strict=False)
+        shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        parts = [".".join(path[: shared + 1]) for path in paths]
+        going_on: set[str] = set()
+        above: list[frozenset[str]] = []
+        for index, time in enumerate(self.graph.times):
+            before = frozenset().union(*(above[j] for j, _ in self.graph.inputs[index]))
+            k = bisect.bisect_left(self._leaf_starts, time) - 1
+            if k >= 0 and time < self._weighted[k].exit:
+                going_on |= before - {parts[k]}
+                before |= {parts[k]}
+            above.append(before)
+        entered = {call.name: call.enter for call in reversed(self.calls)}
+        return min((entered.get(part, end) for part in {*parts} - going_on), default=end)
+
+    # What is asked about cuts ------------------------------------------------------------------------------------
+
+    def named(self, names: Sequence[str]) -> tuple[Cut, ...]:
+        """The cut points that begin with the modules ``names``, in the order they run.
+
+        Raises:
+            PartitionError: a module does not exist, never runs, or cannot begin a block.
+        """
+        chosen: dict[int, Cut] = {}
+        for name in names:
+            cut = self._named(name)
+            if cut.position in chosen:
+                raise PartitionError(
+                    f"cuts {tuple(names)}: {name!r} begins where {chosen[cut.position].name!r} does; name it once"
+                )
+            chosen[cut.position] = cut
+        return tuple(cut for _, cut in sorted(chosen.items()))
+
+    def _named(self, name: str) -> Cut:
+        known = {alias: cut for cut, _ in reversed(self.all) for alias in (cut.name, *cut.aliases)}
+        valid = ", ".join(repr(cut.name) for cut in (self.cuts or self.finest)[:6])
+        valid = f"blocks may begin with {valid or 'nothing'}{', ...' * (len(self.cuts) > 6)}"
+        if name in known:
+            cut = known[name]
+            if cut.shared and not self.shared:
+                raise PartitionError(
+                    f"cuts: parameter {cut.shared[0]!r} is used before and after {name!r}, so two losses would train it; "
+                    "write localize(..., shared=True) to let both, or untie it (copy.deepcopy); "
+                    f"without shared parameters {valid}"
+                )
+            return cut
+        if name not in self.modules:
+            raise PartitionError(f"cuts: {nearest(name, self.modules, 'module')}")
+        call = next((c for c in self.calls if c.name == name), None)
+        if call is None:
+            raise PartitionError(f"cuts: module {name!r} exists but is not called in training mode; {valid}")
+        if not call.taken:
+            raise PartitionError(f"cuts: {name!r} takes nothing that was computed from parameters before it; {valid}")
+        (crossing,) = self._crossing([call.enter])
+        started = bisect.bisect_left(self.graph.first_reads, call.enter)
+        covered = 0
+        for _, _, value, _ in call.taken:
+            covered |= self.graph.bits[value[0]] if value in crossing else 0
+        left = [n for k, n in enumerate(self.graph.order[:started]) if not covered >> k & 1]
+        if left:
+            raise PartitionError(
+                f"cuts: {name!r} is no cut point: what it takes does not depend on {left[0]!r}, which runs before it on a "
+                f"branch of its own and would train in no block; {valid}"
+            )
+        lost = [value for value in crossing if value not in self.known and value not in call.frames]
+        if lost:
+            raise PartitionError(
+                f"cuts: {name!r} is no cut point: a tensor made by {self.graph.kinds[lost[0][0]]} crosses there that no "
+                f"module takes or returns and no variable holds (an attribute, a closure); {valid}"
+            )
+        raise PartitionError(f"cuts: {name!r} is no cut point; {valid}")
+
+    def layer_bits(self) -> int:
+        """The nodes that read a weight matrix, as bits."""
+        wide = {name for name, p in self.model.named_parameters() if p.dim() >= 2}
+        return sum(1 << node for node, names in self.graph.own.items() if wide.intersection(names))
+
+    def home(self, cuts: Sequence[Cut]) -> dict[str, tuple[int, ...]]:
+        """The blocks that use each parameter, and none for those that no forward uses."""
+        edges = [cut.position for cut in cuts]
+        first: dict[str, int] = {}
+        for call in self.calls:
+            first.setdefault(call.name, bisect.bisect_right(edges, call.enter))
+        found: dict[str, tuple[int, ...]] = {}
+        for name, _ in self.model.named_parameters():
+            if (reads := self.graph.readers.get(name)) is not None:
+                found[name] = tuple(sorted({bisect.bisect_left(edges, time) for time in reads}))
+            else:
+                owners = itertools.accumulate(name.split(".")[:-1], lambda a, b: f"{a}.{b}")
+                block = next((first[owner] for owner in reversed(list(owners)) if owner in first), None)
+                found[name] = () if block is None else (block,)
+        return found
+
+    def units_after(self, cut: Cut) -> tuple[Unit, ...]:
+        """The model's modules that the units from ``cut`` on consist of, as far as each is one module."""
+        units = (cut, *(other for other in self.cuts if other.position > cut.position and not other.tail))
+        layouts = [shape_layout(one.shape, self.example, one.channels_hint) for one in units]
+        ends = [*layouts[1:], layouts[0] if cut.tail else self.final_layout]
+        found = []
+        for k, one in enumerate(units):
+            path = self._unit_path(one)
+            call = next(c for c in self.calls if c.name == path)
+            shape = call.returned[0][1] if call.returned and not call.structured else ()
+            channels = shape_layout(shape, self.example, one.channels_hint).channels if len(shape) >= 2 else None
+            whole = one is units[-1] or channels in (None, ends[k].channels)
+            module = self._callable(call)
+            found.append(Unit(path, module, layouts[k], ends[k], self._reads_taps(call, one), whole))
+        return tuple(found)
+
+    def _callable(self, call: Call) -> nn.Module:
+        """A module, such that it can be called with the features alone."""
+        module = self.modules[call.name]
+        first = call.taken[0][1] if call.taken else 0
+        return Called(module, first, call.others) if call.others or call.structured or first != 0 else module
+
+    def _reads_taps(self, call: Call, cut: Cut) -> bool:
+        """Whether a module reads more than the features that cross where it begins."""
+        (crossing,) = self._crossing([cut.position])
+        features = next((v for leaf, _, v, _ in call.taken if leaf == cut.point.leaf), None)
+        early = {value for value in crossing if value != features}
+        return any(any(call.enter < time < call.exit for time in self.graph.reads[value]) for value in early)
+
+    def _unit_path(self, cut: Cut) -> str:
+        """The largest module that begins at ``cut`` and holds no later cut point."""
+        later = [other.name for other in self.cuts if other.position > cut.position]
+        names = sorted((cut.name, *cut.aliases), key=lambda name: name.count("."))
+        return next((n for n in names if not any(other.startswith(n + ".") for other in later)), names[-1])
+
+    @property
+    def num_units(self) -> int:
+        """Units of the whole model: what runs before the first cut point, and one for each cut point but a tail."""
+        return 1 + sum(not cut.tail for cut in self.cuts)
+
+    @cached_property
+    def final_layout(self) -> Layout:
+        """Layout of the last features before the model's last layer, or its own head, that still have positions."""
+        end = min(self._weighted[-1].enter, self._head) if self._weighted else 1 << 62
+        seen = [
+            (time, shape)
+            for value, shape in self.shapes.items()
+            if (time := self.graph.times[value[0]]) < end and _has_positions(shape)
+        ]
+        if not seen:
+            return shape_layout(self.cuts[-1].shape if self.cuts else (1, 1), self.example, None)
+        time, shape = max(seen)
+        return shape_layout(shape, self.example, self._channels_hint(time, shape))
+
+
+def _with_alias(cut: Cut, name: str) -> Cut:
+    if name == cut.name or name in cut.aliases:
+        return cut
+    names = sorted((cut.name, *cut.aliases, name), key=lambda one: (one.count("."), len(one)))
+    return replace(cut, name=names[0], aliases=tuple(names[1:]))
+
+
+def _looks_for(module: nn.Module, shape: tuple[int, ...]) -> Hint:
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+        return "first"
+    if isinstance(module, (nn.Linear, nn.LayerNorm)):
+        width = module.weight.shape[-1]
+        return "last" if width == shape[-1] else "first"
+    return None
+
+
+def _has_positions(shape: tuple[int, ...]) -> bool:
+    if len(shape) < 4:
+        return len(shape) == 3
+    return any(side != 1 for side in shape[2:]) and any(side != 1 for side in shape[1:-1])
+
+
+def shape_layout(shape: tuple[int, ...], example: Any, hint: Hint) -> Layout:
+    """The layout of features of one shape."""
+    inputs = tensors_in(example)[0]
+    return layout_of(inputs.new_empty((), dtype=torch.float32).expand(shape), inputs, hint)
+
+
+def _failed(model: nn.Module, example: Any, error: Exception) -> PartitionError:
+    given = ", ".join(_described(leaf) for leaf in tree_leaves(example))
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return PartitionError(
+        f"{type(model).__name__} does not run in training mode on example={given}: {reason}. Pass a small batch shaped as "
+        "in training, of at least 2 samples, with the model's dtype and on its device, such as torch.randn(2, 3, 224, "
+        "224); a tuple for a model with several inputs, a mapping for keyword arguments."
+    )
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"

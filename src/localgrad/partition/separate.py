@@ -1,0 +1,218 @@
+"""Blocks that can be called one by one, for what needs them: ranks of block parallel, and blocks that run again.
+
+They come from torch.fx (`localgrad.partition.blocks`) or from a list of modules, and must compute in training mode what
+the model's own forward computes. Chained they are a module like any other, which the engine suspends at its cuts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from localgrad.errors import PartitionError
+from localgrad.forward import Point, call_model
+from localgrad.partition.blocks import (
+    INPUTS,
+    OUTPUT,
+    Block,
+    RecomputedBlock,
+    ancestors,
+    check_shared_parameters,
+    join,
+    split,
+)
+from localgrad.partition.moments import Cut, Partition
+from localgrad.recompute import recomputed
+from localgrad.untouched import untouched
+
+
+class _Step(nn.Module):
+    """One module of a list, under a name of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class Chain(nn.Module):
+    """Modules that run one after the other, each on what the one before returned, and together are a model."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(_Step(module) for module in modules)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        first, *rest = self.steps
+        value = first(*args, **kwargs)
+        for step in rest:
+            value = step(value)
+        return value
+
+    def check_equals(self, model: nn.Module, example: Any) -> None:
+        """Raise `PartitionError` unless the modules are parts of ``model`` and compute what it does."""
+        owned = {id(p) for p in model.parameters()}
+        if strange := [name for name, p in self.named_parameters() if id(p) not in owned]:
+            raise PartitionError(
+                f"{strange[0].removeprefix('steps.')!r} of the list of modules is no parameter of the model; list the "
+                "model's own modules"
+            )
+        check_shared_parameters(model, list(self.steps), [f"modules[{k}]" for k in range(1, len(self.steps))])
+        _compare(self, model, example, "the listed modules, one after the other,")
+
+
+class _Door(nn.Module):
+    """Stands where a block begins, outside what may run again."""
+
+    def forward(self, *values: Any) -> None:
+        pass
+
+
+class SeparateBlocks(nn.Module):
+    """Blocks that run one behind the other, as one forward.
+
+    Args:
+        blocks: in the order they run; a part of them where others run elsewhere.
+        training: whose mode says which values blocks read.
+
+    Attributes:
+        again: indices of blocks to run again in the backward pass; set for each step.
+        values: what later blocks still read, by name, after a block has run.
+    """
+
+    def __init__(self, blocks: Sequence[Block | RecomputedBlock]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.doors = nn.ModuleList(_Door() for _ in blocks)
+        self.again: Collection[int] = ()
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Where blocks after the first begin, and where they take the features."""
+        found = []
+        for k in range(1, len(self.blocks)):
+            before, block = self.blocks[k - 1], self.blocks[k]
+            found.append(Point(f"doors.{k}", 0, block.inputs.index(before.outputs[0])))
+        return tuple(found)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.run({INPUTS: inputs[0] if len(inputs) == 1 else inputs})[OUTPUT]
+
+    def run(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Run the blocks on ``values``; what none of them reads any more is let go of."""
+        for index, block in enumerate(self.blocks):
+            arguments = [values[name] for name in block.inputs]
+            for name in [n for n in values if not any(n in later.inputs for later in self.blocks[index + 1 :])]:
+                if name in block.inputs:
+                    del values[name]
+            if index:
+                self.doors[index](*arguments)
+            again = index in self.again and torch.is_grad_enabled()
+            outputs = recomputed(block, *arguments) if again else block(*arguments)
+            del arguments
+            values |= zip(block.outputs, outputs, strict=True)
+            del outputs
+        return values
+
+
+def separate_blocks(
+    partition: Partition, cuts: Sequence[Cut], which: Sequence[int] = (), why: str = "separate blocks"
+) -> list[Block | RecomputedBlock]:
+    """The blocks between ``cuts`` as modules that share the model's parameters.
+
+    Args:
+        partition: of the model.
+        cuts: in the order they run.
+        which: indices of blocks that run unit by unit, each unit but the last again in the backward pass.
+        why: who needs them, for messages.
+
+    Raises:
+        PartitionError: the model does not allow it, or they would not compute what its own forward does.
+    """
+    model, example = partition.model, partition.example
+    positions = [0, *(cut.position for cut in cuts), 1 << 62]
+    points, sizes = list(cuts), [1] * (len(cuts) + 1)
+    for index in which:
+        if not 0 <= index <= len(cuts):
+            raise PartitionError(f"recomputed blocks {tuple(which)}: there are {len(cuts) + 1} blocks, counted from 0")
+        inner = [cut for cut in partition.cuts if positions[index] < cut.position < positions[index + 1]]
+        if not inner:
+            begins = repr(cuts[index - 1].name) if index else "the input"
+            raise PartitionError(
+                f"recomputed blocks {tuple(which)}: block {index}, from {begins} on, is a single unit, with no cut point "
+                "inside to recompute from; leave it out"
+            )
+        points += inner
+        sizes[index] += len(inner)
+    points.sort(key=lambda cut: cut.position)
+    if isinstance(model, Chain):
+        parts = _from_list(model, [int(cut.name.split(".")[1]) for cut in points])
+    else:
+        _check_separable(model, points, example, why)
+        parts = split(model, example, [cut.point.name for cut in points], "auto")
+    blocks = join(model, parts, sizes)
+    _compare(SeparateBlocks(blocks), model, example, f"{why}: the blocks that torch.fx makes")
+    return blocks
+
+
+def _from_list(chain: Chain, starts: Sequence[int]) -> list[Block]:
+    edges = [0, *starts, len(chain.steps)]
+    blocks = []
+    for k in range(len(edges) - 1):
+        steps = nn.Sequential(*chain.steps[edges[k] : edges[k + 1]])
+        names = ((INPUTS if k == 0 else f"features_{k}",), (OUTPUT if k == len(edges) - 2 else f"features_{k + 1}",))
+        wrapped = _Single(steps, spread=k == 0)
+        blocks.append(Block(chain, {True: (wrapped, *names), False: (wrapped, *names)}))
+    return blocks
+
+
+class _Single(nn.Module):
+    def __init__(self, module: nn.Module, spread: bool) -> None:
+        super().__init__()
+        self.module, self.spread = module, spread
+
+    def forward(self, value: Any) -> tuple[Any]:
+        return (call_model(self.module, value) if self.spread else self.module(value),)
+
+
+def _check_separable(model: nn.Module, cuts: Sequence[Cut], example: Any, why: str) -> None:
+    if not isinstance(example, (Tensor, tuple, list)):
+        raise PartitionError(f"{why}: torch.fx takes a tensor or a tuple as example, not a {type(example).__name__}")
+    if repeated := [cut.name for cut in cuts if cut.point.call]:
+        raise PartitionError(f"{why}: {repeated[0]!r} is called several times; name a cut point that is called once")
+    modules = dict(model.named_modules())
+    for path in {"", *ancestors(cut.point.name for cut in cuts)}:
+        module = modules[path]
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            raise PartitionError(
+                f"{why} call the parts of {path or type(model).__name__!r} one by one, which would pass by the hooks or "
+                "the changed forward that it has; remove them, or use a method that needs no separate blocks"
+            )
+
+
+def _compare(ours: nn.Module, model: nn.Module, example: Any, what: str) -> None:
+    """Raise `PartitionError` unless two modules return the same and move buffers the same way, in training mode."""
+    seen = []
+    for module in (model, ours):
+        with untouched(model, training=True), torch.no_grad():
+            torch.manual_seed(0)
+            try:
+                outputs = tree_leaves(call_model(module, example))
+            except Exception as error:  # a module may fail in any way on what another one returned
+                raise PartitionError(f"{what} do not run: {error}") from error
+            seen.append([*outputs, *(buffer.clone() for buffer in model.buffers())])
+    if len(seen[0]) != len(seen[1]) or not all(_equal(a, b) for a, b in zip(*seen, strict=True)):
+        raise PartitionError(
+            f"{what} do not compute what {type(model).__name__}.forward does in training mode on the example: list every "
+            "module that runs, in order, functions such as flatten wrapped as modules"
+        )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b

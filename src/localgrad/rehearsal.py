@@ -1,0 +1,102 @@
+"""One forward over the example before training: features at the boundaries, and how what crosses them is found."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from localgrad.engine import Pass
+from localgrad.errors import PartitionError
+from localgrad.forward import OpenModel, Tag, Watch
+from localgrad.method import Batch
+from localgrad.spans import Span
+from localgrad.untouched import untouched
+
+if TYPE_CHECKING:
+    from localgrad.network import LocalNetwork
+
+TRIES = 8  # forwards that may skip the module a block begins with (layer drop) before that is an error
+
+
+class _Reads(TorchDispatchMode):
+    """Which block reads which storage last; ``block`` is the one that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = 0
+        self.last: dict[int, int] = {}
+        self.kept: list[Any] = []  # so that no other storage takes the place of one
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and (storage := _storage(tensor)) is not None:
+                self.kept.append(storage)
+                self.last[storage._cdata] = self.block
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: Tensor) -> Any:
+    return None if hasattr(tensor, "__tensor_flatten__") else tensor.untyped_storage()
+
+
+def rehearse(network: LocalNetwork, example: Any) -> tuple[list[Tensor], Watch]:
+    """Run the forward block by block without losses.
+
+    What crosses a boundary is looked for everywhere once: in all that modules take and return, and in the local
+    variables of all frames. In training only those places are looked at where something was found.
+
+    Returns:
+        the features at boundaries 1 .. K-1, and the `Watch` for training.
+
+    Raises:
+        PartitionError: the forward does not come by every cut.
+    """
+    watch = Watch(tuple(name for name, _ in network.suspended.named_modules() if name), frames=True)
+    for turn in range(TRIES):
+        with untouched(network.model, training=True), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            torch.manual_seed(turn)
+            network.watch = watch
+            with network.opened(()) as opened:
+                features, places = _walk(network, opened, example)
+        if len(features) == network.num_blocks - 1:
+            return features, _watch(places)
+    raise PartitionError(
+        f"{type(network.model).__name__} did not come by every cut in {TRIES} forwards over the example: a module that a "
+        "block begins with is skipped at random; cut before one that always runs"
+    )
+
+
+def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[Tensor], dict[Tag, int]]:
+    """The features at each boundary that was reached, and the last block that reads what is held under each tag."""
+    spans = [Span(k, k + 1) for k in range(network.num_blocks)]
+    one = Pass(network, opened, spans, Batch(example, None, 0))
+    features: list[Tensor] = []
+    found: dict[Tag, tuple[int, int]] = {}
+    with _Reads() as reads:
+        for block in one.blocks:
+            reads.block = block
+            before = one.boundary
+            one.run(block)
+            reads.block = -1
+            if block < network.num_blocks - 1 and one.boundary == block + 1:
+                features.append(one.forward.features.detach())
+            one.graphs.clear()
+            if before <= block:
+                one.go_on(block + 1)  # cut from its graph now: what only the graph holds goes with it
+                for held in one.held:
+                    tensor = held.ref()
+                    if tensor is not None and held.tag not in found and (storage := _storage(tensor)) is not None:
+                        found[held.tag] = (storage._cdata, held.maker)
+    last = network.num_blocks - 1
+    return features, {
+        tag: max(reads.last.get(storage, maker), maker) for tag, (storage, maker) in found.items() if maker < last
+    }
+
+
+def _watch(places: dict[Tag, int]) -> Watch:
+    modules = dict.fromkeys(tag[1] for tag in places if tag[0] in ("takes", "returns"))
+    return Watch(tuple(modules), any(tag[0] == "frame" for tag in places), places)

@@ -1,0 +1,115 @@
+"""The order of one step, as data: what the engine does with blocks, losses and graphs, and when.
+
+``drawn(timetable(spans, num_blocks))`` prints the rows. Four blocks, one micro-batch:
+
+    e2e        forward 0 | forward 1 | forward 2 | forward 3 | loss (0, 4) | back 3, free | back 2, free
+               | back 1, free | back 0, free | done 0 | done 1 | done 2 | done 3
+    dgl        forward 0 | loss (0, 1) | back 0, free | done 0 | forward 1 | loss (1, 2) | back 1, free | done 1
+               | forward 2 | loss (2, 3) | back 2, free | done 2 | forward 3 | loss (3, 4) | back 3, free | done 3
+    mlaan      forward 0 | loss (0, 1) | forward 1 | loss (0, 2) | back 1 | back 0, free | done 0 | loss (1, 2)
+               | forward 2 | loss (1, 3) | back 2 | back 1, free | done 1 | loss (2, 3) | forward 3 | loss (2, 4)
+               | back 3 | back 2, free | done 2 | loss (3, 4) | back 3, free | done 3
+    pgl        on guided steps the rows of e2e, on the others those of its base
+
+Spans that start at one boundary share one way back, taken when the widest of them ends. A graph is freed by the last way
+back through it, a block is done when no span will reach it any more.
+
+Several micro-batches pass a *group* of blocks, the finest run that no span crosses, before the next group begins. So a
+block steps, and frees its gradients, before the next one runs, and one part's graphs are alive at a time:
+
+    dgl, 2 parts   forward 0 | loss (0, 1) | back 0, free | forward 0' | loss (0, 1)' | back 0', free | done 0 | ...
+
+Where one span covers everything the one group is the network, and the parts run one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from localgrad.spans import Span, groups
+
+Do = Literal["forward", "loss", "back", "twins", "done", "take", "send", "return"]
+
+
+class Row(NamedTuple):
+    """One thing that is done.
+
+    Args:
+        do: ``forward`` runs a block; ``loss`` yields that of a span; ``back`` goes back through a block on the way of
+            the spans from ``start``; ``twins`` at the boundary behind a block move; ``done``: a block's gradients are
+            complete. Between ranks: ``take`` and ``send`` features, ``return`` a gradient.
+        block: which.
+        part: micro-batch.
+        span: of a ``loss``.
+        start: of a way ``back``, or of the way whose gradient is returned.
+        free: whether the block's graph is freed.
+    """
+
+    do: Do
+    block: int
+    part: int = 0
+    span: Span | None = None
+    start: int = -1
+    free: bool = False
+
+    def __str__(self) -> str:
+        what = str(self.span) if self.span is not None else str(self.block)
+        return f"{self.do} {what}{chr(39) * self.part}{', free' * self.free}"
+
+
+class _Part:
+    """Which ways back one micro-batch still has to take."""
+
+    def __init__(self, spans: Sequence[Span], num_blocks: int) -> None:
+        self.ends = {s.start: max(t.stop for t in spans if t.start == s.start) for s in spans}
+        self.left = [sum(start <= k < stop for start, stop in self.ends.items()) for k in range(num_blocks)]
+
+    def back(self, span: Span, part: int, first: int) -> Iterator[Row]:
+        """The rows behind the loss of ``span``, down to block ``first``."""
+        if span.stop == self.ends[span.start]:
+            yield from self.way(span.start, span.stop - 1, part, first)
+
+    def way(self, start: int, last: int, part: int, first: int) -> Iterator[Row]:
+        """The way of the spans from ``start`` back through blocks ``last`` to ``first``."""
+        for block in range(last, max(start, first) - 1, -1):
+            self.left[block] -= 1
+            yield Row("back", block, part, start=start, free=self.left[block] == 0)
+
+
+def timetable(
+    spans: Sequence[Span], num_blocks: int, parts: int = 1, *, late: bool = False, training: bool = True
+) -> tuple[Row, ...]:
+    """The rows of a step.
+
+    Args:
+        spans: of the step.
+        num_blocks: K.
+        parts: micro-batches.
+        late: whether heads get gradients from the losses at the next boundary, so that a block is done only after them.
+        training: False for forwards and losses only.
+    """
+    rows: list[Row] = []
+    states = [_Part(spans, num_blocks) for _ in range(parts)]
+    ordered = sorted(spans, key=lambda span: (span.stop, -span.start))
+    waiting = list(range(num_blocks))
+    for group in groups(spans, num_blocks):
+        for part, state in enumerate(states):
+            last = part == parts - 1
+            for block in group:
+                rows.append(Row("forward", block, part))
+                for span in (s for s in ordered if s.stop == block + 1):
+                    rows.append(Row("loss", block, part, span))
+                    rows += state.back(span, part, 0) if training else ()
+                if training and last:
+                    rows.append(Row("twins", block, part))
+                    known = block + 1 if not late or block + 1 == num_blocks else block
+                    done = [k for k in waiting if state.left[k] == 0 and k < known]
+                    rows += [Row("done", k, part) for k in done]
+                    waiting = [k for k in waiting if k not in done]
+    return tuple(rows)
+
+
+def drawn(rows: Sequence[Row]) -> str:
+    """The rows in one line; micro-batches after the first have primes, rows that move twins are left out."""
+    return " | ".join(str(row) for row in rows if row.do != "twins")
