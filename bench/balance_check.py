@@ -38,7 +38,7 @@ for name, batch in (one for one in MODELS if arguments.only in one[0]):
     for num_blocks in arguments.blocks:
         peaks = {}
         for cuts in combinations(names, num_blocks - 1):
-            step = planner.step(planner.network(method, cuts), method, batch)
+            step = planner.step(planner.network(method, cuts), method)
             peaks[cuts] = {"at the end": sum(step.peak), "by block": sum(step.per_block)}
         equal = tuple(cut.name for cut in by_count(planner.partition, num_blocks))
         for when, held in (("at the end", "earlier"), ("by block", "own")):

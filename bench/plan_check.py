@@ -59,12 +59,12 @@ for (name, pixels, batch), cases in groupby((c for c in CASES if arguments.only 
     y = torch.randint(10, (batch,))
     plain = build_method(["e2e"], task)
     contestants = [localize(model, plain, 1, example=x[:2])]
-    steps = [planner.step(planner.network(plain, ()), plain, batch)]
+    steps = [planner.step(planner.network(plain, ()), plain)]
     rows = list(cases)
     for _, _, _, k, text in rows:
         method = build_method(yaml.safe_load(text) if text.startswith("[") else parse_method(text), task)
         cuts = [cut.name for cut in planner.cuts(k, method)] if k > 1 else []
-        steps.append(planner.step(planner.network(method, cuts), method, batch))
+        steps.append(planner.step(planner.network(method, cuts), method))
         contestants.append(localize(model, method, cuts or 1, example=x[:2]))
     seconds = step_seconds(contestants, x, y, rounds=arguments.rounds)
     for (_, _, _, k, text), network, step, taken in zip(rows, contestants[1:], steps[1:], seconds[1:], strict=True):

@@ -66,7 +66,10 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class BlocksConfig:
-    """As `localgrad.localize` takes it; exactly one of ``num_blocks`` and ``cuts``."""
+    """Where to cut, see `localgrad.cuts`; exactly one of ``num_blocks`` and ``cuts``, names of modules.
+
+    ``balance`` goes with ``num_blocks``, ``stem`` with ``num_blocks`` balanced by count.
+    """
 
     num_blocks: int | None = None
     cuts: list[str] | None = None

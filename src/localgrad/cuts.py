@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 
 from torch import nn
 
-from localgrad.engine import num_samples
+from localgrad.forward import num_samples
 from localgrad.errors import PartitionError, nearest
 from localgrad.method import Method
 from localgrad.partition import Chain, Cut, Partition, choose

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.boundary import BlockGraph, Gradients, becomes, nothing_like, stopped
 from localgrad.errors import TrainingError
-from localgrad.forward import OpenModel, Tag
+from localgrad.forward import OpenModel, Tag, num_samples
 from localgrad.isolation import check_isolation
 from localgrad.method import Batch, Term, alone
 from localgrad.partition.units import called_as
@@ -41,7 +41,8 @@ class Held:
 class Pass:
     """One micro-batch on its way: its suspended forward, and the graphs that some span still goes back through.
 
-    ``blocks`` are all of them or, where others run elsewhere, the consecutive ones that run here.
+    ``blocks`` are all of them or, where others run elsewhere, the consecutive ones that run here; then ``values`` are
+    what they are called with.
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class Pass:
         share: float = 1.0,
         autocast: torch.dtype | None = None,
         blocks: range | None = None,
+        values: Any = None,
     ) -> None:
         self.network, self.spans, self.batch, self.part, self.share = network, spans, batch, part, share
         self.blocks = range(network.num_blocks) if blocks is None else blocks
-        self.forward = opened.call(batch.inputs)
+        self.forward = opened.call(batch.inputs if values is None else values)
         self.watch, self.autocast, self.training = opened.watch, autocast, torch.is_grad_enabled()
         self.graphs: dict[int, BlockGraph] = {}
         self.held: list[Held] = []
@@ -80,8 +82,7 @@ class Pass:
         """
         if self.boundary > block:
             return
-        if block > self.blocks.start:
-            self.go_on(block)
+        self.go_on(block)
         with contextlib.ExitStack() as around:
             around.enter_context(draws_of("block", self.batch.step, self.part, block, self.network.device))
             around.enter_context(precision(self.network.device, self.autocast))
@@ -286,16 +287,6 @@ def parts_of(inputs: Any, targets: Any, parts: int) -> list[tuple[Any, Any, floa
     return [(rows(inputs, a, b), rows(targets, a, b), (b - a) / size) for a, b in pairwise(edges) if b > a]
 
 
-def num_samples(values: Any) -> int | None:
-    """Samples of a batch, given as a tensor of B rows, a list of B entries, or tuples and mappings of these."""
-    if isinstance(values, Tensor):
-        return len(values) if values.dim() else None
-    if isinstance(values, list):
-        return len(values)
-    inner = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else ()
-    return next((size for value in inner if (size := num_samples(value)) is not None), None)
-
-
 def rows(values: Any, start: int, stop: int) -> Any:
     """Samples ``start`` to ``stop`` of such a batch, in the same form; what has no samples stays as it is."""
     if isinstance(values, list) or (isinstance(values, Tensor) and values.dim()):
@@ -391,7 +382,7 @@ def in_context(network: LocalNetwork, batch: Batch, part: int, autocast: torch.d
 
 def execute(
     network: LocalNetwork,
-    table: Sequence[Row],
+    table: Iterable[Row],
     passes: Sequence[Pass],
     on_output: OnOutput | None,
     done: Callable[[int], None],

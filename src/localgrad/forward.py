@@ -82,6 +82,16 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+def num_samples(values: Any) -> int | None:
+    """Samples of a batch, given as a tensor of B rows, a list of B entries, or tuples and mappings of these."""
+    if isinstance(values, Tensor):
+        return len(values) if values.dim() else None
+    if isinstance(values, list):
+        return len(values)
+    inner = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else ()
+    return next((size for value in inner if (size := num_samples(value)) is not None), None)
+
+
 def held_by_frames(frame: Any) -> Iterator[tuple[Tag, Tensor]]:
     """Tensors with a graph in local variables of the frames from ``frame`` outwards, lists and mappings opened."""
     while frame is not None:
@@ -180,7 +190,8 @@ class SuspendedForward(greenlet.greenlet):
         assert self._base is not None and self.parent is not None
         own = thread_state.values()
         device = self._opened.device_type
-        self.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        if torch.amp.is_autocast_available(device):  # on meta, where models are planned, there is none
+            self.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         stacked = thread_state.lift_off(self._base)
         self.hooked = bool(stacked.hooks)
         try:

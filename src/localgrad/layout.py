@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from localgrad.errors import PartitionError
+from localgrad.errors import MethodError, PartitionError
 
 Kind = Literal["maps", "channels_last", "tokens", "vector"]
 MAX_PREFIX_TOKENS = 8
@@ -19,15 +19,17 @@ class Layout:
     """The form of features.
 
     Args:
-        kind: ``maps`` (B, C, H, W), ``channels_last`` (B, H, W, C), ``tokens`` (B, T, C) or ``vector`` (B, C).
+        kind: ``maps`` (B, C, H, W), ``channels_last`` (B, H, W, C), ``tokens`` (B, T, C) or ``vector`` (B, C); maps also
+            as signals (B, C, L) and volumes (B, C, D, H, W), the latter with channels last too.
         channels: C.
-        grid: (H, W); for tokens the grid their positions form, or (T, 1) if they form none.
+        grid: (H, W), or (D, H, W); (L, 1) for signals; for tokens the grid their positions form, or (T, 1) if they form
+            none.
         prefix: tokens in front of the grid (class and register tokens).
     """
 
     kind: Kind
     channels: int
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     prefix: int = 0
 
 
@@ -35,9 +37,10 @@ def layout_of(features: Tensor, inputs: Tensor, channels_hint: Literal["first", 
     """Read the layout off an example.
 
     Args:
-        features: (B, C, H, W), (B, H, W, C), (B, T, C) or (B, C).
+        features: (B, C, H, W), (B, H, W, C), (B, T, C), (B, C, L), (B, C), (B, C, D, H, W) or (B, D, H, W, C).
         inputs: the images they came from, (B, C, H, W): their aspect ratio says how tokens form a grid.
-        channels_hint: where the next layer with weights looks for channels; decides between the two 4-d forms.
+        channels_hint: where the neighbouring layers with weights look for channels; without it features of three
+            dimensions are tokens, those of more are maps.
 
     Raises:
         PartitionError: for features with another number of dimensions.
@@ -45,17 +48,19 @@ def layout_of(features: Tensor, inputs: Tensor, channels_hint: Literal["first", 
     shape = tuple(features.shape)
     if len(shape) == 2:
         return Layout("vector", shape[1], (1, 1))
+    if len(shape) == 3 and channels_hint == "first":
+        return Layout("maps", shape[1], (shape[2], 1))
     if len(shape) == 3:
         if inputs.dim() < 4:  # a sequence, not an image
             return Layout("tokens", shape[2], (shape[1], 1))
         return Layout("tokens", shape[2], *_token_grid(shape[1], inputs.shape[-2] / inputs.shape[-1]))
-    if len(shape) == 4:
+    if len(shape) in (4, 5):
         if channels_hint == "last":
-            return Layout("channels_last", shape[3], shape[1:3])
-        return Layout("maps", shape[1], shape[2:4])
+            return Layout("channels_last", shape[-1], shape[1:-1])
+        return Layout("maps", shape[1], shape[2:])
     raise PartitionError(
-        f"features of shape {shape} at a boundary: heads read (B, C, H, W), (B, H, W, C), (B, T, C) or (B, C); "
-        "cut the model elsewhere (cuts=...)"
+        f"features of shape {shape} at a boundary: heads read (B, C, H, W), (B, H, W, C), (B, T, C), (B, C, L), "
+        "(B, C, D, H, W) or (B, C); cut the model elsewhere"
     )
 
 
@@ -70,18 +75,30 @@ def _token_grid(tokens: int, ratio: float) -> tuple[tuple[int, int], int]:
 
 
 class ToMaps(nn.Module):
-    """Features of any layout as maps ``(B, C, H, W)``; prefix tokens are left out."""
+    """Features of any layout as maps ``(B, C, H, W)``; prefix tokens are left out, signals are maps of width 1.
 
-    def __init__(self, layout: Layout) -> None:
+    Args:
+        layout: of the features.
+        volumes: whether what follows reads ``(B, C, D, H, W)`` too.
+
+    Raises:
+        MethodError: for features of volumes where only maps are read.
+    """
+
+    def __init__(self, layout: Layout, volumes: bool = False) -> None:
         super().__init__()
+        if len(layout.grid) > 2 and not volumes:
+            raise MethodError(
+                f"this head reads maps, but the features are volumes on a grid {layout.grid}; use a linear or mlp head"
+            )
         self.layout = layout
 
     def forward(self, features: Tensor) -> Tensor:
         layout = self.layout
         if layout.kind == "maps":
-            return features
+            return features[..., None] if features.dim() == 3 else features
         if layout.kind == "channels_last":
-            return features.permute(0, 3, 1, 2)
+            return features.movedim(-1, 1)
         if layout.kind == "tokens":
             return features[:, layout.prefix :].transpose(1, 2).unflatten(2, layout.grid)
         return features[:, :, None, None]
@@ -97,9 +114,9 @@ class Pool(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         layout = self.layout
         if layout.kind == "maps":
-            return features.mean((2, 3))
+            return features.mean(tuple(range(2, features.dim())))
         if layout.kind == "channels_last":
-            return features.mean((1, 2))
+            return features.mean(tuple(range(1, features.dim() - 1)))
         if layout.kind == "tokens":
             return features[:, 0] if layout.prefix else features.mean(1)
         return features

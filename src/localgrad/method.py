@@ -124,7 +124,8 @@ class Site:
     @cached_property
     def layout(self) -> Layout:
         """Where channels, positions and prefix tokens lie in the features."""
-        return layout_of(self.features, self.inputs, self.cut.channels_hint)
+        alike = self.features.dim() == len(self.cut.shape)  # a bridge may have made tokens of maps
+        return layout_of(self.features, self.inputs, self.cut.channels_hint if alike else None)
 
     @property
     def channels(self) -> int:
@@ -140,7 +141,7 @@ class Site:
     def in_last_stage(self) -> bool:
         """Whether the features are at the model's last resolution, or below it."""
         final = self.partition.final_layout.grid
-        return all(self.patches * a <= b for a, b in zip(self.layout.grid, final, strict=True))
+        return all(self.patches * a <= b for a, b in zip(self.layout.grid, final, strict=False))
 
     @cached_property
     def next_units(self) -> tuple[Unit, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from localgrad.engine import local_losses, local_outputs
+from localgrad.forward import call_model
 from localgrad.network import LocalNetwork
 from localgrad.spans import Constant, Span
 
@@ -34,8 +35,9 @@ def assert_isolated(network: LocalNetwork, inputs: Any, targets: Any, step: int 
 
     Two steps are run for each span of ``step``: one in which its loss is the only one, which must leave a gradient on
     every parameter of the span and on no other; and one in which the other losses are multiplied by 0, which must leave
-    a gradient of exactly 0 everywhere else. Heads that follow (`localgrad.method.Term`) are trained by the loss at the
-    next boundary instead of by their own. Gradients, buffers and the state of torch's generators are put back.
+    a gradient of exactly 0 everywhere else. Heads that a rule trains late (`localgrad.rules.Rule`) are trained by the
+    loss at the next boundary instead of by their own. The first step also walks the graphs, as any first step does.
+    Gradients, buffers and the state of torch's generators are put back.
 
     Args:
         network: from `localgrad.localize`, in training mode.
@@ -51,19 +53,19 @@ def assert_isolated(network: LocalNetwork, inputs: Any, targets: Any, step: int 
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> method = localgrad.methods.dgl(localgrad.tasks.classification(3))
         >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
-        >>> assert_isolated(localgrad.localize(model, method, num_blocks=2, example=x), x, y)
+        >>> assert_isolated(localgrad.localize(model, method, 2, example=x), x, y)
     """
     spans = network.spans(step)
     with _untouched(network):
         for span in spans:
-            expected = _trained_by(network, span) - _followers(network, [span])
+            expected = _trained_by(network, span) - _late(network, [span])
             found = set(_gradients(_with_only(network, span), inputs, targets, step, span))
             _compare(f"the loss of span {span} alone", network, found, expected)
             gradients = _gradients(network, inputs, targets, step, span)
             before = [
                 other for other in spans if other.stop == max((s.stop for s in spans if s.stop < span.stop), default=0)
             ]
-            expected |= _followers(network, before)
+            expected |= _late(network, before)
             nonzero = {name for name, gradient in gradients.items() if gradient.ne(0).any()}
             _compare(f"the loss of span {span} beside the others", network, nonzero, expected, all_of_them=False)
 
@@ -71,14 +73,15 @@ def assert_isolated(network: LocalNetwork, inputs: Any, targets: Any, step: int 
 def assert_transparent(model: nn.Module, network: LocalNetwork, inputs: Any) -> None:
     """Assert that ``model`` is still itself: what `localgrad.localize` was given, at any time before or after training.
 
-    ``network`` holds that very model; every parameter of a block is one of the model's and lies in one block; no
-    auxiliary tensor is in the model's ``state_dict``; ``forward`` is that of its class; and in eval mode the model, the
-    network and the blocks one after the other return the same, bit for bit. Modes and buffers are put back.
+    ``network`` holds that very model; every parameter belongs to one block, unless blocks may share some; no auxiliary
+    tensor is in the model's ``state_dict``; its ``forward`` is that of its class, and neither hooks nor doors of a step
+    are left in it; and in eval mode the model, the network and the suspended forward return the same, bit for bit.
+    Modes and buffers are put back.
 
     Args:
         model: the model that was given to `localgrad.localize`.
         network: what it returned.
-        inputs: a batch, or a tuple for models with several inputs.
+        inputs: a batch, as for `localgrad.local_losses`.
 
     Raises:
         AssertionError: says what differs.
@@ -89,52 +92,49 @@ def assert_transparent(model: nn.Module, network: LocalNetwork, inputs: Any) -> 
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> x = torch.randn(16, 4)
         >>> method = localgrad.methods.dgl(localgrad.tasks.classification(3))
-        >>> assert_transparent(model, localgrad.localize(model, method, num_blocks=2, example=x), x)
+        >>> assert_transparent(model, localgrad.localize(model, method, 2, example=x), x)
     """
     assert network.model is model, "the network holds another model than the one given"
     assert "forward" not in vars(model), "the model's forward was replaced"
-    own = {id(p): name for name, p in model.named_parameters()}
-    homes: dict[int, int] = {}
-    for index, block in enumerate(network.blocks):
-        for name, parameter in block.named_parameters():
-            assert id(parameter) in own, f"parameter {name!r} of block {index} is not the model's"
-            first = homes.setdefault(id(parameter), index)
-            assert first == index, f"parameter {own[id(parameter)]!r} is in blocks {first} and {index}"
+    for name, module in model.named_modules():
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        left = [hook for hook in hooks if type(hook).__module__.startswith("localgrad.")]
+        door = getattr(vars(module).get("_compiled_call_impl"), "__module__", "")
+        assert not left and not door.startswith("localgrad."), f"a step left a hook or a door in {name or 'the model'}"
+    own = {id(p) for p in model.parameters()}
+    for name, parameter in network.running.named_parameters():
+        assert id(parameter) in own, f"parameter {name!r} of a block is not the model's"
+        blocks = network.home[name]
+        assert len(blocks) <= 1 or network.partition.shared, f"parameter {name!r} is in blocks {blocks}"
     auxiliary = {id(t) for t in (*network.auxiliary.parameters(), *network.auxiliary.buffers())}
     added = [name for name, value in model.state_dict(keep_vars=True).items() if id(value) in auxiliary]
     assert not added, f"the model's state_dict contains auxiliary tensors: {', '.join(added)}"
-    arguments = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     with _untouched(network), torch.no_grad():
         network.eval()
-        expected = model(*arguments)
-        by_blocks = next(output for _, term, output in local_outputs(network, inputs) if term is None)
-        for found in (network(*arguments), by_blocks):
+        expected = call_model(model, inputs)
+        suspended = next(output for _, term, output in local_outputs(network, inputs) if term is None)
+        for found in (call_model(network, inputs), suspended):
             for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
                 if isinstance(b, Tensor):
                     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
                 else:
-                    assert a is b or a == b, f"the blocks return {a!r} where the model returns {b!r}"
+                    assert a is b or a == b, f"the network returns {a!r} where the model returns {b!r}"
 
 
 def _trained_by(network: LocalNetwork, span: Span) -> set[str]:
-    modules: list[nn.Module] = [block for k, block in enumerate(network.blocks) if span.covers(k)]
-    if span.stop < len(network.blocks):
-        modules.append(network.auxiliary_of(span))
-    trained = {id(p) for module in modules for p in module.parameters() if p.requires_grad}
+    named = dict(network.running.named_parameters())
+    used = [named[name] for name, blocks in network.home.items() if any(span.covers(block) for block in blocks)]
+    if span.stop < network.num_blocks:
+        used += network.auxiliary_of(span).parameters()
+    trained = {id(p) for p in used if p.requires_grad}
     return {name for name, p in network.named_parameters() if id(p) in trained}
 
 
-def _followers(network: LocalNetwork, spans: Sequence[Span]) -> set[str]:
-    """Parameters of the heads of these spans that learn to have the loss that follows."""
-    inner = [network.auxiliary_of(span) for span in spans if span.stop < len(network.blocks)]
-    heads = [
-        head
-        for auxiliary in inner
-        for (term, _), head in zip(auxiliary.terms, auxiliary.heads, strict=True)
-        if term.follows
-    ]
-    following = {id(p) for head in heads for p in head.parameters()}
-    return {name for name, p in network.named_parameters() if id(p) in following}
+def _late(network: LocalNetwork, spans: Sequence[Span]) -> set[str]:
+    """Parameters of the auxiliary networks of these spans that the losses at the next boundary train."""
+    inner = [network.auxiliary_of(span) for span in spans if span.stop < network.num_blocks]
+    late = {id(p) for auxiliary in inner for rule in network.rules for p in rule.late_parameters(auxiliary)}
+    return {name for name, p in network.named_parameters() if id(p) in late}
 
 
 def _with_only(network: LocalNetwork, span: Span) -> LocalNetwork:

@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 
 from localgrad.spans import Span, groups
 
-Do = Literal["forward", "loss", "back", "twins", "done", "take", "send", "return"]
+Do = Literal["forward", "loss", "back", "twins", "done", "take", "send", "return", "collect"]
 
 
 class Row(NamedTuple):
@@ -38,11 +38,12 @@ class Row(NamedTuple):
     Args:
         do: ``forward`` runs a block; ``loss`` yields that of a span; ``back`` goes back through a block on the way of
             the spans from ``start``; ``twins`` at the boundary behind a block move; ``done``: a block's gradients are
-            complete. Between ranks: ``take`` and ``send`` features, ``return`` a gradient.
+            complete. Between ranks: ``take`` and ``send`` features, ``return`` and ``collect`` gradients, see
+            `localgrad.distributed.rows`.
         block: which.
         part: micro-batch.
         span: of a ``loss``.
-        start: of a way ``back``, or of the way whose gradient is returned.
+        start: of a way ``back``, or of the way whose gradients are returned or collected.
         free: whether the block's graph is freed.
     """
 

@@ -11,7 +11,7 @@ from torch import nn
 import localgrad
 from localgrad import PartitionError, localize
 from localgrad.partition import AuxiliaryBytes, Cut, Partition, by_bytes, by_count
-from localgrad.partition.balance import Held, unit_storages
+from localgrad.partition.choose import Held, unit_storages
 from localgrad.planning import Planner, Rates
 
 TASK = localgrad.tasks.classification(10)
@@ -118,7 +118,7 @@ def test_the_step_of_byte_balanced_cuts_is_nearly_the_smallest(name: str, num_bl
     planner = Planner(small_models()[name], (3, 32, 32), 16, "fp32", Rates(1.0, 1.0))
     peaks = {}
     for cuts in combinations([cut.name for cut in planner.partition.cuts], num_blocks - 1):
-        step = planner.step(planner.network(method, cuts), method, 16)
+        step = planner.step(planner.network(method, cuts), method)
         peaks[cuts] = sum(step.peak), sum(step.per_block)
     for index, gradients in enumerate(("earlier", "own")):
         chosen = names(planner.cuts(num_blocks, method, gradients))

@@ -45,7 +45,7 @@ def test_a_step_without_data_needs_the_same_bytes(name: str, method: Method, blo
     model, side = (localgrad.models.resnet20(), 32) if name == "resnet" else (vit(), 64)
     planner = Planner(model, (3, side, side), 8, "fp32", RATES)
     cuts = [cut.name for cut in planner.cuts(blocks, method)] if blocks > 1 else []
-    predicted = planner.step(planner.network(method, cuts), method, 8)
+    predicted = planner.step(planner.network(method, cuts), method)
     x, y = torch.randn(8, 3, side, side), torch.randint(10, (8,))
     network = localize(model, method, cuts or 1, example=x[:2]).train()
     trained = list(network.parameters())
@@ -57,7 +57,7 @@ def test_a_step_without_data_needs_the_same_bytes(name: str, method: Method, blo
 def test_the_per_block_step_frees_gradients() -> None:
     model, method = localgrad.models.resnet20(), methods.dgl(TASK)
     planner = Planner(model, (3, 16, 16), 4, "fp32", RATES)
-    predicted = planner.step(planner.network(method, ["layer2", "layer3"]), method, 4)
+    predicted = planner.step(planner.network(method, ["layer2", "layer3"]), method)
     x, y = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
     network = localize(model, method, ["layer2", "layer3"], example=x).train()
 
@@ -178,7 +178,7 @@ def test_localize_under_a_budget() -> None:
 
     def needed(num_blocks: int) -> int:
         names = [cut.name for cut in planner.cuts(num_blocks, method)]
-        step = planner.step(planner.network(method, names), method, 64)
+        step = planner.step(planner.network(method, names), method)
         return step.weights + 2 * step.trained + sum(step.peak)
 
     budget = int(needed(3) / 0.9) + 64
@@ -199,7 +199,7 @@ def test_units_are_recomputed_where_no_number_of_blocks_fits() -> None:
     for num_blocks in range(2, len(planner.partition.cuts) + 2):
         names = tuple(cut.name for cut in planner.cuts(num_blocks, method))
         for recompute in {(), planner.several_units(names)}:
-            step = planner.step(planner.network(method, names, recompute), method, 64)
+            step = planner.step(planner.network(method, names, recompute), method)
             peaks[names, recompute] = step.weights + 2 * step.trained + sum(step.peak)
     without = min(peak for (_, recompute), peak in peaks.items() if not recompute)
     (_, recompute), least = min(peaks.items(), key=lambda item: item[1])

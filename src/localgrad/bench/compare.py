@@ -333,7 +333,7 @@ class _Contestant:
         self.config, self.network, self.inputs, self.targets = config, network, inputs, targets
         self.scaler = torch.amp.GradScaler(network.device.type, enabled=config.train.precision == "fp16")
         self.stepper = Stepper(network, config.optim, self.scaler)
-        blocks = len(network.blocks)
+        blocks = network.num_blocks
         counts = Counter(network.method.work(blocks, step) for step in range(steps))
         first: dict[Any, int] = {}
         for step in range(steps):
@@ -358,7 +358,7 @@ class _Contestant:
             "parameters": sum(p.numel() for p in network.model.parameters()),
             "auxiliary_parameters": sum(p.numel() for p in auxiliary if p.requires_grad),
             "twin_parameters": sum(p.numel() for p in auxiliary if not p.requires_grad),
-            "blocks": len(network.blocks),
+            "blocks": network.num_blocks,
             "cuts": [cut.name for cut in network.cuts],
         }
 

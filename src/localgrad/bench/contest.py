@@ -12,26 +12,27 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from localgrad import methods, models
+from localgrad import cuts, methods, models
 from localgrad.bench.memory import Memory, measure
 from localgrad.bench.process_memory import allocated_growth, resident_growth, storages_mapped
 from localgrad.config import MethodSpec, build_method, method_name, parse_method
 from localgrad.engine import local_losses
-from localgrad.errors import ConfigError, MethodError, nearest
+from localgrad.errors import ConfigError, MethodError, PartitionError, nearest
 from localgrad.method import Method
-from localgrad.network import Balance, LocalNetwork, localize
+from localgrad.network import LocalNetwork, localize
 from localgrad.partition import Partition
 from localgrad.planning import EXACT, LOCAL, MICRO, Rates, Work
+from localgrad.planning.planner import several_units
 from localgrad.twins import exchange
 
+Balance = Literal["count", "bytes"]
 VARIANTS = {"fp32": None, "bf16": torch.bfloat16}
 OPTIONS = ("channels_last", "compile")
 REFERENCE = "end-to-end"
@@ -68,6 +69,11 @@ class Way:
         for option in options:
             if option not in OPTIONS:
                 raise ConfigError(nearest(option, OPTIONS, "option") + f" (in variant {self.variant!r})")
+
+    @property
+    def separate(self) -> bool:
+        """Whether it needs blocks that can be called one by one, which some models do not allow."""
+        return self.inside or self.method.recompute.blocks
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -255,7 +261,8 @@ def standard_ways(
         num_blocks: every K to cut the model into.
         variants: each way is run in each of them; see `Way`.
         parts: micro-batches of accumulation.
-        combinations: also run methods with per-block steps, with the units inside a block recomputed, and accumulated.
+        combinations: also run methods with per-block steps, with the units inside a block recomputed, accumulated, and
+            with all of these.
     """
     e2e = methods.e2e(task)
     recomputing = methods.checkpointing(e2e)
@@ -279,10 +286,12 @@ def standard_ways(
             ways += [way, stepping] if combinations else [way]
             if combinations:
                 ways.append(replace(stepping, name=f"{stepping.name}, checkpointing inside", inside=True))
+                # All micro-batches pass a block before the next one begins, so that each block steps here too.
                 several = methods.accumulation(method, parts=parts)
-                accumulated = replace(way, name=f"{way.name}, x{parts}", method=several)
-                recomputed = replace(accumulated, name=f"{way.name}, checkpointing inside, x{parts}", inside=True)
-                ways += [accumulated, recomputed]
+                ways.append(replace(way, name=f"{way.name}, x{parts}", method=several))
+                accumulated = replace(stepping, name=f"{stepping.name}, x{parts}", method=several)
+                inside = f"{stepping.name}, checkpointing inside, x{parts}"
+                ways += [accumulated, replace(accumulated, name=inside, inside=True)]
     return [replace(way, variant=variant) for variant in variants for way in ways]
 
 
@@ -319,7 +328,7 @@ class _Contestant:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if way.has("compile"):
             network.compile_blocks()
-        groups = [network.block_parameters(k) for k in range(len(network.blocks))]
+        groups = [network.block_parameters(k) for k in range(network.num_blocks)]
         self.trained = [p for p in network.parameters() if p.requires_grad]
         self.per_block = way.per_block
         self.optimizers = [
@@ -354,7 +363,7 @@ class _Contestant:
 
     def gradients(self) -> str:
         """What the gradients of training are, compared with back-propagation through the whole network."""
-        patterns = self.network.method.spans.patterns(len(self.network.blocks))
+        patterns = self.network.method.spans.patterns(self.network.num_blocks)
         if any(span.start > 0 for pattern in patterns for span in pattern):
             return LOCAL
         normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
@@ -381,7 +390,7 @@ class _Contestant:
         network = self.network
         auxiliary = sum(p.numel() for p in network.auxiliary.parameters() if p.requires_grad)
         return Row(
-            way.name, way.kind, way.method.name, way.variant, self.gradients(), len(network.blocks),
+            way.name, way.kind, way.method.name, way.variant, self.gradients(), network.num_blocks,
             tuple(cut.name for cut in network.cuts), activations, total, peak, 0.0, 0.0, (), flops, auxiliary, ops,
         )  # fmt: skip
 
@@ -403,27 +412,22 @@ class _Moments(TorchDispatchMode):
 
 def _cut(way: Way, model: nn.Module, example: Tensor, balance: Balance, batch_size: int) -> LocalNetwork:
     """The model cut as a way asks for; raises `MethodError` if there is nothing inside its blocks to recompute."""
+    cutting: Any
     if way.cuts:
-        network = localize(model, way.method, cuts=way.cuts, example=example)
+        cutting = way.cuts
     elif way.num_blocks is None:
-        units = [cut.name for cut in Partition(model, example).cuts]
-        return localize(model, way.method, cuts=units, example=example)
+        cutting = tuple(cut.name for cut in Partition(model, example).cuts) or 1
     elif balance == "bytes":
-        network = localize(
-            model, way.method, num_blocks=way.num_blocks, balance=balance, example=example, batch_size=batch_size
-        )
+        cutting = cuts.by_bytes(way.num_blocks, batch_size=batch_size)
     else:
-        network = localize(model, way.method, num_blocks=way.num_blocks, example=example)
-    if not way.inside:
-        return network
-    units = [cut.name for cut in Partition(model, example).cuts]
-    cuts = [cut.name for cut in network.cuts]
-    starts = [0, *(units.index(name) + 1 for name in cuts), len(units) + 1]
-    several = [k for k, (start, stop) in enumerate(pairwise(starts)) if stop - start > 1]
-    if not several:
-        raise MethodError("every block is a single unit already, with nothing inside to recompute")
-    where: dict[str, Any] = {"cuts": cuts} if cuts else {"num_blocks": 1}
-    return localize(model, way.method, example=example, recompute=several, **where)
+        cutting = way.num_blocks
+    if way.inside:
+        chosen = cuts.as_cutting(cutting).choose(model, way.method, example, shared=False)
+        several = several_units(chosen.partition, chosen.cuts)
+        if not several:
+            raise MethodError("every block is a single unit already, with nothing inside to recompute")
+        cutting = cuts.recomputed(tuple(cut.name for cut in chosen.cuts) or 1, several)
+    return localize(model, way.method, cutting, example=example)
 
 
 def contest(
@@ -450,7 +454,7 @@ def contest(
         ways: the first one is the reference.
         batch_size: images in a step, of shape ``(channels, image_size, image_size)``, from a normal distribution.
         num_classes: of the targets.
-        balance: as for `localgrad.localize`.
+        balance: what blocks have equally much of, units or bytes of memory.
         rounds: timed steps of each way.
         timeline: keep what is alive after every op in the rows.
         progress: told what is being measured.
@@ -488,8 +492,8 @@ def contest(
             progress(f"memory of {way.name}, {way.variant}")
             try:
                 contestant = _Contestant(way, laid_out[last][0], laid_out[last][1], targets, balance)
-            except MethodError as error:
-                if not contestants:
+            except (MethodError, PartitionError) as error:
+                if not contestants or (isinstance(error, PartitionError) and not way.separate):
                     raise
                 skipped.append(f"{way.name}: {error}")
                 continue

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from localgrad import tasks
-from localgrad.bench.contest import Contest, contest, read_methods, standard_ways
+from localgrad.bench.contest import Balance, Contest, contest, read_methods, standard_ways
 from localgrad.bench.contest_plots import pareto_picture, read_accuracies, timeline_picture
 from localgrad.errors import ConfigError
-from localgrad.network import Balance
 from localgrad.train.experiment import device_of
 
 

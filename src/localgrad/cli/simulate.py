@@ -39,7 +39,7 @@ def simulate(
     torch.set_num_threads(threads)
     built = models.create(model, num_classes=num_classes, in_channels=3, image_size=image_size)
     x, y = torch.randn(batch_size, 3, image_size, image_size), torch.arange(batch_size) % num_classes
-    network = localize(built, methods.dgl(tasks.classification(num_classes)), num_blocks=num_blocks, example=x[:2])
+    network = localize(built, methods.dgl(tasks.classification(num_classes)), num_blocks, example=x[:2])
     costs = simulator.measured(network.train(), x, y)
     link = simulator.LinkSpeed(bandwidth * 1e6 / 8, latency / 1e3)
     found = simulator.layouts(costs, link, batch_size, ranks, micro_batches=micro_batches, sync_every=sync_every)

@@ -56,14 +56,17 @@ class MLP:
     def __call__(self, site: Site) -> nn.Module:
         grid = tuple(math.ceil(side / 4) if self.grid is None else self.grid for side in site.layout.grid)
         pooled = tuple(min(self.pooled, side) for side in grid)
-        parts: list[nn.Module] = [ToMaps(site.layout), nn.AdaptiveAvgPool2d(grid)]  # type: ignore[arg-type]
+        volumes = len(grid) == 3
+        pool = nn.AdaptiveAvgPool3d if volumes else nn.AdaptiveAvgPool2d
+        convolution, norm = (nn.Conv3d, nn.BatchNorm3d) if volumes else (nn.Conv2d, nn.BatchNorm2d)
+        parts: list[nn.Module] = [ToMaps(site.layout, volumes=True), pool(grid)]  # type: ignore[arg-type]
         channels = site.channels
         for _ in range(self.convolutions):
             wide = self.width or channels
-            parts += [nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True)]
+            parts += [convolution(channels, wide, 1, bias=False), norm(wide), nn.ReLU(inplace=True)]
             channels = wide
-        parts += [nn.AdaptiveAvgPool2d(pooled), nn.Flatten()]  # type: ignore[arg-type]
-        inputs = channels * pooled[0] * pooled[1]
+        parts += [pool(pooled), nn.Flatten()]  # type: ignore[arg-type]
+        inputs = channels * math.prod(pooled)
         for _ in range(self.layers):
             hidden = self.hidden or inputs
             parts += _linear(inputs, hidden)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from localgrad.errors import PartitionError, nearest
-from localgrad.forward import Point, call_model, held_by_frames, tensors_in
+from localgrad.forward import Point, call_model, held_by_frames, num_samples, tensors_in
 from localgrad.layout import Layout, layout_of
 from localgrad.partition.units import Called, Key, Unit, others_of
 from localgrad.untouched import untouched
@@ -84,6 +84,7 @@ class Call:
     watched: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # leaf and its version when the call began
     overwritten: frozenset[int] = frozenset()
     structured: bool = False
+    stray: bool = False
 
 
 def clock() -> int:
@@ -99,11 +100,12 @@ def is_unit(module: nn.Module) -> bool:
 
     A norm, activation, pooling or dropout layer belongs to what runs before it.
     """
-    return any(parameter.dim() >= 2 for parameter in module.parameters())
+    return any(_is_matrix(parameter) for parameter in module.parameters())
 
 
-def _has_weights(module: nn.Module) -> bool:
-    return any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether it mixes values; a scale of shape (1, 1, C) does not."""
+    return parameter.dim() == 2 or sum(side > 1 for side in parameter.shape) > 1
 
 
 class _Listener:
@@ -113,7 +115,6 @@ class _Listener:
         self.calls: list[Call] = []
         self.numbers: dict[str, int] = {}
         self.running: list[Call] = []
-        self.units = {name for name, module in model.named_modules() if is_unit(module)}
         self.hooks = []
         for name, module in model.named_modules():
             if name:
@@ -126,6 +127,8 @@ class _Listener:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             number = self.numbers[name] = self.numbers.get(name, -1) + 1
             call = Call(name, number, clock())
+            # A module that is called where its path does not lead is shared by several others.
+            call.stray = bool(self.running) and not name.startswith(self.running[-1].name + ".")
             given: list[tuple[Key, Any]] = [*enumerate(args), *kwargs.items()]
             for key, value in given:
                 call.reads = call.reads or next((tuple(t.shape) for t in tensors_in(value)), ())
@@ -133,7 +136,7 @@ class _Listener:
             for place, (key, leaf) in enumerate(leaves):
                 if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                     call.taken.append((place, key, (leaf.grad_fn, leaf.output_nr), tuple(leaf.shape)))
-            if name in self.units and call.taken and torch.is_grad_enabled():
+            if call.taken and torch.is_grad_enabled():
                 tensors = ((place, leaf) for place, (_, leaf) in enumerate(leaves) if isinstance(leaf, Tensor))
                 call.watched = {place: (leaf, leaf._version) for place, leaf in tensors}
                 call.others = others_of(args, kwargs, call.taken[0][1])
@@ -250,8 +253,9 @@ class Partition:
     def __init__(self, model: nn.Module, example: Any, shared: bool = False) -> None:
         self.model, self.example, self.shared = model, example, shared
         self.modules = dict(model.named_modules())
+        self.samples = num_samples(example)
         self._record()
-        self._weighted = [c for c in self.calls if c.exit and _has_weights(self.modules[c.name])]
+        self._weighted = self._layers()
         self._leaf_starts = [call.enter for call in self._weighted]
         self._head = self._head_position()
         self.all = self._find()
@@ -292,7 +296,13 @@ class Partition:
             call.overwritten = frozenset(k for k, (tensor, version) in call.watched.items() if tensor._version != version)
             call.watched = {}
         graph.forget()
-        self.outputs_have_positions = any(_has_positions(tuple(t.shape)) for t in tensors_in(output)[:1])
+
+    def _layers(self) -> list[Call]:
+        """Calls of layers with weight matrices, in order; what contains others is none."""
+        own = {n for n, m in self.modules.items() if any(_is_matrix(p) for p in m.parameters(recurse=False))}
+        calls = [call for call in self.calls if call.exit and call.name in own]
+        inner = [later.enter for later in calls[1:]] + [1 << 62]
+        return [call for call, following in zip(calls, inner, strict=True) if following > call.exit]
 
     def _crossing(self, times: Sequence[int]) -> list[list[Value]]:
         """For each moment, in order: what is made before and read after it."""
@@ -307,7 +317,7 @@ class Partition:
 
     def _find(self) -> list[tuple[Cut, bool]]:
         """Every cut point, and whether it is one by default."""
-        calls = [c for c in self.calls if c.taken and is_unit(self.modules[c.name])]
+        calls = [c for c in self.calls if c.taken and not c.stray and is_unit(self.modules[c.name])]
         calls.sort(key=lambda c: c.enter)
         across = self._crossing([c.enter for c in calls])
         found: list[tuple[Cut, bool]] = []
@@ -346,7 +356,7 @@ class Partition:
         ended = bisect.bisect_left(self.graph.last_reads, call.enter)
         if ended == 0 or ended == len(self.graph.order):
             return None  # nothing to train on one side
-        taken = [v for _, _, v, s in call.taken if v in crossing and 2 <= len(s) <= 5]
+        taken = [v for _, _, v, s in call.taken if v in crossing and 2 <= len(s) <= 5 and s[0] == self.samples]
         full = [v for v in taken if self.graph.bits[v[0]] & wanted == wanted]
         if not full or len(crossing) > MOST_TAPS + 1:
             return None
@@ -431,12 +441,12 @@ class Partition:
             return None
         at = bisect.bisect_left([c.enter for c in self.calls], moment)
         ways = [[(c.name, c.reads) for c in self.calls[at:]], [(c.name, c.makes) for c in reversed(self.calls[:at])]]
-        for way in ways:
-            for name, seen in way[:48]:
-                if len(seen) != len(shape):
-                    continue
-                if (hint := _looks_for(self.modules[name], seen)) is not None:
-                    return hint
+        for alike in (True, False):  # what looks at this very shape tells most
+            for made, way in enumerate(ways):
+                for name, seen in way[:48]:
+                    if seen == shape if alike else len(seen) == len(shape):
+                        if (hint := _looks_for(self.modules[name], shape, bool(made))) is not None:
+                            return hint
         return "last" if len(shape) == 4 and shape[1] == shape[2] != shape[3] else None
 
     def _head_position(self) -> int:
@@ -445,7 +455,7 @@ class Partition:
         The head are those parts of the model from which nothing goes on to another part.
         """
         end = 1 << 62
-        if not self._weighted or not self.outputs_have_positions or not _has_positions(self._weighted[-1].makes):
+        if not self._weighted or not _has_positions(self._weighted[-1].makes):
             return end
         paths = [call.name.split(".") for call in self._weighted]
         # The least and the greatest path differ where any two do.
@@ -503,6 +513,10 @@ class Partition:
         if not call.taken:
             raise PartitionError(f"cuts: {name!r} takes nothing that was computed from parameters before it; {valid}")
         (crossing,) = self._crossing([call.enter])
+        if (features := self._features(call, crossing)) is not None:  # a layer without weights, say
+            cut = self._cut(call, features, [value for value in crossing if value != features])
+            if not cut.shared or self.shared:
+                return cut
         started = bisect.bisect_left(self.graph.first_reads, call.enter)
         covered = 0
         for _, _, value, _ in call.taken:
@@ -549,13 +563,11 @@ class Partition:
         ends = [*layouts[1:], layouts[0] if cut.tail else self.final_layout]
         found = []
         for k, one in enumerate(units):
-            path = self._unit_path(one)
-            call = next(c for c in self.calls if c.name == path)
-            shape = call.returned[0][1] if call.returned and not call.structured else ()
-            channels = shape_layout(shape, self.example, one.channels_hint).channels if len(shape) >= 2 else None
-            whole = one is units[-1] or channels in (None, ends[k].channels)
+            last = one is units[-1]
+            call = self._unit_of(one, None if last else ends[k])
+            whole = last or self._makes(call, ends[k])
             module = self._callable(call)
-            found.append(Unit(path, module, layouts[k], ends[k], self._reads_taps(call, one), whole))
+            found.append(Unit(call.name, module, layouts[k], ends[k], self._reads_taps(call, one), whole))
         return tuple(found)
 
     def _callable(self, call: Call) -> nn.Module:
@@ -571,11 +583,32 @@ class Partition:
         early = {value for value in crossing if value != features}
         return any(any(call.enter < time < call.exit for time in self.graph.reads[value]) for value in early)
 
-    def _unit_path(self, cut: Cut) -> str:
-        """The largest module that begins at ``cut`` and holds no later cut point."""
+    def _unit_of(self, cut: Cut, until: Layout | None) -> Call:
+        """The largest module that begins at ``cut``, holds no later cut point and makes what the next unit reads.
+
+        Where none does, because what it makes is joined with another branch, the smallest that holds the branches.
+        """
         later = [other.name for other in self.cuts if other.position > cut.position]
+        stop = min((other.position for other in self.cuts if other.position > cut.position), default=1 << 62)
         names = sorted((cut.name, *cut.aliases), key=lambda name: name.count("."))
-        return next((n for n in names if not any(other.startswith(n + ".") for other in later)), names[-1])
+        calls = {call.name: call for call in reversed(self.calls)}
+        alone = [calls[name] for name in names if not any(other.startswith(name + ".") for other in later)]
+        whole = (call for call in alone if until is None or self._makes(call, until))
+        holding = [calls[name] for name in names if calls[name] not in alone]
+        if not alone:
+            return holding[-1]
+        features = next(v for leaf, _, v, _ in calls[cut.point.name].taken if leaf == cut.point.leaf)
+        reads = [time for time in self.graph.reads[features] if cut.position < time < stop]
+        joined = holding and not all(alone[0].enter < time < alone[0].exit for time in reads)
+        return next(whole, holding[-1] if joined else alone[0])
+
+    def _makes(self, call: Call, wanted: Layout) -> bool:
+        """Whether a module returns features of one form; so it is taken where it is not known to return one tensor."""
+        shape = call.returned[0][1] if call.returned and not call.structured else ()
+        if not 2 <= len(shape) <= 5:
+            return True
+        made = shape_layout(shape, self.example, self._channels_hint(call.exit, shape))
+        return (made.kind, made.channels) == (wanted.kind, wanted.channels)
 
     @property
     def num_units(self) -> int:
@@ -604,12 +637,13 @@ def _with_alias(cut: Cut, name: str) -> Cut:
     return replace(cut, name=names[0], aliases=tuple(names[1:]))
 
 
-def _looks_for(module: nn.Module, shape: tuple[int, ...]) -> Hint:
+def _looks_for(module: nn.Module, shape: tuple[int, ...], made: bool) -> Hint:
+    """Where a layer looks for channels in features of a shape that it takes, or ``made``."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
         return "first"
-    if isinstance(module, (nn.Linear, nn.LayerNorm)):
-        width = module.weight.shape[-1]
-        return "last" if width == shape[-1] else "first"
+    if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding)):
+        width = module.weight.shape[0 if isinstance(module, nn.Linear) and made else -1]
+        return "last" if width == shape[-1] else "first" if len(shape) > 3 else None
     return None
 
 

@@ -79,15 +79,17 @@ class SeparateBlocks(nn.Module):
 
     Args:
         blocks: in the order they run; a part of them where others run elsewhere.
-        training: whose mode says which values blocks read.
+        elsewhere: those that others run afterwards, on what is kept for them.
 
     Attributes:
         again: indices of blocks to run again in the backward pass; set for each step.
-        values: what later blocks still read, by name, after a block has run.
     """
 
-    def __init__(self, blocks: Sequence[Block | RecomputedBlock]) -> None:
+    def __init__(
+        self, blocks: Sequence[Block | RecomputedBlock], elsewhere: Sequence[Block | RecomputedBlock] = ()
+    ) -> None:
         super().__init__()
+        self.elsewhere = tuple(elsewhere)  # no children
         self.blocks = nn.ModuleList(blocks)
         self.doors = nn.ModuleList(_Door() for _ in blocks)
         self.again: Collection[int] = ()
@@ -108,8 +110,9 @@ class SeparateBlocks(nn.Module):
         """Run the blocks on ``values``; what none of them reads any more is let go of."""
         for index, block in enumerate(self.blocks):
             arguments = [values[name] for name in block.inputs]
-            for name in [n for n in values if not any(n in later.inputs for later in self.blocks[index + 1 :])]:
-                if name in block.inputs:
+            later = (*self.blocks[index + 1 :], *self.elsewhere)
+            for name in dict.fromkeys(block.inputs):
+                if not any(name in other.inputs for other in later):
                     del values[name]
             if index:
                 self.doors[index](*arguments)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from localgrad import cuts as cutting
 from localgrad.bench.memory import LiveBytes
 from localgrad.engine import local_losses
 from localgrad.errors import ConfigError
-from localgrad.method import Method
+from localgrad.method import Accumulate, Method
 from localgrad.network import LocalNetwork, auxiliary_bytes, localize
 from localgrad.partition import AuxiliaryBytes, Cut, Partition, by_bytes
 from localgrad.partition.choose import Held, unit_storages
 from localgrad.planning.work import Rates, Work
+from localgrad.spans import groups
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -37,22 +40,30 @@ class _Shapes(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _without_data(value: Any, tensors: Sequence[Tensor], empty: Callable[[Tensor], Tensor]) -> Any:
-    """A deep copy in which every one of ``tensors`` is what ``empty`` makes of it; no data is copied."""
-    memo: dict[int, Any] = {}
-    for tensor in tensors:
-        if id(tensor) not in memo:
-            made = empty(tensor)
-            memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-    return copy.deepcopy(value, memo)
+class _Emptied(TorchFunctionMode):
+    """A deep copy of a tensor is what ``empty`` makes of it."""
+
+    def __init__(self, empty: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.empty = empty
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.empty(args[0]) if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+
+
+def _without_data(module: nn.Module, empty: Callable[[Tensor], Tensor]) -> Any:
+    """A deep copy in which every tensor is what ``empty`` makes of it; no data is copied."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(empty(p), p.requires_grad) for p in module.parameters()}
+    with _Emptied(empty):
+        return copy.deepcopy(module, memo)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def _tensors(*modules: nn.Module) -> list[Tensor]:
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 @dataclass
@@ -88,7 +99,7 @@ class Planner:
         self.batch, self.shape, self.rates = batch, shape, rates
         self.autocast = PRECISIONS[precision]
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.model = _without_data(model, _tensors(model), _on_meta)
+        self.model = _without_data(model, _on_meta)
         self.dtype = next(model.parameters()).dtype
         self.example = torch.empty(2, *shape, device="meta", dtype=self.dtype)
         with _Shapes(), torch.device("meta"):
@@ -115,8 +126,7 @@ class Planner:
         """What each unit saves for backward, on fake tensors: the meta device would save attention matrices."""
         with self.mode:
             fake = copy.copy(self.partition)
-            everything = (self.model, self.partition.units)
-            fake.model, fake._units = _without_data(everything, _tensors(self.model, *self.partition.units), self._fake)
+            fake.model = _without_data(self.model, self._fake)
             fake.example = torch.empty(2, *self.shape, device=self.device, dtype=self.dtype)
             return unit_storages(fake)
 
@@ -145,28 +155,33 @@ class Planner:
 
     def several_units(self, cuts: Sequence[str]) -> tuple[int, ...]:
         """Indices of the blocks that consist of several units, and so can be recomputed unit by unit."""
-        names = [cut.name for cut in self.partition.cuts]
-        edges = [0, *(names.index(name) + 1 for name in cuts), len(names) + 1]
-        return tuple(k for k in range(len(edges) - 1) if edges[k + 1] - edges[k] > 1)
+        return several_units(self.partition, self.partition.named(cuts))
 
     def network(self, method: Method, cuts: Sequence[str], recompute: Sequence[int] = ()) -> LocalNetwork:
-        """The model cut up, without data."""
+        """The model cut up, without data; raises `PartitionError` if it has no separate blocks to recompute."""
+        where: Any = tuple(cuts) or 1
+        where = cutting.recomputed(where, tuple(recompute)) if recompute else where
         with _Shapes(), torch.device("meta"):
-            if not cuts:
-                return localize(self.model, method, num_blocks=1, example=self.example, recompute=recompute)
-            return localize(self.model, method, cuts=cuts, example=self.example, recompute=recompute)
+            return localize(self.model, method, where, example=self.example)
 
-    def step(self, network: LocalNetwork, method: Method, images: int) -> Predicted:
-        """Run a step of ``images`` images by ``method``, which puts the same heads on ``network`` as its own does."""
+    def step(self, network: LocalNetwork, method: Method) -> Predicted:
+        """Run a step by ``method``, which puts the same heads on ``network`` as its own does.
+
+        Of several micro-batches two are run: in the second one there are gradients to add to. For each of the others
+        what waits at the boundary, where it is largest, is added.
+        """
+        parts = method.micro_batches
+        images = self.batch if parts == 1 else 2 * -(-self.batch // parts)
+        ran = min(parts, 2)
         with self.mode:
-            network = _without_data(network, _tensors(network, *network.blocks), self._fake)
-            network.method = method
+            network = _without_data(network, self._fake)
+            network.method = replace(method, accumulate=Accumulate(ran, method.accumulate.wait))
             network.train()
             x = torch.empty(images, *self.shape, device=self.device, dtype=self.dtype)
             y = torch.zeros(images, dtype=torch.long, device=self.device)
             trained = [p for p in network.parameters() if p.requires_grad]
-            blocks = [_size(network.block_parameters(k)) for k in range(len(network.blocks))]
-            done: list[tuple[int, int]] = []  # op, bytes of gradients that a per-block step would free there
+            sizes = [_size(network.block_parameters(k)) for k in range(network.num_blocks)]
+            done: list[tuple[int, int]] = []  # op, block: its gradients are complete there
             work, tracker = Work(self.rates), LiveBytes(trained)
             with tracker, work:
                 losses = local_losses(
@@ -174,24 +189,65 @@ class Planner:
                     x,
                     y,
                     autocast=self.autocast,
-                    on_block_done=lambda block: done.append((len(tracker.timeline), blocks[block])),
+                    on_block_done=lambda block: done.append((len(tracker.timeline), block)),
                 )
                 for _, loss in losses:
                     loss.backward()
                 del loss
+            lasts = [group[-1] for group in groups(network.spans(0), network.num_blocks)]
+        timeline = tracker.timeline
+        if parts > ran:
+            ends = [next(op for op, block in done if block == last) for last in lasts]
+            timeline = _with_waiting(timeline, ends, parts)
         given = _size([x, y]) * self.batch // images  # the whole batch waits on the device
         # The optimizer makes one copy of what it steps (torch's multi-tensor SGD with weight decay, and AdamW).
-        whole = max([*tracker.timeline, (2 * _size(trained), _size(trained))])
+        whole = max([*timeline, (2 * _size(trained), _size(trained))])
         alone, freed, start = [(0, 0)], 0, 0
-        for stop, gradients in [*done, (len(tracker.timeline), 0)]:
-            alone += [(live - freed, grads - freed) for live, grads in tracker.timeline[start:stop]]
+        for stop, block in [*done, (len(timeline), -1)]:
+            alone += [(live - freed, grads - freed) for live, grads in timeline[start:stop]]
+            if block < 0:
+                break
             live, grads = alone[-1]
-            alone.append((live + gradients, grads))
-            freed, start = freed + gradients, stop
+            alone.append((live + sizes[block], grads))
+            freed, start = freed + sizes[block], stop
         norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
         together, one_by_one = ((grads, live - grads + given) for live, grads in (whole, max(alone)))
-        weights = _size(_tensors(network))
-        return Predicted(weights, _size(trained), tracker.peak, together, one_by_one, work.flops, work.seconds, norms)
+        weights, share = _size(_tensors(network)), self.batch / images
+        return Predicted(
+            weights,
+            _size(trained),
+            max(live for live, _ in timeline),
+            together,
+            one_by_one,
+            round(work.flops * share),
+            work.seconds * share,
+            norms,
+        )
+
+
+def several_units(partition: Partition, cuts: Sequence[Cut]) -> tuple[int, ...]:
+    """Indices of the blocks between ``cuts`` that hold further cut points, between which they can be recomputed."""
+    edges = [0, *(cut.position for cut in cuts), 1 << 62]
+    inner = [cut.position for cut in partition.cuts]
+    return tuple(k for k, (a, b) in enumerate(pairwise(edges)) if any(a < position < b for position in inner))
+
+
+def _with_waiting(timeline: Sequence[tuple[int, int]], ends: Sequence[int], parts: int) -> list[tuple[int, int]]:
+    """The timeline of two micro-batches with what would wait of the other ``parts - 2``.
+
+    Args:
+        timeline: (live bytes, gradients among them) after each op.
+        ends: at which op the last micro-batch has passed each group of blocks; what is alive there waits.
+    """
+    found: list[tuple[int, int]] = []
+    before = 0
+    for stop in [*ends, len(timeline)]:
+        live, gradients = timeline[stop - 1]
+        after = (live - gradients) // 2
+        extra = (parts - 2) * max(before, after)
+        found += [(live + extra, gradients) for live, gradients in timeline[len(found) : stop]]
+        before = after
+    return found
 
 
 def _size(tensors: Sequence[Tensor]) -> int:

@@ -65,8 +65,8 @@ class Option:
         """How the network is made; empty for plain training, which needs none."""
         if self.kind == "plain":
             return ""
-        where = f"cuts={self.cuts!r}" if self.cuts else "num_blocks=1"
-        where += f", recompute={self.recompute!r}" if self.recompute else ""
+        where = repr(self.cuts or 1)
+        where = f"localgrad.cuts.recomputed({where}, {self.recompute!r})" if self.recompute else where
         return f"localgrad.localize(model, method, {where}, example=x[:2])"
 
 
@@ -173,7 +173,7 @@ class Plan:
         arguments = "network, x, y, step" + ", autocast=torch.bfloat16" * bf16
         if option.per_block:
             lines += [
-                "blocks = [network.block_parameters(k) for k in range(len(network.blocks))]",
+                "blocks = [network.block_parameters(k) for k in range(network.num_blocks)]",
                 f"optimizers = [{make.format('parameters')} for parameters in blocks]",
                 "",
                 "def step_block(k):",

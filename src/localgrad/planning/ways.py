@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from localgrad import methods, models, tasks
 from localgrad.config import MethodSpec, build_method, parse_method
-from localgrad.errors import ConfigError, MethodError, nearest
+from localgrad.errors import ConfigError, MethodError, PartitionError, nearest
 from localgrad.method import Method
 from localgrad.network import LocalNetwork
-from localgrad.partition import RecomputedBlock
 from localgrad.partition.choose import Held
 from localgrad.planning.planner import PRECISIONS, Planner, Predicted
 from localgrad.planning.report import EXACT, LOCAL, MICRO, Option, Plan
@@ -142,29 +141,31 @@ def fit(
         batch_size: images in a step.
 
     Returns:
-        ``cuts`` and ``recompute`` of `localgrad.localize`; no cuts, and a warning, if plain training fits.
+        names of the modules that blocks begin with, and indices of the blocks to recompute; none, and a warning, if
+        plain training fits.
 
     Raises:
         ConfigError: nothing fits, or ``model`` is no classifier of images.
     """
     if not isinstance(example, Tensor) or example.dim() != 4:
         raise ConfigError(
-            f"memory={memory!r} plans models of one batch of images; write num_blocks=, or cuts=, instead"
+            f"cuts.fits({memory!r}) plans classifiers of images (B, C, H, W); write a number of blocks, 4, or names of "
+            "modules that blocks begin with, ('layer2', 'layer3')"
         )
     limit = int(read_memory(memory) * (1 - headroom))
     _, channels, height, width = example.shape
     planner = Planner(model, (channels, height, width), batch_size, "fp32", Rates(1.0, 1.0))
 
     def peak(run: Method, cuts: Sequence[str], recompute: Sequence[int] = ()) -> int:
-        step = planner.step(planner.network(run, cuts, recompute), run, batch_size)
+        step = planner.step(planner.network(run, cuts, recompute), run)
         return step.weights + STATES["adamw"] * step.trained + sum(step.peak)
 
     if (plain := peak(methods.e2e(method.task), ())) <= limit:
         warnings.warn(
-            f"memory={memory!r}: plain training fits ({size(plain)}), so nothing is cut", UserWarning, stacklevel=3
+            f"cuts.fits({memory!r}): plain training fits ({size(plain)}), so nothing is cut", UserWarning, stacklevel=4
         )
         return (), ()
-    smallest = plain
+    smallest, unrecomputed = plain, ""
     found: list[tuple[str, ...]] = []
     for num_blocks in range(2, len(planner.partition.cuts) + 2):
         found.append(tuple(cut.name for cut in planner.cuts(num_blocks, method)))
@@ -176,14 +177,18 @@ def fit(
         recompute = planner.several_units(cuts)
         if not recompute:
             break
-        needed = peak(method, cuts, recompute)
+        try:
+            needed = peak(method, cuts, recompute)
+        except PartitionError as error:  # its blocks cannot be called one by one
+            unrecomputed = f". Blocks are not recomputed, since {error}"
+            break
         if needed <= limit:
             return cuts, recompute
         smallest = min(smallest, needed)
     raise ConfigError(
-        f"memory={memory!r}: no way of cutting {type(model).__name__} for {method.name} fits {batch_size} images; the "
+        f"cuts.fits({memory!r}): no way of cutting {type(model).__name__} for {method.name} fits {batch_size} images; the "
         f"smallest needs {size(smallest)}, of which {headroom:.0%} more are left free. Use a smaller batch_size (with "
-        "localgrad.methods.accumulation), or see localgrad.plan(...) for every way there is"
+        "localgrad.methods.accumulation), or see localgrad.plan(...) for every way there is" + unrecomputed
     )
 
 
@@ -239,19 +244,25 @@ class _Ways:
         by_blocks: dict[int, LocalNetwork] = {}
         for k in self.counts():
             names = [cut.name for cut in self.planner.cuts(k, self.e2e)]
-            by_blocks[k] = self.planner.network(self.e2e, names)
+            try:
+                by_blocks[k] = self.planner.network(checkpointing, names)
+            except PartitionError as error:  # its blocks cannot be called one by one
+                self.skipped.append(f"checkpointing K={k}: {error}")
+                break
             self.add(f"checkpointing K={k}", "checkpointing", by_blocks[k], checkpointing, recomputing)
-        k = self.leanest("checkpointing").num_blocks
-        label = f"checkpointing K={k}, accumulation"
-        self.accumulated(label, "checkpointing", by_blocks[k], checkpointing, recomputing, least=0)
+        if by_blocks:
+            k = self.leanest("checkpointing").num_blocks
+            label = f"checkpointing K={k}, accumulation"
+            self.accumulated(label, "checkpointing", by_blocks[k], checkpointing, recomputing, least=0)
         for k in self.counts():
             self.try_local(k)
         if any(option.kind == "local" for option in self.options):
             leanest = self.leanest("local")
+            again = leanest.recompute
             self.recompute_heads(leanest)
-            network = self.planner.network(self.local, leanest.cuts, leanest.recompute)
-            label = f"local K={leanest.num_blocks}" + ", units recomputed" * bool(leanest.recompute) + ", accumulation"
-            self.accumulated(label, "local", network, self.local, self.text, least=1)
+            network = self.planner.network(self.local, leanest.cuts, again)
+            label = f"local K={leanest.num_blocks}" + ", units recomputed" * bool(again) + ", accumulation"
+            self.accumulated(label, "local", network, self.local, self.text, least=1, recompute=again)
         return self.options, self.skipped
 
     def counts(self) -> list[int]:
@@ -277,29 +288,41 @@ class _Ways:
                 network = planner.network(self.local, by_block)
                 self.add(label, "local", network, self.local, self.text, per_block=(True,))
             if several := planner.several_units(at_the_end):
+                label += ", units recomputed"
                 network = planner.network(self.local, at_the_end, several)
-                self.add(f"{label}, units recomputed", "local", network, self.local, self.text)
-        except MethodError as error:
+                self.add(label, "local", network, self.local, self.text, recompute=several)
+        except (MethodError, PartitionError) as error:
             self.skipped.append(f"{label}: {error}")
 
     def recompute_heads(self, leanest: Option) -> None:
         """The same with recomputed auxiliary networks, if the method does not do so already."""
-        if self.local.checkpoint_auxiliary:
+        if self.local.recompute.auxiliary:
             return
         method = methods.checkpointing(self.local, where="auxiliary")
         text = f"localgrad.methods.checkpointing({self.text}, where='auxiliary')"
         network = self.planner.network(method, leanest.cuts, leanest.recompute)
         units = ", units recomputed" * bool(leanest.recompute)
-        self.add(f"local K={leanest.num_blocks}{units}, heads recomputed", "local", network, method, text)
+        label = f"local K={leanest.num_blocks}{units}, heads recomputed"
+        self.add(label, "local", network, method, text, recompute=leanest.recompute)
 
-    def accumulated(self, label: str, kind: str, network: LocalNetwork, method: Method, text: str, least: int) -> None:
+    def accumulated(
+        self,
+        label: str,
+        kind: str,
+        network: LocalNetwork,
+        method: Method,
+        text: str,
+        least: int,
+        recompute: Sequence[int] = (),
+    ) -> None:
         """Accumulation over 2, 4, 8, ... micro-batches: at least so many of them, then until one fits."""
         parts, tried = 2, 0
         while parts <= min(MOST_PARTS, self.planner.batch // 2):
             if tried >= least and (self.limit is None or any(o.fits for o in self.options if o.kind == kind)):
                 return
             wrapped = f"localgrad.methods.accumulation({text}, parts={parts})"
-            self.add(f"{label} x{parts}", kind, network, method, wrapped, parts)
+            several = methods.accumulation(method, parts=parts)
+            self.add(f"{label} x{parts}", kind, network, several, wrapped, recompute=recompute)
             parts, tried = 2 * parts, tried + 1
 
     def add(
@@ -309,23 +332,17 @@ class _Ways:
         network: LocalNetwork,
         method: Method,
         text: str,
-        parts: int = 1,
         per_block: Sequence[bool] = (False, True),
+        recompute: Sequence[int] = (),
     ) -> None:
         """Predict one way, stepping at the end and block by block.
 
         Where they do not lower the peak, the step by block and recomputing units are left out.
         """
-        planner, images, method_run = self.planner, self.planner.batch, method
-        if parts > 1:  # the fullest moment comes in the second micro-batch already, when there are gradients to add to
-            images = 2 * -(-planner.batch // parts)
-            method_run = methods.accumulation(method, parts=2)
-        step = planner.step(network, method_run, images)
+        parts, step = method.micro_batches, self.planner.step(network, method)
         self.plain = self.plain or step
         update = LOCAL if kind == "local" else MICRO if parts > 1 and step.batchnorm else EXACT
         cuts = tuple(cut.name for cut in network.cuts)
-        recomputed = any(isinstance(block, RecomputedBlock) for block in network.blocks)
-        share = planner.batch / images
         for by_block in per_block:
             gradients, rest = step.per_block if by_block else step.peak
             option = Option(
@@ -333,19 +350,19 @@ class _Ways:
                 kind,
                 text,
                 cuts,
-                planner.several_units(cuts) if recomputed else (),
+                tuple(recompute),
                 parts,
                 by_block,
                 step.weights,
                 self.states * step.trained,
                 gradients,
                 rest,
-                step.flops * share / self.plain.flops,
-                step.seconds * share / self.plain.seconds,
+                step.flops / self.plain.flops,
+                step.seconds / self.plain.seconds,
                 update,
             )
             same = (o for o in self.options if (o.kind, o.num_blocks, o.micro_batches) == (kind, len(cuts) + 1, parts))
             known = min((o.peak for o in same), default=math.inf)
-            if (by_block and kind != "local") or ((by_block or recomputed) and option.peak >= 0.98 * known):
+            if (by_block and kind != "local") or ((by_block or recompute) and option.peak >= 0.98 * known):
                 continue
             self.options.append(replace(option, fits=None if self.limit is None else option.peak <= self.limit))

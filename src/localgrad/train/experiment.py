@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from localgrad import data, methods, models, tasks
-from localgrad.config import Config, MethodSpec, build_method
+from localgrad import cuts, data, methods, models, tasks
+from localgrad.config import BlocksConfig, Config, MethodSpec, build_method
+from localgrad.cuts import Cutting
 from localgrad.errors import CheckpointError, ConfigError, TrainingError, nearest
 from localgrad.method import Method, Task
 from localgrad.models import freeze_batchnorm, load_pretrained
@@ -273,6 +274,31 @@ def trained_model(path: Path, task: Task, image_shape: tuple[int, int, int]) -> 
     return model
 
 
+def cutting_of(blocks: BlocksConfig) -> Cutting | tuple[str, ...]:
+    """Where to cut, as `localgrad.localize` takes it.
+
+    Raises:
+        ConfigError: not one of ``num_blocks`` and ``cuts``, or a setting that does not go with it.
+    """
+    if (blocks.num_blocks is None) == (blocks.cuts is None):
+        raise ConfigError(
+            f"blocks.num_blocks={blocks.num_blocks} and blocks.cuts={blocks.cuts}: give exactly one of them; "
+            "--num-blocks 4 sets the first"
+        )
+    if blocks.stem != "unit" and (blocks.cuts is not None or blocks.balance == "bytes"):
+        raise ConfigError(f"blocks.stem={blocks.stem} goes with blocks.num_blocks and blocks.balance=count; leave it out")
+    if blocks.cuts is not None:
+        if blocks.balance != "count":
+            raise ConfigError(f"blocks.balance={blocks.balance} goes with blocks.num_blocks, not with cuts; leave it out")
+        if not blocks.cuts:
+            raise ConfigError("blocks.cuts=[] names no module; write [layer2, layer3], or blocks.num_blocks=1")
+        return tuple(blocks.cuts)
+    assert blocks.num_blocks is not None
+    if blocks.balance == "bytes":
+        return cuts.by_bytes(blocks.num_blocks)
+    return cuts.by_count(blocks.num_blocks, blocks.stem)
+
+
 def build_network(
     config: Config,
     task: Task,
@@ -282,11 +308,7 @@ def build_network(
 ) -> LocalNetwork:
     """Model, method and cuts of a run, with the weights that its seed gives."""
     channels, height, _ = image_shape
-    if (config.blocks.num_blocks is None) == (config.blocks.cuts is None):
-        raise ConfigError(
-            f"blocks.num_blocks={config.blocks.num_blocks} and blocks.cuts={config.blocks.cuts}: give exactly one of "
-            "them; --num-blocks 4 sets the first"
-        )
+    cutting = cutting_of(config.blocks)
     taken = sorted({"name", "num_classes", "in_channels", "image_size"} & set(config.model.options))
     if taken:
         raise ConfigError(f"model.options.{taken[0]}: that follows from model.name and the data; leave it out")
@@ -315,15 +337,7 @@ def build_network(
         memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         example = torch.randn(2, *image_shape, device=device)
-        network = localize(
-            model,
-            method,
-            example=example,
-            num_blocks=config.blocks.num_blocks,
-            cuts=config.blocks.cuts,
-            balance=config.blocks.balance,
-            stem=config.blocks.stem,
-        )
+        network = localize(model, method, cutting, example=example)
     if config.train.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.train()

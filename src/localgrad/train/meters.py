@@ -21,7 +21,7 @@ class Meter:
 
     def __init__(self, network: LocalNetwork) -> None:
         self.task: Task = network.method.task
-        self.num_blocks = len(network.blocks)
+        self.num_blocks = network.num_blocks
         self.device = network.device
         self.losses: dict[str, Tensor] = {}
         self.scores: dict[str, Tensor] = {}

@@ -89,7 +89,7 @@ class Stepper:
         self, network: LocalNetwork, config: OptimConfig, scaler: torch.amp.GradScaler, capture: bool = False
     ) -> None:
         self.network, self.config, self.scaler = network, config, scaler
-        self.blocks = range(len(network.blocks)) if network.stage is None else network.stage.blocks
+        self.blocks = range(network.num_blocks) if network.stage is None else network.stage.blocks
         if config.per_block:
             self.parameters = [network.block_parameters(k) for k in self.blocks]
         else:
@@ -109,13 +109,13 @@ class Stepper:
                 "and train.capture=false, or optim.offload=false"
             )
         self.offload = Offload(self.optimizers, network.device) if config.offload else None
-        patterns = network.method.spans.patterns(len(network.blocks))
+        patterns = network.method.spans.patterns(network.num_blocks)
         if config.per_block and config.clip_grad and any(s.stop - s.start > 1 for p in patterns for s in p):
             raise ConfigError(
                 f"optim.per_block with optim.clip_grad={config.clip_grad}: {network.method.name} has spans over "
                 "several blocks, whose common gradient norm is known only after the first has stepped; drop one of both"
             )
-        shared = set.intersection(*({g.start for g in groups(p, len(network.blocks))} for p in patterns))
+        shared = set.intersection(*({g.start for g in groups(p, network.num_blocks)} for p in patterns))
         if network.stage is not None and config.clip_grad and not {run.start for run in network.stage.runs} <= shared:
             raise ConfigError(
                 f"optim.clip_grad={config.clip_grad}: {network.method.name} has spans over blocks on several ranks, "
@@ -151,7 +151,7 @@ class Stepper:
     def finish(self, step: int) -> None:
         """Step what has not stepped yet, and adapt the loss scale."""
         if not self.config.per_block:
-            runs = groups(self.network.spans(step), len(self.network.blocks))
+            runs = groups(self.network.spans(step), self.network.num_blocks)
             together = [[p for k in run if k in self.blocks for p in self.network.block_parameters(k)] for run in runs]
             together = [parameters for parameters in together if parameters]
             self._step(self.optimizers[0], together if self.config.clip_grad is not None else [])

@@ -112,7 +112,7 @@ def result_of(run: Experiment, folder: RunFolder) -> dict[str, Any]:
             "mean": list(run.data.mean),
             "std": list(run.data.std),
         },
-        "blocks": len(run.network.blocks),
+        "blocks": run.network.num_blocks,
         "cuts": [cut.name for cut in run.network.cuts],
         "epochs": run.epoch,
         "steps": run.step,
