@@ -174,8 +174,8 @@ def as_cutting(value: Any) -> Cutting:
     Raises:
         PartitionError: it is none; the message says what may be written.
     """
-    if type(value) is int:
-        return by_count(value)
+    if isinstance(value, (int, float)):
+        return by_count(value)  # type: ignore[arg-type]
     if isinstance(value, str):
         raise PartitionError(f"cutting={value!r} is one string; write a tuple of module names, ({value!r},)")
     if isinstance(value, (list, tuple)) and value:
@@ -193,7 +193,7 @@ def as_cutting(value: Any) -> Cutting:
 
 def _check_count(num_blocks: Any) -> None:
     if type(num_blocks) is not int:
-        raise PartitionError(f"{num_blocks!r} blocks is a {type(num_blocks).__name__}; write a whole number, such as 4")
+        raise PartitionError(f"num_blocks={num_blocks!r} is a {type(num_blocks).__name__}; write a whole number, such as 4")
 
 
 def _check_batch(batch_size: int | None) -> None:

@@ -104,34 +104,40 @@ class Pass:
         self.penalties = [p if self.joins else graph.captured(p, s) for p, s in zip(penalties, slots, strict=True)]
 
     def go_on(self, block: int) -> None:
-        """What finished blocks made, and somebody holds, as ``block`` may read it.
+        """Let ``block`` read what finished blocks made and somebody holds, but for its graph where no span crosses.
 
         Just before the forward goes on, after the backward pass of the block: what a checkpointed region recomputes
         there must find its inputs as they were.
         """
+        self._release(block)
         features = {id(tensor) for tensor in tree_leaves(self.forward.features)}
-        hooked = self.forward.hooked
         for held in self.held:
-            if (tensor := held.ref()) is None:
+            if not held.captured or (tensor := held.ref()) is None:
                 continue
-            if self.watch.last.get(held.tag, block) < block and id(tensor) not in features and self._over(held, block):
-                if tensor.device.type != "meta":
-                    becomes(tensor, nothing_like(tensor))
-            elif held.captured:
-                held.captured = any(span.start <= held.maker and span.stop > block for span in self.spans)
-                if not held.captured:
-                    value = stopped(tensor, differentiable=hooked)
-                    for one in self.observers if id(tensor) in features else ():
-                        value = one.enter(value)
-                    becomes(tensor, value)
-                elif held.attached:
-                    becomes(tensor, self.graphs[held.maker].captured(tensor, held.slot))
-                held.attached = False
+            held.captured = any(span.start <= held.maker and span.stop > block for span in self.spans)
+            if not held.captured:
+                value = stopped(tensor, differentiable=self.forward.hooked)
+                for one in self.observers if id(tensor) in features else ():
+                    value = one.enter(value)
+                becomes(tensor, value)
+            elif held.attached:
+                becomes(tensor, self.graphs[held.maker].captured(tensor, held.slot))
+            held.attached = False
         self.held = [held for held in self.held if held.ref() is not None]
 
-    def _over(self, held: Held, block: int) -> bool:
+    def _release(self, block: int) -> None:
+        """Let go of the data of what is held but read by no block from ``block`` on."""
+        features = {id(tensor) for tensor in tree_leaves(self.forward.features)}
+        for held in self.held:
+            last = self.watch.last.get((held.maker, held.tag), block)
+            tensor = held.ref() if last < block and self._over(held.maker, last) else None
+            if tensor is not None and id(tensor) not in features and tensor.device.type != "meta":
+                becomes(tensor, nothing_like(tensor))
+                held.captured = False
+
+    def _over(self, maker: int, last: int) -> bool:
         """Whether every block that read a tensor has gone back, so that no recomputation will."""
-        return all(k not in self.graphs for k in range(held.maker, min(block, self.watch.last[held.tag] + 1)))
+        return all(block not in self.graphs for block in range(maker, last + 1))
 
     def _lean(self, block: int) -> contextlib.AbstractContextManager[None]:
         lean = block < self.network.method.recompute.pointwise and self.training
@@ -237,6 +243,7 @@ class Pass:
             graph.backward(gradients, again=not free)
             if free:
                 del self.graphs[block]
+                self._release(self.boundary)
         if block == max(start, self.blocks.start):  # the way ends: taps and features from before it get no gradient
             self.outgoing = {k: g.take_gradients() for k, g in self.graphs.items() if start <= k < self.blocks.start}
             for other in self.graphs.values():

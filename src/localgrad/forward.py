@@ -48,12 +48,12 @@ class Point:
 class Watch:
     """How tensors that cross boundaries are found: modules that take or return them, and frames' local variables.
 
-    ``last`` says which block reads what is held under a tag last; after it nobody needs the data.
+    ``last`` says which block reads what a block made and somebody holds under a tag last; after it nobody needs the data.
     """
 
     modules: tuple[str, ...] = ()
     frames: bool = False
-    last: Mapping[Tag, int] = field(default_factory=dict)
+    last: Mapping[tuple[int, Tag], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

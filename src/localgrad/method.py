@@ -358,16 +358,19 @@ class Auxiliary(nn.Module):
         self.bridge = method.bridge(site) if method.bridge is not None else None
         if self.bridge is not None:
             site = site.beyond(self.bridge)
-        self.heads = nn.ModuleList(term.head(site) for term, _ in self.terms)
+        heads = [(term, term.head(site)) for term, _ in self.terms]
+        for rule in method.rules:
+            heads = [(term, rule.built(term, head)) for term, head in heads]
+        self.heads = nn.ModuleList(head for _, head in heads)
         if method.recompute.auxiliary:
             recompute_parts(self)
         self.to(site.features)  # its device and precision
-        self.dtype = site.features.dtype
 
     def bridged(self, features: Tensor) -> Tensor:
         """What the heads read."""
-        if features.dtype != self.dtype and not torch.is_autocast_enabled(features.device.type):
-            features = features.to(self.dtype)  # the model left autocast before the cut
+        own = next((p.dtype for p in self.parameters() if p.is_floating_point()), features.dtype)
+        if features.dtype != own and not torch.is_autocast_enabled(features.device.type):
+            features = features.to(own)  # the model left autocast before the cut
         return features if self.bridge is None else self.bridge(features)
 
     def forward(self, features: Tensor, step: int = 0) -> list[Any]:

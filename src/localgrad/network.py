@@ -28,6 +28,7 @@ from localgrad.rehearsal import rehearse
 from localgrad.rules import Rule
 from localgrad.spans import Span, check
 from localgrad.twins import Twin
+from localgrad.untouched import untouched
 
 if TYPE_CHECKING:
     from localgrad.distributed.block_parallel import Stage
@@ -174,6 +175,10 @@ class LocalNetwork(nn.Module):
         for twin in self._early_twins.get(boundary, ()):
             twin.update()
 
+    def between_cuts(self) -> list[nn.Module]:
+        """The largest modules of the model that have parameters and hold no cut; a cut may lie before them."""
+        return list(_between(self.running, "", {cut.point.name for cut in self.cuts}))
+
     def compile_blocks(self, **options: Any) -> None:
         """``nn.Module.compile`` the model's modules between the cuts and the auxiliary networks, in place.
 
@@ -188,8 +193,7 @@ class LocalNetwork(nn.Module):
                 f"{self.method.name} recomputes pointwise operations one by one, and torch.compile does so by itself: "
                 "leave out either checkpointing(where='pointwise') or the compiler"
             )
-        cut = {point.name for point in (cut.point for cut in self.cuts)}
-        for module in _between(self.running, "", cut):
+        for module in self.between_cuts():
             module.compile(**options)
         for auxiliary in self.auxiliary.values():
             auxiliary.compile(**options)
@@ -284,10 +288,11 @@ def localize(model: nn.Module, method: Method, cutting: Any, *, example: Any, sh
     network._early_twins = {
         b: [twin for twin in network.twins_at(b) if twin.exchange == "before"] for b in range(1, count)
     }
-    network.train(model.training)
+    network.training = network.auxiliary.training = model.training
     network.rules = tuple(rule.bound(partition, cuts) for rule in method.rules)
-    for rule in network.rules:
-        rule.tried(network, example)
+    with untouched(network, training=True), torch.enable_grad():
+        for rule in network.rules:
+            rule.tried(network, example)
     return network
 
 
@@ -297,7 +302,8 @@ def separate_blocks(network: LocalNetwork) -> list[Block | RecomputedBlock]:
     Raises:
         PartitionError: the model does not allow it, or they would not compute what its own forward does.
     """
-    return separate.separate_blocks(network.partition, network.cuts)
+    blocks = network._separate[0]
+    return separate.separate_blocks(network.partition, network.cuts) if blocks is None else list(blocks.blocks)
 
 
 def _check_model(model: nn.Module) -> None:

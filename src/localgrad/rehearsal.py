@@ -70,12 +70,15 @@ def rehearse(network: LocalNetwork, example: Any) -> tuple[list[Tensor], Watch]:
     )
 
 
-def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[Tensor], dict[Tag, int]]:
-    """The features at each boundary that was reached, and the last block that reads what is held under each tag."""
+Places = dict[tuple[int, Tag], int]
+
+
+def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[Tensor], Places]:
+    """The features at each boundary that was reached; what is held, by maker and tag, with the last block that reads it."""
     spans = [Span(k, k + 1) for k in range(network.num_blocks)]
     one = Pass(network, opened, spans, Batch(example, None, 0))
     features: list[Tensor] = []
-    found: dict[Tag, tuple[int, int]] = {}
+    found: dict[tuple[int, Tag], set[int]] = {}
     with _Reads() as reads:
         for block in one.blocks:
             reads.block = block
@@ -89,14 +92,15 @@ def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[
                 one.go_on(block + 1)  # cut from its graph now: what only the graph holds goes with it
                 for held in one.held:
                     tensor = held.ref()
-                    if tensor is not None and held.tag not in found and (storage := _storage(tensor)) is not None:
-                        found[held.tag] = (storage._cdata, held.maker)
-    last = network.num_blocks - 1
+                    if tensor is not None and held.maker == one.boundary - 1 and (s := _storage(tensor)) is not None:
+                        found.setdefault((held.maker, held.tag), set()).add(s._cdata)
     return features, {
-        tag: max(reads.last.get(storage, maker), maker) for tag, (storage, maker) in found.items() if maker < last
+        (maker, tag): max(maker, *(reads.last.get(storage, maker) for storage in storages))
+        for (maker, tag), storages in found.items()
+        if maker < network.num_blocks - 1
     }
 
 
-def _watch(places: dict[Tag, int]) -> Watch:
-    modules = dict.fromkeys(tag[1] for tag in places if tag[0] in ("takes", "returns"))
-    return Watch(tuple(modules), any(tag[0] == "frame" for tag in places), places)
+def _watch(places: Places) -> Watch:
+    modules = dict.fromkeys(tag[1] for _, tag in places if tag[0] in ("takes", "returns"))
+    return Watch(tuple(modules), any(tag[0] == "frame" for _, tag in places), places)

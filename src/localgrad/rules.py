@@ -63,10 +63,12 @@ class Rule:
     Attributes:
         travels: whether it works where blocks run on several ranks; ``reason`` says why not.
         late: whether some heads get their gradients from the losses at the next boundary.
+        joins: whether its observers may join block and head, and differentiate them twice.
     """
 
     travels: ClassVar[bool] = False
     late: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
     reason: ClassVar[str] = ""
 
     def check(self, method: Method, num_blocks: int) -> None:
@@ -79,6 +81,10 @@ class Rule:
     def observe(self, network: LocalNetwork, batch: Batch) -> Observer:
         """What follows one micro-batch."""
         raise NotImplementedError
+
+    def built(self, term: Term, head: nn.Module) -> nn.Module:
+        """A head as it is to stand in an auxiliary network."""
+        return head
 
     def tried(self, network: LocalNetwork, example: Any) -> None:
         """Raise `MethodError` if a step on the example, in training mode, shows that the network does not allow it."""

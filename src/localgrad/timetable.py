@@ -105,7 +105,7 @@ def timetable(
                 if training and last:
                     rows.append(Row("twins", block, part))
                     known = block + 1 if not late or block + 1 == num_blocks else block
-                    done = [k for k in waiting if state.left[k] == 0 and k < known]
+                    done = [k for k in reversed(waiting) if state.left[k] == 0 and k < known]
                     rows += [Row("done", k, part) for k in done]
                     waiting = [k for k in waiting if k not in done]
     return tuple(rows)

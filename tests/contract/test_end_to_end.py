@@ -116,6 +116,9 @@ def test_accumulation_is_a_loop_over_micro_batches(size: int, parts: int, checkp
 def test_accumulation_of_any_method_is_a_loop_over_micro_batches(base: str) -> None:
     method = METHODS[base]
     whole, looped = build("residual", accumulation(method, parts=2), 4), build("residual", method, 4)
+    for module in (*whole.modules(), *looped.modules()):  # draws come in another order: a block for all parts first
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
     inputs, targets = batch()
     torch.manual_seed(0)
     localgrad.backward(whole, inputs, targets)

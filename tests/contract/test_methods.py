@@ -157,6 +157,15 @@ def test_no_graph_outlives_the_step(name: str) -> None:
             gc.enable()
 
 
+def measures(method: localgrad.Method) -> bool:
+    """Whether it keeps what it measures inside blocks."""
+    return method.name.startswith("trgl")
+
+
+def differentiates_twice(method: localgrad.Method) -> bool:
+    return method.name.startswith("sgr")
+
+
 def activation_bytes(method: localgrad.Method, num_blocks: int) -> int:
     torch.manual_seed(0)
     inputs, targets = batch(8)
@@ -167,14 +176,14 @@ def activation_bytes(method: localgrad.Method, num_blocks: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, method in METHODS.items() if widest(method, 8) == 1 and method.probe is None]
+    "name", [name for name, method in METHODS.items() if widest(method, 8) == 1 and not measures(method)]
 )
 def test_peak_activation_bytes_fall_with_the_number_of_blocks(name: str) -> None:
     peaks = [activation_bytes(METHODS[name], k) for k in (1, 2, 8)]
-    assert peaks[0] > peaks[2] and (peaks[0] > peaks[1] > peaks[2] or METHODS[name].reconcile is not None), peaks
+    assert peaks[0] > peaks[2] and (peaks[0] > peaks[1] > peaks[2] or differentiates_twice(METHODS[name])), peaks
     # A bridge of full resolution is a unit of the network more (published: 0.53), a second derivative keeps a second
     # graph of the block: of half the network more than end-to-end training keeps of the whole.
-    if METHODS[name].bridge is None and METHODS[name].reconcile is None:
+    if METHODS[name].bridge is None and not differentiates_twice(METHODS[name]):
         assert peaks[-1] < 0.5 * peaks[0], peaks
 
 
@@ -255,7 +264,7 @@ def test_evaluation_needs_no_backward_and_leaves_no_gradient(name: str) -> None:
     weight = losses[-1][0].weight
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(network.model(inputs), targets)
-    if METHODS[name].final_loss is None and METHODS[name].probe is None:  # else the model minimises more than that
+    if METHODS[name].final_loss is None and not METHODS[name].rules:  # else the model minimises more than that
         torch.testing.assert_close(own / weight, expected)
 
 

@@ -302,11 +302,12 @@ def test_bridges_are_left_out_where_the_next_unit_reads_a_skip() -> None:
 def test_micro_batches_cut_masks_and_nests_of_targets() -> None:
     inputs, masks = batch()
     whole, parts = build("tokens", dgl(TASK)).double(), build("tokens", accumulation(dgl(TASK), parts=2)).double()
-    torch.manual_seed(0)
+    for module in (*whole.modules(), *parts.modules()):  # draws come in another order: a block for all parts first
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
     for x, y in zip(inputs.double().chunk(2), masks.chunk(2), strict=True):
         for _, loss in localgrad.local_losses(whole, x, y):
             (0.5 * loss).backward()
-    torch.manual_seed(0)
     localgrad.backward(parts, inputs.double(), masks)
     for p, expected in zip(parts.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p.grad, expected.grad, rtol=0, atol=0)

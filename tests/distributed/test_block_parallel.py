@@ -5,6 +5,7 @@ from __future__ import annotations
 import gang
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from zoo import METHODS, batch, build
 
@@ -16,6 +17,7 @@ DGL = METHODS["dgl"]
 EVERY = METHODS | {
     "man, before": methods.man(DGL, exchange="before", buffers="ema"),
     "man, copies": methods.man(DGL, buffers="copy"),
+    "2 parts, man, before, copies": methods.accumulation(methods.man(DGL, exchange="before", buffers="copy"), parts=2),
     "mlaan, 3 blocks, all twins": methods.mlaan(DGL, width=3, twins="all", leap="both"),
     "4 parts, windows": methods.accumulation(METHODS["windows(dgl)"], parts=4),
     "6 parts, windows of 3": methods.accumulation(methods.windows(DGL, width=3), parts=6),
@@ -25,6 +27,11 @@ EVERY = METHODS | {
     ),
     "3 parts, e2e": methods.accumulation(METHODS["e2e"], parts=3),
     "2 parts, deep supervision": methods.accumulation(METHODS["deep_supervision"], parts=2),
+    "3 parts, dgl, on the host": methods.accumulation(DGL, parts=3, wait="host"),
+    "3 parts, dgl, rounded": methods.accumulation(DGL, parts=3, wait="bf16"),
+    "3 parts, windows side by side, rounded": methods.accumulation(
+        methods.windows(DGL, width=2, stride=2), parts=3, wait="bf16"
+    ),
 }
 # Bar D1: ten batches by these, and a few by all others.
 LONG = ("dgl", "man(dgl)", "man_pp(dgl)", "mlaan(dgl)", "pgl(dgl)", "2 parts, pgl(man(mlaan))")
@@ -100,3 +107,94 @@ def test_three_ranks_equal_one_process() -> None:
     found, *_ = gang.run(every_method, 3, "transformer", 4, names, timeout=240)
     assert set(found) == set(names)
     check(found)
+
+
+class Tapped(nn.Module):
+    """What the first block makes, and the input itself, are read again by later blocks, on other ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin, self.middle, self.end = (self.unit(inputs) for inputs in (3, 8, 8))
+        self.join, self.last, self.fc = nn.Conv2d(19, 8, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1), nn.Linear(8, 4)
+
+    @staticmethod
+    def unit(inputs: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(inputs, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = self.begin(x)
+        joined = self.join(torch.cat([early, self.end(self.middle(early)), x], 1)).relu()
+        return self.fc(self.last(torch.cat([joined, early], 1)).relu().mean((2, 3)))
+
+
+CUTS = ("middle", "end", "join", "last")
+TAPPED = {
+    "dgl": DGL,
+    "windows": METHODS["windows(dgl)"],
+    "2 parts, windows of 4": methods.accumulation(methods.windows(DGL, width=4), parts=2),
+    "3 parts, rounded": methods.accumulation(DGL, parts=3, wait="bf16"),
+    "2 parts, pgl": methods.accumulation(methods.pgl(DGL, every=2), parts=2),
+    "checkpointing(e2e)": METHODS["checkpointing(e2e)"],
+}
+
+
+def tapped(name: str) -> localgrad.LocalNetwork:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return localgrad.localize(Tapped(), TAPPED[name], CUTS, example=batch(2)[0])
+
+
+def with_taps(place: list[int]) -> dict[str, list[str]]:
+    """Which tensors differ from one process; and what evaluation answers, on the rank of the last block."""
+    mesh, rank = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
+    found: dict[str, list[str]] = {}
+    for name in TAPPED:
+        network, reference = block_parallel(tapped(name), mesh, place=place), tapped(name)
+        train(network, rank == 0, 3)
+        train(reference, True, 3)
+        network.eval(), reference.eval()
+        answers = [
+            {str(span): output for span, _, output in localgrad.local_outputs(n, batch(6, seed=9)[0])}
+            for n in (network, reference)
+        ]
+        network.stage.gather()
+        ours, theirs = network.state_dict(), reference.state_dict()
+        found[name] = [key for key in theirs if not torch.equal(ours[key], theirs[key])]
+        found[name] += [span for span, output in answers[0].items() if not torch.equal(output, answers[1][span])]
+    return found
+
+
+def test_taps_and_inputs_cross_ranks() -> None:
+    for found in gang.run(with_taps, 3, [0, 0, 1, 2, 2], timeout=240):
+        assert found == {name: [] for name in TAPPED}
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, *, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())
+
+
+def not_separable() -> list[str]:
+    """Models whose own forward trains in one process, and cannot be spread over ranks."""
+    mesh, x = init_device_mesh("cpu", (2,)), torch.randn(2, 8)
+    hooked = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    hooked.register_forward_hook(lambda *_: None)
+    found = []
+    for model, example in ((Keywords(), {"x": x}), (hooked, x)):
+        network = localgrad.localize(model, DGL, 2, example=example)
+        try:
+            block_parallel(network, mesh)
+        except localgrad.PartitionError as error:
+            found.append(str(error))
+        assert network.stage is None
+    return found
+
+
+def test_models_without_separate_blocks_are_refused() -> None:
+    for keywords, hooked in gang.run(not_separable, 2):
+        assert "takes a tensor or a tuple as example, not a dict" in keywords
+        assert "would pass by the hooks" in hooked

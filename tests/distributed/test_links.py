@@ -130,7 +130,7 @@ def refusals() -> dict[str, str]:
     def clipped() -> None:
         Stepper(placed(METHODS["windows(dgl)"]), OptimConfig(clip_grad=1.0), torch.amp.GradScaler(enabled=False))
 
-    early = methods.man(DGL, exchange="before", buffers="copy")
+    early = methods.man(METHODS["windows(dgl)"], exchange="before", buffers="copy")
     found = {}
     for name, act in {
         "ranks": lambda: placed(METHODS["e2e"], blocks=1),

@@ -43,14 +43,15 @@ def test_the_stem(resnet32: Partition) -> None:
     assert names(by_count(resnet32, 16, "own")) == names(by_count(resnet32, 16))
     assert names(by_count(resnet32, 4, "own")) == ["layer1", "layer2", "layer3"]
     assert names(by_count(resnet32, 3, "merged")) == ["layer2", "layer3"]
-    with pytest.raises(PartitionError, match="use num_blocks=2"):
+    with pytest.raises(PartitionError, match=r"write by_count\(2, stem='own'\)"):
         by_count(resnet32, 1, "own")
-    with pytest.raises(PartitionError, match=r"num_blocks=17 with stem='merged': .* use at most 16 blocks"):
+    with pytest.raises(PartitionError, match=r"17 blocks with stem='merged': .* use at most 16 blocks"):
         by_count(resnet32, 17, "merged")
 
 
 def test_too_many_blocks(resnet32: Partition) -> None:
-    expected = "num_blocks=40, but this CifarResNet has 16 cut points; use 1 to 17 blocks or pass cuts=(...)"
+    expected = "40 blocks, but this CifarResNet has 16 cut points; use 1 to 17 blocks or name modules that blocks begin "
+    expected += "with, ('layer2', 'layer3')"
     for choose in (by_count, by_bytes):
         with pytest.raises(PartitionError) as caught:
             choose(resnet32, 40)
@@ -79,9 +80,9 @@ def test_bytes_equal_exhaustive_search(name: str, num_blocks: int, gradients: He
     torch.manual_seed(0)
     partition, share = Partition(small_models()[name], torch.randn(2, 3, 32, 32)), 0.5
     saved = unit_storages(partition)
-    trained = [
-        sum(4 * p.numel() for p in unit.parameters()) * share * (gradients != "none") for unit in partition.units
-    ]
+    home, trained = partition.home(partition.cuts), [0.0] * len(saved)
+    for path, parameter in partition.model.named_parameters():
+        trained[home[path][-1]] += 4 * parameter.numel() * share * (gradients != "none")
     head = {cut: AuxiliaryBytes(1000 * (index + 1), 300) for index, cut in enumerate(partition.cuts)}
 
     def union(units: list[int]) -> int:

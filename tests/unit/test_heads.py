@@ -193,7 +193,7 @@ def test_layout_of_the_rest() -> None:
     assert layout_of(torch.zeros(2, 10, 15, 6), images, "last") == Layout("channels_last", 6, (10, 15))
     for length in (9, 10):  # words form no square and have no class token that anybody could know of
         assert layout_of(torch.zeros(2, length, 6), torch.zeros(2, length)) == Layout("tokens", 6, (length, 1))
-    for shape in ((2,), (2, 3, 4, 5, 6)):
+    for shape in ((2,), (2, 3, 4, 5, 6, 7)):
         with pytest.raises(PartitionError, match="at a boundary"):
             layout_of(torch.zeros(shape), images)
 

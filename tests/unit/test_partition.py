@@ -196,7 +196,7 @@ def test_modules_that_return_several_values_are_traced_through() -> None:
 def test_shared_parameters() -> None:
     model = Tied()
     assert cut_names(model) == ["b", "head"]
-    with pytest.raises(PartitionError, match=r"parameter 'b\.weight' is used by block 0 and by block 1 \(from 'c'\)"):
+    with pytest.raises(PartitionError, match=r"parameter 'b\.weight' is used before and after 'c'.*shared=True"):
         localize(model, DGL, ("c",), example=X)
 
 
@@ -211,7 +211,7 @@ def test_several_inputs() -> None:
     network = localize(model, DGL, 2, example=(X, X))
     assert torch.equal(run(separate_blocks(network), (X, 2 * X)), model(X, 2 * X))
     localgrad.backward(network, (X, X), Y)
-    with pytest.raises(PartitionError, match=r"TwoInputs does not run on example=\(6, 8\) float32 on cpu: .*'y'"):
+    with pytest.raises(PartitionError, match=r"TwoInputs does not run in training mode on example=\(6, 8\) float32 on cpu: .*'y'"):
         localize(model, DGL, 2, example=X)
 
 
@@ -219,7 +219,7 @@ def test_in_place_layers_at_a_boundary() -> None:
     model = mlp(nn.ReLU(inplace=True))
     assert cut_names(model) == ["2", "4"]
     for method in (E2E, WINDOWS):
-        with pytest.raises(PartitionError, match=r"'1': '1' overwrites the features.*inplace=False.*begin with '2'"):
+        with pytest.raises(PartitionError, match=r"'1' overwrites the features.*inplace=False"):
             localize(model, method, ("1",), example=X)
     network = localize(model, DGL, ("1",), example=X)
     localgrad.backward(network, X, Y)
@@ -243,8 +243,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     [
         (("5",), r"unknown module '5'; known"),
         (("steem",), r"unknown module 'steem'; did you mean 'stem'"),
-        (("b",), r"'b' is no cut point: 2 tensors with gradient cross there"),
-        (("stem",), r"nothing is computed before 'stem'"),
+        (("stem",), r"'stem' takes nothing that was computed from parameters before it"),
         (("head", "head"), r"'head' begins where 'head' does; name it once"),
     ],
 )
@@ -315,8 +314,8 @@ def test_copies_of_units_get_the_sizes_that_the_units_are_called_with() -> None:
     assert len(losses) == 4 and all(p.grad is not None for p in model.parameters())
     unit = network.twins[0].source
     features = torch.randn(6, 16, 8)
-    assert unit.module is model.blocks[1]
-    assert torch.equal(unit(features), model.blocks[1](features, (4, 4), scale=0.5)[0])
+    assert unit.module is model.blocks[0]
+    assert torch.equal(unit(features), model.blocks[0](features, (4, 4), scale=0.5)[0])
 
 
 class TwoBack(nn.Module):

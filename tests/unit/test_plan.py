@@ -205,4 +205,4 @@ def test_units_are_recomputed_where_no_number_of_blocks_fits() -> None:
     (_, recompute), least = min(peaks.items(), key=lambda item: item[1])
     assert least < 0.98 * without and recompute
     network = localize(model, method, localgrad.cuts.fits(int(least / 0.9) + 64, batch_size=64), example=x)
-    assert network.cuts and any(isinstance(block, RecomputedBlock) for block in localgrad.separate_blocks(network))
+    assert network.cuts and any(isinstance(block, RecomputedBlock) for block in network.suspended.modules())

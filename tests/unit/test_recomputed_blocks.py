@@ -78,4 +78,5 @@ def test_what_cannot_be_recomputed_is_refused() -> None:
     with pytest.raises(PartitionError, match=r"block 0, from the input on, is a single unit"):
         localize(resnet(), METHODS["dgl"], cuts.recomputed(("layer1",), (0,)), example=X[:2])
     with pytest.raises(PartitionError, match="a list of modules has no units"):
-        localize(nn.Sequential(nn.Linear(3, 3)), METHODS["e2e"], cuts.recomputed([nn.Linear(3, 3)], (0,)), example=X)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        localize(model, METHODS["e2e"], cuts.recomputed(list(model), (0,)), example=torch.randn(2, 3))

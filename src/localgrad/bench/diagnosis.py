@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from localgrad import methods
-from localgrad.engine import backward
+from localgrad.engine import backward, features
 from localgrad.layout import ToMaps, layout_of
 from localgrad.network import LocalNetwork, localize
-from localgrad.partition import INPUTS
 from localgrad.train.experiment import Experiment, build
 from localgrad.train.folder import RunFolder, read_config
 
@@ -28,14 +27,12 @@ def features_of(network: LocalNetwork, inputs: Tensor, grid: int = 4) -> Iterato
         inputs: (B, C, H, W).
     """
     network.eval()
-    values: dict[str, Any] = {INPUTS: inputs}
-    for block in network.blocks:
-        values |= zip(block.outputs, block(*(values[name] for name in block.inputs)), strict=True)
-        features = values[block.outputs[0]]
-        if features.ndim > 2:
-            maps = ToMaps(layout_of(features, inputs))(features)
-            features = F.adaptive_avg_pool2d(maps, (min(grid, maps.shape[2]), min(grid, maps.shape[3])))
-        yield features.flatten(1)
+    hints = [*(cut.channels_hint for cut in network.cuts), None]
+    for behind, hint in zip(features(network, inputs), hints, strict=True):
+        if behind.ndim > 2:
+            maps = ToMaps(layout_of(behind, inputs, hint))(behind)
+            behind = F.adaptive_avg_pool2d(maps, (min(grid, maps.shape[2]), min(grid, maps.shape[3])))
+        yield behind.flatten(1)
 
 
 def linear_probe(train: Tensor, train_targets: Tensor, test: Tensor, test_targets: Tensor, ridge: float = 1.0) -> float:
@@ -74,16 +71,13 @@ def gradient_cosines(network: LocalNetwork, inputs: Tensor, targets: Any) -> lis
     """
     network.train()
     buffers = [buffer.clone() for buffer in network.buffers()]
-    if network.cuts:
-        names = [cut.name for cut in network.cuts]
-        whole = localize(network.model, methods.e2e(network.method.task), example=inputs[:2], cuts=names)
-    else:
-        whole = localize(network.model, methods.e2e(network.method.task), example=inputs[:2], num_blocks=1)
+    names = tuple(cut.name for cut in network.cuts)
+    whole = localize(network.model, methods.e2e(network.method.task), names or 1, example=inputs[:2])
     found = []
     for one in (network, whole):
         one.zero_grad(set_to_none=True)
         backward(one, inputs, targets)
-        found.append([_flat(p.grad for p in block.parameters()) for block in one.blocks])
+        found.append([_flat(p.grad for p in one.parameters_of(k)) for k in range(one.num_blocks)])
         one.zero_grad(set_to_none=True)
     for buffer, before in zip(network.buffers(), buffers, strict=True):
         buffer.copy_(before)

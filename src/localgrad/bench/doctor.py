@@ -24,7 +24,7 @@ def findings(data_root: str | None = None) -> list[dict[str, str]]:
     """Rows of ``what``, ``found`` and ``remark``; the remark says what to do, empty if nothing."""
     rows = [_row("localgrad", __version__), _row("Python", platform.python_version())]
     rows += [_row("platform", f"{platform.system()} {platform.machine()}")]
-    for name in ("torch", "torchvision", "numpy", "safetensors", "typer"):
+    for name in ("torch", "torchvision", "greenlet", "numpy", "safetensors", "typer"):
         rows.append(_row(name, _version(name) or "missing", "" if _version(name) else f"pip install {name}"))
     rows.append(_torchvision())
     for name, remedy in OPTIONAL.items():

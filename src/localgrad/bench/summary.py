@@ -15,13 +15,18 @@ from localgrad import data, methods
 from localgrad.bench.cost import cost, random_targets
 from localgrad.bench.memory import saved_storages
 from localgrad.config import Config
-from localgrad.network import LocalNetwork, block_infos
+from localgrad.errors import PartitionError
+from localgrad.forward import SuspendedForward
+from localgrad.network import LocalNetwork, block_infos, localize
+from localgrad.partition.units import called_as
 from localgrad.train.experiment import build_network, build_task, device_of, explained
+from localgrad.untouched import untouched
 
 
 def summarize(config: Config, image_shape: tuple[int, int, int], num_classes: int, batch_size: int) -> dict[str, Any]:
     """Per block: parameters, FLOPs of a forward pass, bytes saved for the backward pass, each also of its heads; and
-    the measured cost of a whole step for the method, end-to-end training and checkpointing.
+    the measured cost of a whole step for the method, end-to-end training and checkpointing (None where the model does
+    not allow it).
 
     Args:
         config: model, method and blocks; its data set is not read.
@@ -40,16 +45,19 @@ def summarize(config: Config, image_shape: tuple[int, int, int], num_classes: in
     with explained(inputs):
         total = cost(network, inputs, targets)
     blocks = _blocks(network, inputs)
-    method = network.method
-    references = {}
-    for name, other in (("e2e", methods.e2e(task)), ("checkpointing", methods.checkpointing(methods.e2e(task)))):
-        network.method = other
-        references[name] = asdict(cost(network, inputs, targets))
-        references[name]["auxiliary_parameters"] = 0
-    network.method = method
+    e2e = methods.e2e(task)
+    names = tuple(cut.name for cut in network.cuts) or 1
+    references: dict[str, Any] = {}
+    for name, other in (("e2e", e2e), ("checkpointing", methods.checkpointing(e2e))):
+        try:
+            whole = localize(network.model, other, names, example=torch.randn(2, *image_shape, device=device))
+        except PartitionError:  # its blocks cannot be called one by one
+            references[name] = None
+        else:
+            references[name] = asdict(cost(whole, inputs, targets))
     return {
         "model": config.model.name,
-        "method": method.name,
+        "method": network.method.name,
         "batch_size": batch_size,
         "image_shape": list(image_shape),
         "blocks": blocks,
@@ -59,40 +67,40 @@ def summarize(config: Config, image_shape: tuple[int, int, int], num_classes: in
 
 
 def _blocks(network: LocalNetwork, inputs: Tensor) -> list[dict[str, Any]]:
-    """One row for each block; runs it once in training mode, statistics put back."""
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    """One row for each block; the model runs once in training mode, statistics put back."""
     keep = [*network.parameters(), *network.buffers(), inputs]
-    values: dict[str, Any] = {"inputs": inputs}
     rows = []
-    for info, block in zip(block_infos(network), network.blocks, strict=True):
-        arguments = [values[name] for name in block.inputs]
-        outputs, flops, saved = _measured(partial(block, *arguments), keep)
-        detached = [o.detach() if isinstance(o, Tensor) else o for o in outputs]
-        values |= zip(block.outputs, detached, strict=True)
-        head_flops = head_saved = 0
-        for _, auxiliary in network.auxiliaries_at(info.index + 1):
-            leaf = detached[0].requires_grad_()
-            _, more, bytes_ = _measured(partial(auxiliary, leaf), [*keep, leaf])
-            head_flops, head_saved = head_flops + more, head_saved + bytes_
-            leaf.requires_grad_(False)
-        rows.append(
-            {
-                "block": info.index + 1,
-                "begins_at": info.begins_at,
-                "features": list(outputs[0].shape[1:]) if isinstance(outputs[0], Tensor) else [],
-                "parameters": info.parameters,
-                "head_parameters": info.head_parameters,
-                "twin_parameters": info.twin_parameters,
-                "flops": flops,
-                "head_flops": head_flops,
-                "saved_bytes": saved,
-                "head_saved_bytes": head_saved,
-            }
-        )
-    with torch.no_grad():
-        for name, buffer in network.named_buffers():
-            buffer.copy_(buffers[name])
+    with untouched(network, training=True), network.opened(()) as opened:
+        forward = opened.call(inputs)
+        for info in block_infos(network):
+            output, flops, saved = _measured(lambda: _next(forward), keep)
+            head_flops = head_saved = 0
+            with called_as(forward.arguments):
+                for _, auxiliary in network.auxiliaries_at(info.index + 1):
+                    leaf = output.detach().requires_grad_()
+                    _, more, bytes_ = _measured(partial(auxiliary, leaf), [*keep, leaf])
+                    head_flops, head_saved = head_flops + more, head_saved + bytes_
+            rows.append(
+                {
+                    "block": info.index + 1,
+                    "begins_at": info.begins_at,
+                    "features": list(output.shape[1:]) if isinstance(output, Tensor) else [],
+                    "parameters": info.parameters,
+                    "head_parameters": info.head_parameters,
+                    "twin_parameters": info.twin_parameters,
+                    "flops": flops,
+                    "head_flops": head_flops,
+                    "saved_bytes": saved,
+                    "head_saved_bytes": head_saved,
+                }
+            )
     return rows
+
+
+def _next(forward: SuspendedForward) -> Any:
+    """Run the next block; what it makes."""
+    forward.proceed()
+    return forward.features
 
 
 def _measured(function: Callable[[], Any], exclude: list[Tensor]) -> tuple[Any, int, int]:

@@ -80,12 +80,16 @@ def summary(
     console.print(title, style="bold")
     console.print(table)
     console.print("+ what the auxiliary networks on the block's output add", style="dim")
-    total, e2e = result["total"], result["e2e"]
+    total, e2e, again = result["total"], result["e2e"], result["checkpointing"]
+
+    def of_checkpointing(key: str) -> str:
+        return "not possible" if again is None else f"{again[key] / e2e[key]:.2f}x"
+
     console.print(
         f"One training step, {result['method']} against end-to-end: activations "
         f"{total['activation_bytes'] / 2**20:.2f} of {e2e['activation_bytes'] / 2**20:.2f} MiB "
         f"({total['activation_bytes'] / e2e['activation_bytes']:.2f}x), with checkpointing at the same boundaries "
-        f"{result['checkpointing']['activation_bytes'] / e2e['activation_bytes']:.2f}x; FLOPs "
-        f"{total['flops'] / e2e['flops']:.2f}x (checkpointing {result['checkpointing']['flops'] / e2e['flops']:.2f}x); "
+        f"{of_checkpointing('activation_bytes')}; FLOPs {total['flops'] / e2e['flops']:.2f}x (checkpointing "
+        f"{of_checkpointing('flops')}); "
         f"training parameters {(total['parameters'] + total['auxiliary_parameters']) / e2e['parameters']:.2f}x.",
     )

@@ -36,7 +36,7 @@ def facts_about(network: LocalNetwork) -> dict[str, str]:
         "version of localgrad": localgrad.__version__,
         "source code of localgrad": source_digest(),
         "method": network.method.name,
-        "blocks": f"{len(network.blocks)}, beginning at {', '.join(cut.name for cut in network.cuts) or 'the input'}",
+        "blocks": f"{network.num_blocks}, beginning at {', '.join(cut.name for cut in network.cuts) or 'the input'}",
         "settings of the method": hashlib.sha256(_settings(network).encode()).hexdigest()[:16],
         "parameters": hashlib.sha256(shapes.encode()).hexdigest()[:16],
     }
@@ -44,9 +44,9 @@ def facts_about(network: LocalNetwork) -> dict[str, str]:
 
 def _settings(network: LocalNetwork) -> str:
     """The spans of every pattern and the weights of all terms: what a method's options become."""
-    patterns = network.method.spans.patterns(len(network.blocks))
+    patterns = network.method.spans.patterns(network.num_blocks)
     weights = {name: [weight for _, weight in aux.terms] for name, aux in network.auxiliary.items()}  # type: ignore[union-attr]
-    return repr((patterns, weights, network.method.micro_batches))
+    return repr((patterns, weights, network.method.accumulate))
 
 
 def agree(group: dist.ProcessGroup, facts: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,23 +13,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves
 
 from localgrad.distributed.agreement import agree, explained, facts_about
 from localgrad.distributed.compression import Wire
+from localgrad.distributed.crossing import Blocks, Place, RankBlocks, blocks_of, entered, handed_on, received
 from localgrad.distributed.data_parallel import axis, digest_of
-from localgrad.distributed.gradient_order import InOrder, kept
+from localgrad.distributed.gradient_order import InOrder
 from localgrad.distributed.link import Inlet, Message, Outlet
-from localgrad.distributed.ownership import shipments, tensors_by_rank
+from localgrad.distributed.ownership import Owners, shipments, tensors_by_rank
 from localgrad.distributed.placement import runs_of
+from localgrad.distributed.rows import Runs, acts, rank_table
 from localgrad.distributed.timeline import Timeline
 from localgrad.distributed.trees import decoded, encoded
-from localgrad.engine import OnOutput, Pass, Run, answers_at, parts_of
+from localgrad.engine import OnOutput, Pass, answers_at, in_context, parts_of
 from localgrad.errors import ConfigError, MethodError, TrainingError, nearest
+from localgrad.forward import OpenModel, Watch, num_samples
 from localgrad.method import Batch, Term, alone
 from localgrad.network import LocalNetwork
 from localgrad.partition import INPUTS
-from localgrad.spans import Span
+from localgrad.spans import Span, groups
+from localgrad.timetable import Row, timetable
 
 VALUES, GRADIENTS, WEIGHTS = range(3)  # channels between two ranks
 
@@ -48,8 +52,11 @@ def block_parallel(
     at; the others may pass None. Weights are bit for bit those of a single process with the same batches, under
     `localgrad.keyed_randomness` also with dropout:
 
-    - Features, and the targets, are sent as soon as the last block of a rank has run forward, before its loss and
-      backward pass. Batches are trained in order and each message is taken once, so nothing is ever stale.
+    - Each rank runs its blocks as modules of their own (`localgrad.network.separate_blocks`), which torch.fx or a list
+      of modules must give; hooks on the model and on what contains a cut are not called.
+    - What a rank does, and in which order, are the rows of `localgrad.distributed.rows.rank_table`. Features, and the
+      targets, are sent as soon as the last block of a rank has run forward, before its loss and backward pass. Batches
+      are trained in order and each message is taken once, so nothing is ever stale.
     - Where a span crosses ranks (windows, guided steps, end-to-end training), its gradient comes back. A rank runs all
       micro-batches of a step forward before it waits for the first gradient: give such methods several,
       ``methods.accumulation(method, parts=4)``.
@@ -78,6 +85,7 @@ def block_parallel(
         ConfigError: ranks differ, there are more of them than blocks, or a placement is not in order.
         MethodError: the method computes something over all blocks, or between blocks, that does not travel; or
             ``wire`` would round features whose gradient comes back.
+        PartitionError: the model has no blocks that can be called one by one.
 
     Source: forward-only pipelines of local learning: Decoupled Greedy Learning (Belilovsky et al., ICML 2020,
     arXiv:1901.08164, synchronous form); windows as in interlocking back-propagation (Gomez et al., JMLR 23(171), 2022).
@@ -89,11 +97,12 @@ def block_parallel(
         raise ConfigError(f"depth={depth}; at least one batch has to travel, depth=2 lets the next one follow")
     check_method(network, runs)
     check_wire(network, runs, wire)
+    blocks = blocks_of(network)
     with explained("comparing networks"):
         weights = digest_of(network.parameters()).tolist()
-        options = {"weights": f"{weights}", "placement": f"{runs}", "depth": f"{depth}", "wire": wire}
+        options = {"weights": f"{weights}", "placement": f"{list(runs)}", "depth": f"{depth}", "wire": wire}
         agree(group, facts_about(network) | options)
-    network.stage = Stage(network, group, runs, depth, wire)
+    network.stage = Stage(network, blocks, group, runs, depth, wire)
     return network
 
 
@@ -110,23 +119,36 @@ def _losses(network: LocalNetwork) -> Iterator[Any]:
 
 def check_method(network: LocalNetwork, runs: Sequence[range]) -> None:
     """Raise `MethodError` if a method needs something of other ranks that is not sent."""
+    if len(runs) < 2:
+        return
     method = network.method
-    reasons = {
-        "computes something over the whole model before each batch (a teacher's answer, say)": bool(method.contexts),
-        "compares the gradients of neighbouring blocks": method.reconcile is not None,
-        "lets heads follow the loss at the next boundary": any(term.follows for term in method.terms),
-        "compares the answers of neighbouring heads": any(
-            getattr(p, "reads_previous", False) for p in _losses(network)
-        ),
-        "moves buffers of twins between micro-batches": method.micro_batches > 1
-        and any(twin.exchange == "before" and twin.buffers != "none" for twin in network.twins),
-    }
-    for reason, holds in reasons.items():
-        if holds and len(runs) > 1:
-            raise MethodError(
-                f"{method.name} {reason}, which does not travel between ranks; train it in one process or with "
-                "localgrad.distributed.data_parallel"
-            )
+    reasons = [rule.reason for rule in network.rules if not rule.travels]
+    if method.contexts:
+        reasons.append("computes something over the whole model before each batch (a teacher's answer, say)")
+    if method.accumulate.parts > 1 and _moves_between_parts(network):
+        reasons.append("moves buffers of twins between micro-batches")
+    for reason in reasons:
+        raise MethodError(
+            f"{method.name} {reason}, which does not travel between ranks; train it in one process or with "
+            "localgrad.distributed.data_parallel"
+        )
+
+
+def _moves_between_parts(network: LocalNetwork) -> bool:
+    """Whether twins take buffers of a block that, in one process, has seen a part of the batch by then.
+
+    Such are the blocks that a span links with the one before the twin; the others begin the batch afterwards.
+    """
+    num_blocks = network.num_blocks
+    home = {id(p): block for block in range(num_blocks) for p in network.parameters_of(block)}
+    linked = [group for spans in network.method.spans.patterns(num_blocks) for group in groups(spans, num_blocks)]
+    for boundary in range(1, num_blocks):
+        for twin in network.twins_at(boundary):
+            moves = twin.exchange == "before" and twin.buffers != "none"
+            sources = {home[id(p)] for p in twin.source.parameters() if moves and id(p) in home}
+            if any(boundary - 1 in group and sources & set(group) for group in linked):
+                return True
+    return False
 
 
 def check_wire(network: LocalNetwork, runs: Sequence[range], wire: Wire) -> None:
@@ -136,7 +158,7 @@ def check_wire(network: LocalNetwork, runs: Sequence[range], wire: Wire) -> None
     if wire == "same":
         return
     for run in runs[1:]:
-        for span in (s for pattern in network.method.spans.patterns(len(network.blocks)) for s in pattern):
+        for span in (s for pattern in network.method.spans.patterns(network.num_blocks) for s in pattern):
             if span.start < run.start < span.stop:
                 raise MethodError(
                     f"wire={wire!r} rounds the features that block {run.start} receives from another rank, but "
@@ -149,19 +171,14 @@ def check_wire(network: LocalNetwork, runs: Sequence[range], wire: Wire) -> None
 class _Part:
     """One micro-batch on its way through this rank.
 
-    ``rows`` are its samples and those of the whole batch; ``received`` and ``sent`` name, by maker and place, the
-    values that crossed a boundary with a gradient to come back.
+    ``rows`` are its samples and those of the whole batch; ``received`` and ``sent`` are the places of the tensors that
+    crossed a boundary with a gradient to come back.
     """
 
     state: Pass
-    parts: int
     rows: tuple[int, int]
-    received: list[tuple[int, int]]
-    sent: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def last(self) -> bool:
-        return self.state.part == self.parts - 1
+    received: list[Place] = field(default_factory=list)
+    sent: list[Place] = field(default_factory=list)
 
 
 class _NotSent:
@@ -178,22 +195,31 @@ class Stage:
 
     Args:
         network: of which some blocks are trained here.
+        all_blocks: of the network, each to be called by itself.
         group: the ranks along the blocks, in order.
         runs: the blocks of each of them.
         depth, wire: see `block_parallel`.
 
     Attributes:
         rank, size: of the group.
-        blocks: those of this rank.
+        blocks: those of this rank; ``model`` runs them.
+        follows: whether twins follow units on other ranks, here or elsewhere along the blocks.
         timeline: when each block ran; notes nothing unless asked to.
     """
 
     def __init__(
-        self, network: LocalNetwork, group: dist.ProcessGroup, runs: Sequence[range], depth: int, wire: Wire = "same"
+        self,
+        network: LocalNetwork,
+        all_blocks: Blocks,
+        group: dist.ProcessGroup,
+        runs: Runs,
+        depth: int,
+        wire: Wire = "same",
     ) -> None:
-        self.network, self.group, self.runs, self.wire = network, group, list(runs), wire
+        self.network, self.group, self.runs, self.wire = network, group, runs, wire
         self.rank, self.size = group.rank(), group.size()
         self.blocks = self.runs[self.rank]
+        self.all_blocks, self.model = all_blocks, RankBlocks(all_blocks, self.blocks)
         self.timeline = Timeline()
         self._rank_of = {k: rank for rank, run in enumerate(runs) for k in run}
         self._inputs_read = any(getattr(part, "reads_inputs", False) for part in _losses(network))
@@ -202,7 +228,7 @@ class Stage:
         self._open = True
         before, after, device = self.rank - 1, self.rank + 1, network.device
         first, last = before < 0, after == self.size
-        patterns = network.method.spans.patterns(len(network.blocks))
+        patterns = network.method.spans.patterns(network.num_blocks)
         crossed = {b for spans in patterns for s in spans for b in range(s.start + 1, s.stop)}
         back, forth = self.blocks.start in crossed, self.blocks.stop in crossed
         self._values_in = None if first else Inlet(group, before, VALUES, depth, device)
@@ -210,13 +236,15 @@ class Stage:
         self._gradients_in = Inlet(group, after, GRADIENTS, depth, device) if forth else None
         # The rank before takes gradients only after all its micro-batches have run: sending them must not wait.
         self._gradients_out = Outlet(group, before, GRADIENTS, depth, waits=False) if back else None
-        owner_of = {id(tensor): rank for tensor, rank in tensors_by_rank(network, self._rank_of).items()}
+        owners = self._owners()
+        owner_of = {id(tensor): rank for tensor, rank in owners.items()}
         self._sources = {
             twin: next((owner_of[id(p)] for p in twin.source.parameters()), self.rank)
             for boundary in self._boundaries
             for twin in network.twins_at(boundary)
         }
-        sent = shipments(network, self._rank_of)
+        sent = shipments(network, owners, self._rank_of)
+        self.follows = bool(sent)
         self._shipped = {s.reader: s.tensors for s in sent if s.owner == self.rank}
         self._followed = {s.owner: s.tensors for s in sent if s.reader == self.rank}
         self._weights_out = {reader: Outlet(group, reader, WEIGHTS, depth) for reader in self._shipped}
@@ -229,18 +257,16 @@ class Stage:
     @property
     def _boundaries(self) -> range:
         """Those whose auxiliary networks are trained here."""
-        return range(self.blocks.start + 1, min(self.blocks.stop, len(self.network.blocks) - 1) + 1)
+        return range(self.blocks.start + 1, min(self.blocks.stop, self.network.num_blocks - 1) + 1)
+
+    def _owners(self) -> Owners:
+        return tensors_by_rank(self.network, self.all_blocks, self._rank_of)
 
     @property
     def modules(self) -> list[nn.Module]:
         """What is trained here: blocks, and the auxiliary networks behind them."""
         auxiliary = [aux for b in self._boundaries for _, aux in self.network.auxiliaries_at(b)]
-        return [*(self.network.blocks[k] for k in self.blocks), *auxiliary]
-
-    @property
-    def follows(self) -> bool:
-        """Whether twins follow units on other ranks, here or elsewhere along the blocks."""
-        return bool(shipments(self.network, self._rank_of))
+        return [*self.model.blocks, *auxiliary]
 
     def tensors(self, followed: bool = False) -> dict[str, Tensor]:
         """Parameters and buffers of what is trained here, by their names in the network.
@@ -257,7 +283,7 @@ class Stage:
     def _give_up(self) -> None:
         """Free what other ranks train, but for what twins here follow."""
         kept = {id(tensor) for tensors in self._followed.values() for tensor in tensors}
-        for tensor, rank in tensors_by_rank(self.network, self._rank_of).items():
+        for tensor, rank in self._owners().items():
             if rank == self.rank:
                 continue
             self._given_up[tensor] = tensor.stride(), tensor.requires_grad
@@ -280,55 +306,74 @@ class Stage:
         """See `localgrad.local_losses`: the losses at the boundaries of this rank."""
         network, training = self.network, torch.is_grad_enabled()
         spans = network.spans(step)
-        ends = {s.start: max(t.stop for t in spans if t.start == s.start) for s in spans}
-        returning = [s for s in ends if s < self.blocks.stop < ends[s]] if training else []
         if training:
             self._begin(step)
-        # Where there are several micro-batches, a block that gradients from another rank reach gets them in another
-        # order than in one process.
-        late = [k for k in self.blocks if any(start <= k for start in returning)]
-        gradients: InOrder | None = None
-        waiting: list[_Part] = []
-        for part in self._parts(inputs, targets, step, spans):
-            state = part.state
-            if gradients is None and late and part.parts > 1:
-                gradients = InOrder(network, late)
-            for index in self.blocks:
-                with self.timeline.during("forward", step, state.part, index):
-                    state.forward(index, autocast)
-                if index == self.blocks[-1]:
-                    self._send(part, step)
-                finished: list[int] = []
-                for span in (s for s in state.spans if s.stop == index + 1):
-                    self._move_due_twins(span.stop)
-                    with self.timeline.during("loss", step, state.part, index):
-                        yield span, state.loss(span, autocast, on_output)
-                        if training:
-                            with kept(gradients, (state.part, ends[span.start], -span.start)):
-                                finished += state.back(span)
-                    self._send_gradients(part, span.start, step)
-                if training and part.last:
-                    self._move_early_twins(index + 1, step)
-                    for block in finished:
-                        on_block_done(block)
-                state.runs = {
-                    k: run for k, run in state.runs.items() if k < self.blocks.start or state.passes_left[k] > 0
-                }
-            if returning:
-                state.values.clear()
-                waiting.append(part)
-        for _ in range(len(returning) * len(waiting)):
-            part, start = self._take_gradients(waiting, step)
-            with (
-                self.timeline.during("back", step, part.state.part, self.blocks[-1]),
-                kept(gradients, (part.state.part, ends[start], -start)),
-            ):
-                finished = part.state.way_back(start, self.blocks[-1])
-            self._send_gradients(part, start, step)
-            for block in finished if part.last else []:
-                if gradients is not None:
-                    gradients.add_up(block)
-                on_block_done(block)
+        message = None if self._values_in is None else self._take_values(step, 0)
+        with self._opened(spans) as opened:
+            begun = self._begun(opened, inputs, targets, step, autocast) if message is None else {}
+            parts = len(begun) if message is None else message.said["parts"]
+            late = any(rule.late for rule in network.rules)
+            options = {"late": late, "training": training}
+            rows = rank_table(spans, self.runs, self.rank, parts, **options)
+            gradients = InOrder(network, rows, timetable(spans, network.num_blocks, parts, **options))
+            table = list(acts(rows))
+            last = {row.part: place for place, (row, _) in enumerate(table)}
+            current: _Part | None = None
+            for place, (row, ways) in enumerate(table):
+                if row.do == "take":
+                    message = message or self._take_values(step, row.part)
+                    begun[row.part] = self._entered(opened, message, step, autocast)
+                    message = None
+                part = begun[row.part]
+                if current is not None and current is not part:
+                    self._leave(current)
+                part.state.unpark()
+                current = part
+                if row.do == "forward":
+                    with self.timeline.during("forward", step, row.part, row.block):
+                        part.state.run(row.block)
+                elif row.do == "send":
+                    self._send(part, step, parts)
+                elif row.do == "loss":
+                    assert row.span is not None
+                    self._move_due_twins(row.span.stop)
+                    with self.timeline.during("loss", step, row.part, row.block):
+                        yield from part.state.yielded(row.span, on_output)
+                        gradients.back(part.state, ways)
+                elif row.do == "collect":
+                    part.state.forward.close()
+                    self._collect(part, row, step)
+                    with self.timeline.during("back", step, row.part, row.block):
+                        gradients.back(part.state, ways)
+                elif row.do == "return":
+                    self._return(part, row, step)
+                elif row.do == "twins":
+                    self._move_early_twins(row.block + 1, step)
+                elif row.do == "done":
+                    gradients.add_up(row.block)
+                    on_block_done(row.block)
+                if place == last[row.part]:  # let go: its targets share the memory of all that came with them
+                    part.state.forward.close()
+                    del begun[row.part], part
+                    current = None
+
+    @contextlib.contextmanager
+    def _opened(self, spans: Sequence[Span]) -> Iterator[OpenModel]:
+        """Inside it, forwards of the blocks here can be begun; see `LocalNetwork.opened`."""
+        waits = [k for k in self.blocks if any(s.covers(k) and s.stop > k + 1 for s in spans)]
+        again = waits if self.network.method.recompute.blocks else []
+        self.model.again = [k - self.blocks.start for k in again]
+        watch, device = Watch(frames=True), self.network.device.type
+        with OpenModel(self.model, self.model, self.model.points, watch, device) as opened:
+            yield opened
+
+    def _leave(self, part: _Part) -> None:
+        """Let what a part will go on with wait, as `localgrad.engine.execute` does, while another part runs."""
+        wait = self.network.method.accumulate.wait
+        if part.state.boundary >= self.blocks.stop:
+            part.state.forward.close()  # it holds what was sent
+        elif wait != "device":
+            part.state.park(wait)
 
     def _begin(self, step: int) -> None:
         if not self._open:
@@ -340,33 +385,46 @@ class Stage:
             )
         self._step = step
 
-    def _parts(self, inputs: Any, targets: Any, step: int, spans: Sequence[Span]) -> Iterator[_Part]:
-        """The micro-batches of a step: cut from the batch on the first rank, received on the others."""
-        network = self.network
-        replicas = network.replicas if torch.is_grad_enabled() else None
-        joined = alone if replicas is None else replicas.joined
-        if self._values_in is None:
-            if inputs is None:
-                raise TrainingError("the first rank of the blocks was given None as inputs; it reads the data for all")
-            total = len(tree_leaves(inputs)[0])
-            if replicas is not None:
-                replicas.count(step, total)
-            cut = parts_of(inputs, targets, network.method.micro_batches)
-            for part, (x, y, share) in enumerate(cut):
-                state = Pass(network, spans, Batch(x, y, step, joined=joined), part, share, self.blocks)
-                yield _Part(state, len(cut), (len(tree_leaves(x)[0]), total), [])
-            return
-        part, parts = 0, 1
-        while part < parts:
-            message = self._take_values(step, part)
-            parts, (rows, total) = message.said["parts"], message.said["rows"]
-            if part == 0 and replicas is not None:
-                replicas.count(step, total)
-            x, y = (decoded(message.said[name], message.tensors) for name in ("inputs", "targets"))
-            batch = Batch(_NotSent() if x is None else x, y, step, joined=joined)
-            state = Pass(network, spans, batch, part, rows / total, self.blocks)
-            yield _Part(state, parts, (rows, total), self._enter(state, message))
-            part += 1
+    def _pass(
+        self, opened: OpenModel, batch: Batch, part: int, share: float, autocast: torch.dtype | None, values: Any
+    ) -> Pass:
+        replicas = self.network.replicas if torch.is_grad_enabled() else None
+        batch = dataclasses.replace(batch, joined=alone if replicas is None else replicas.joined)
+        batch = in_context(self.network, batch, part, autocast)
+        spans = self.network.spans(batch.step) if torch.is_grad_enabled() else ()
+        return Pass(self.network, opened, spans, batch, part, share, autocast, self.blocks, (values,))
+
+    def _begun(
+        self, opened: OpenModel, inputs: Any, targets: Any, step: int, autocast: torch.dtype | None
+    ) -> dict[int, _Part]:
+        """The micro-batches of a step on the first rank, cut from the batch."""
+        if inputs is None:
+            raise TrainingError("the first rank of the blocks was given None as inputs; it reads the data for all")
+        total = num_samples(inputs) or 1
+        self._count(step, total)
+        begun = {}
+        for part, (x, y, share) in enumerate(parts_of(inputs, targets, self.network.method.accumulate.parts)):
+            state = self._pass(opened, Batch(x, y, step), part, share, autocast, {INPUTS: x})
+            begun[part] = _Part(state, (num_samples(x) or 1, total))
+        return begun
+
+    def _entered(self, opened: OpenModel, message: Message, step: int, autocast: torch.dtype | None) -> _Part:
+        """A micro-batch that the rank before sent."""
+        said, tensors = message.said, message.tensors
+        rows, total = said["rows"]
+        if message.part == 0:
+            self._count(step, total)
+        values = received(said, tensors)
+        x, y = (decoded(said[name], tensors) for name in (INPUTS, "targets"))
+        if x is not None:
+            values[INPUTS] = x
+        batch = Batch(_NotSent() if x is None else x, y, step)
+        state = self._pass(opened, batch, message.part, rows / total, autocast, values)
+        return _Part(state, (rows, total), entered(state, said, tensors))
+
+    def _count(self, step: int, samples: int) -> None:
+        if self.network.replicas is not None and torch.is_grad_enabled():
+            self.network.replicas.count(step, samples)
 
     def _take_values(self, step: int, part: int) -> Message:
         assert self._values_in is not None
@@ -375,77 +433,43 @@ class Stage:
         self.timeline.note("received", step, part)
         return message
 
-    @staticmethod
-    def _enter(state: Pass, message: Message) -> list[tuple[int, int]]:
-        """Put values that another rank sent where a block before would have put them; says which carry a gradient."""
-        carried = set(message.said["carried"])
-        for index in carried:
-            message.tensors[index].requires_grad_()
-        received: list[tuple[int, int]] = []
-        made: dict[int, dict[str, Any]] = {}
-        for name, maker, code in message.said["values"]:
-            made.setdefault(maker, {})[name] = decoded(code, message.tensors)
-            slots = sum(known == maker for known, _ in received)
-            indices = [content for kind, content in code["leaves"] if kind == "tensor" and content in carried]
-            received += [(maker, slots + n) for n in range(len(indices))]
-        for maker, values in made.items():
-            run = state.runs[maker] = Run(tuple(values.values()))
-            for name, value in zip(values, run.values, strict=True):
-                state.values[name], state.maker[name] = value, maker
-            del run.values
-        return received
-
-    def _send(self, part: _Part, step: int) -> None:
+    def _send(self, part: _Part, step: int, parts: int) -> None:
         """Send what later ranks read, before anything else is done here."""
-        if self._values_out is None:
-            return
-        state, last = part.state, self.blocks[-1]
+        assert self._values_out is not None
+        state, stop = part.state, self.blocks.stop
+        edges = [group.stop for group in groups(state.spans, self.network.num_blocks)]
+        waits = parts > 1 and stop in edges and self.network.method.accumulate.wait == "bf16"
         tensors: list[Tensor] = []
-        values = []
-        carried = []
-        for name, value in state.values.items():
-            if name == INPUTS or self.network.last_reader(name) <= last:
-                continue
-            maker, first = state.maker[name], len(tensors)
-            values.append([name, maker, encoded(value, tensors, name, self.wire)])
-            crossed = any(s.start <= maker and s.stop > last + 1 for s in state.spans)
-            for index, leaf in enumerate(tensors[first:] if crossed and torch.is_grad_enabled() else (), start=first):
-                slot = state.runs[maker].slots.get(id(leaf))
-                if slot is not None:
-                    carried.append(index)
-                    part.sent.append((maker, slot))
-        read = self._inputs_read or self.network.last_reader(INPUTS) > last
-        said = {
-            "parts": part.parts,
+        said, part.sent = handed_on(state, tensors, self.wire, "bf16" if waits else "same")
+        read = self._inputs_read or self.model.read_elsewhere(INPUTS)
+        said |= {
+            "parts": parts,
             "rows": part.rows,
-            "values": values,
-            "carried": carried,
-            "inputs": encoded(state.batch.inputs, tensors, "inputs") if read else None,
+            INPUTS: encoded(state.batch.inputs, tensors, "inputs") if read else None,
             "targets": encoded(state.batch.targets, tensors, "targets"),
         }
         self.timeline.note("sent", step, state.part)
         self._values_out.send(step, state.part, said, tensors, self.timeline.arrival(VALUES))
 
-    def _send_gradients(self, part: _Part, start: int, step: int) -> None:
-        """Send back what a backward pass left at values from other ranks, if it did reach them."""
+    def _return(self, part: _Part, row: Row, step: int) -> None:
+        """Send back what a way left at values from other ranks."""
+        assert self._gradients_out is not None
         outgoing, part.state.outgoing = part.state.outgoing, {}
-        if start >= self.blocks.start or not outgoing or self._gradients_out is None:
-            return
-        gradients = [outgoing.get(maker, {slot: None})[slot] for maker, slot in part.received]
-        said = {"start": start, "present": [gradient is not None for gradient in gradients]}
+        gradients = [outgoing[maker][slot] if maker in outgoing else None for maker, slot in part.received]
+        said = {"start": row.start, "present": [gradient is not None for gradient in gradients]}
         tensors = [gradient for gradient in gradients if gradient is not None]
-        self._gradients_out.send(step, part.state.part, said, tensors, self.timeline.arrival(GRADIENTS))
+        self._gradients_out.send(step, row.part, said, tensors, self.timeline.arrival(GRADIENTS))
 
-    def _take_gradients(self, waiting: Sequence[_Part], step: int) -> tuple[_Part, int]:
+    def _collect(self, part: _Part, row: Row, step: int) -> None:
         """Put gradients that another rank sent where a backward pass there would have left them."""
         assert self._gradients_in is not None
-        message = self._gradients_in.take(step)
+        message = self._gradients_in.take(step, row.part)
         self.timeline.received(message.stamp)
-        part, tensors = waiting[message.part], iter(message.tensors)
+        assert message.said["start"] == row.start
+        tensors = iter(message.tensors)
         for (maker, slot), present in zip(part.sent, message.said["present"], strict=True):
             if present:
-                part.state.runs[maker].gradients[slot] = next(tensors)
-        return part, message.said["start"]
+                part.state.graphs[maker].gradients[slot] = next(tensors)
 
     # Twins --------------------------------------------------------------------------------------------------------
 
@@ -511,21 +535,20 @@ class Stage:
         """See `localgrad.local_outputs`: the heads at the boundaries of this rank."""
         step = -1 - self._evaluated  # no step of training, so that neither is taken for the other
         self._evaluated += 1
-        if self._values_in is None:
-            rows = len(tree_leaves(inputs)[0])
-            part = _Part(Pass(self.network, (), Batch(inputs, None, 0), 0, 1.0, self.blocks), 1, (rows, rows), [])
-        else:
-            message = self._take_values(step, 0)
-            batch = Batch(decoded(message.said["inputs"], message.tensors), None, 0)
-            state = Pass(self.network, (), batch, 0, 1.0, self.blocks)
-            part = _Part(state, 1, message.said["rows"], self._enter(state, message))
-        for index in self.blocks:
-            part.state.forward(index, autocast)
-            if index == self.blocks[-1]:
-                self._send(part, step)
-            self._move_due_twins(index + 1)
-            yield from answers_at(part.state, index, autocast, scored_only)
-            part.state.runs.clear()
+        message = None if self._values_in is None else self._take_values(step, 0)
+        with self._opened(()) as opened:
+            if message is not None:
+                part = self._entered(opened, message, 0, autocast)
+            else:
+                rows = num_samples(inputs) or 1
+                state = self._pass(opened, Batch(inputs, None, 0), 0, 1.0, autocast, {INPUTS: inputs})
+                part = _Part(state, (rows, rows))
+            for block in self.blocks:
+                part.state.run(block)
+                if block == self.blocks[-1] and self._values_out is not None:
+                    self._send(part, step, 1)
+                self._move_due_twins(block + 1)
+                yield from answers_at(part.state, block, scored_only)
 
     def close(self) -> None:
         """End the links, when every rank has trained its last step; waits for the neighbours to do the same.
@@ -563,7 +586,7 @@ class Stage:
                 tensor.data = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
             tensor.requires_grad_(trained)
         with explained("gathering the network"):
-            for tensor, rank in tensors_by_rank(self.network, self._rank_of).items():
+            for tensor, rank in self._owners().items():
                 data = tensor.detach().contiguous()
                 dist.broadcast(data, dist.get_global_rank(self.group, rank), group=self.group)
                 tensor.detach().copy_(data)

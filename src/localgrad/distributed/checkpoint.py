@@ -54,7 +54,7 @@ class Checkpoints:
         >>> from localgrad.distributed import Checkpoints
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> method = localgrad.methods.dgl(localgrad.tasks.classification(3))
-        >>> network = localgrad.localize(model, method, num_blocks=2, example=torch.randn(2, 4))
+        >>> network = localgrad.localize(model, method, 2, example=torch.randn(2, 4))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     checkpoints = Checkpoints(folder, network, [torch.optim.SGD(network.parameters(), 0.1)])
         ...     checkpoints.save(10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -38,11 +38,12 @@ def data_parallel(network: LocalNetwork, mesh: DeviceMesh, *, shard: bool = Fals
     Args:
         network: from `localize`, with equal arguments on every rank.
         mesh: of one dimension, or with one called ``data``.
-        shard: keep only a part of each block's parameters, gradients and optimizer state on a rank, by torch's FSDP2
-            (``fully_shard`` for each block and auxiliary network). A block is whole while it runs. FSDP2 then averages
-            gradients after each backward pass through a block: with windows and micro-batches more often than once a
-            step. Shares of a batch must be equal. Build optimizers afterwards: parameters are DTensors from then on,
-            which `Checkpoints` put together again.
+        shard: keep only a part of parameters, gradients and optimizer state on a rank, by torch's FSDP2
+            (``fully_shard`` for each auxiliary network and each of the model's modules between the cuts, the largest
+            that hold no cut). Each of them is whole while it runs. Parameters in none of them, such as class tokens,
+            stay whole. FSDP2 averages gradients after each backward pass through a module: with windows and
+            micro-batches more often than once a step. Shares of a batch must be equal. Build optimizers afterwards:
+            parameters are DTensors from then on, which `Checkpoints` put together again.
 
     Returns:
         the same network; ``network.replicas`` has `Replicas.average_buffers` and `Replicas.check_equal`.
@@ -57,7 +58,7 @@ def data_parallel(network: LocalNetwork, mesh: DeviceMesh, *, shard: bool = Fals
         >>> def main():  # in each of the processes that torchrun starts
         ...     torch.distributed.init_process_group("gloo")
         ...     mesh = torch.distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("data",))
-        ...     network = data_parallel(localgrad.localize(model, method, num_blocks=4, example=x), mesh)
+        ...     network = data_parallel(localgrad.localize(model, method, 4, example=x), mesh)
 
     Source: the overlap of reduction and computation is that of PyTorch DDP (Li et al., VLDB 2020, arXiv:2006.15704).
     Differs: a block is reduced when its last span has run, not when a backward pass meets its parameters, since a block
@@ -82,7 +83,7 @@ def data_parallel(network: LocalNetwork, mesh: DeviceMesh, *, shard: bool = Fals
             f"{network.method.name} has twins of units on other ranks, whose weights would have to be put together to "
             "be sent; leave out shard=True, or place such blocks on one rank (place=...)"
         )
-    if shard and network.method.reconcile is not None:
+    if shard and any(rule.joins for rule in network.rules):
         raise MethodError(
             f"{network.method.name} differentiates a block twice, and FSDP2 frees its weights after the first time; "
             "leave out shard=True"
@@ -100,15 +101,16 @@ def _shard(network: LocalNetwork, mesh: DeviceMesh) -> None:
     """Give each rank a part of what is trained here, in place."""
     from torch.distributed.fsdp import fully_shard  # a second of importing that others need not wait for
 
-    everything = [*network.blocks, *network.auxiliary.values()]
-    own = set(network.model.modules()) | set(network.auxiliary.modules())
-    for module in everything if network.stage is None else network.stage.modules:
+    trained = [network.running, *network.auxiliary.values()] if network.stage is None else network.stage.modules
+    here = {id(parameter) for module in trained for parameter in module.parameters()}
+    modules = [*network.between_cuts(), *network.auxiliary.values()]
+    modules = [module for module in modules if here & {id(parameter) for parameter in module.parameters()}]
+    users = Counter(parameter for module in modules for parameter in set(module.parameters()))
+    for module in modules:
         for parameter in module.parameters():
             parameter.data = parameter.data.contiguous()  # FSDP2 takes no other
-        # FSDP2 takes no scalars, and it replaces parameters where they are: what a traced forward reads off the model
-        # itself is in two places, of which it would see one. Both stay whole.
-        whole = {p for p in module.parameters() if p.dim() == 0}
-        whole |= {p for part in module.modules() if part not in own for p in part.parameters(recurse=False)}
+        # FSDP2 takes no scalars, and no parameter twice.
+        whole = {p for p in module.parameters() if p.dim() == 0 or users[p] > 1}
         if set(module.parameters()) - whole:
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 

@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from localgrad.distributed.rows import ways_through
+from localgrad.engine import Pass
 from localgrad.network import LocalNetwork
+from localgrad.timetable import Row
 
 
 class InOrder:
-    """Gradients of ``blocks``, whose contributions arrive in another order than in one process, added up as there."""
+    """Takes the ways back of one rank, and adds gradients up in the order of one process.
 
-    def __init__(self, network: LocalNetwork, blocks: Sequence[int]) -> None:
-        self.parameters = {k: [p for p in network.blocks[k].parameters() if p.requires_grad] for k in blocks}
-        self._kept: dict[int, list[tuple[tuple[int, ...], list[Tensor | None]]]] = {k: [] for k in blocks}
+    So it is for blocks through which ways go in another order than there: several micro-batches, and gradients from
+    the next rank. What each way contributes is put aside until the block is done.
 
-    @contextlib.contextmanager
-    def kept(self, place: tuple[int, ...]) -> Iterator[None]:
-        """What backward passes inside it contribute is put aside; ``place`` says when it would come in one process."""
-        before = [(p, p.grad) for block in self._kept for p in self.parameters[block]]
-        for parameter, _ in before:
-            parameter.grad = None
-        yield
-        for block, contributions in self._kept.items():
-            contributions.append((place, [p.grad for p in self.parameters[block]]))
-        for parameter, gradient in before:
-            parameter.grad = gradient
+    Args:
+        network: whose parameters get the gradients.
+        rows: of the rank.
+        whole: of one process.
+    """
+
+    def __init__(self, network: LocalNetwork, rows: Sequence[Row], whole: Sequence[Row]) -> None:
+        self.order: dict[int, list[tuple[int, int]]] = {}
+        for block in dict.fromkeys(row.block for row in rows if row.do == "back"):
+            if ways_through(rows, block) != (order := ways_through(whole, block)):
+                self.order[block] = order
+        self.parameters = {k: [p for p in network.parameters_of(k) if p.requires_grad] for k in self.order}
+        self._kept: dict[tuple[int, int, int], list[Tensor | None]] = {}
+
+    def back(self, state: Pass, ways: Iterable[Row]) -> None:
+        """Go back through blocks, as the rows say."""
+        for row in ways:
+            parameters = self.parameters.get(row.block, ())
+            before = [parameter.grad for parameter in parameters]
+            for parameter in parameters:
+                parameter.grad = None
+            state.back(row.start, row.block, row.free)
+            if row.block in self.order:
+                self._kept[row.block, row.part, row.start] = [parameter.grad for parameter in parameters]
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
 
     @torch.no_grad()
     def add_up(self, block: int) -> None:
         """Leave the sum in the parameters of a block that no more gradients will reach."""
-        for _, gradients in sorted(self._kept.pop(block, []), key=lambda entry: entry[0]):
-            for parameter, gradient in zip(self.parameters[block], gradients, strict=True):
+        for part, start in self.order.get(block, ()):
+            for parameter, gradient in zip(self.parameters[block], self._kept.pop((block, part, start)), strict=True):
                 if parameter.grad is None:
                     parameter.grad = gradient
                 elif gradient is not None:
                     parameter.grad += gradient
-
-
-def kept(gradients: InOrder | None, place: tuple[int, ...]) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if gradients is None else gradients.kept(place)

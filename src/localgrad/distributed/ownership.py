@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from localgrad.network import LocalNetwork
+
+Owners = dict[Tensor, int]
 
 
 @dataclass(frozen=True)
@@ -18,21 +21,27 @@ class Shipment:
     tensors: tuple[Tensor, ...]
 
 
-def tensors_by_rank(network: LocalNetwork, rank_of: dict[int, int]) -> dict[Tensor, int]:
-    """Every parameter and buffer of blocks and auxiliary networks, with the rank that trains it."""
-    found: dict[Tensor, int] = {}
+def tensors_by_rank(network: LocalNetwork, blocks: Sequence[nn.Module], rank_of: Mapping[int, int]) -> Owners:
+    """Every parameter and buffer of blocks and auxiliary networks, with the rank that trains it.
+
+    Args:
+        network: whose auxiliary networks are trained with the block before them.
+        blocks: all of them, each with what it reads.
+        rank_of: the rank of each block.
+    """
+    found: Owners = {}
     for block, rank in rank_of.items():
-        modules = [network.blocks[block], *(auxiliary for _, auxiliary in network.auxiliaries_at(block + 1))]
+        modules = [blocks[block], *(auxiliary for _, auxiliary in network.auxiliaries_at(block + 1))]
         for tensor in (t for module in modules for t in (*module.parameters(), *module.buffers())):
             found.setdefault(tensor, rank)
     return found
 
 
-def shipments(network: LocalNetwork, rank_of: dict[int, int]) -> list[Shipment]:
+def shipments(network: LocalNetwork, owners: Owners, rank_of: Mapping[int, int]) -> list[Shipment]:
     """What has to be sent after each step because twins on one rank follow units on another."""
-    owner_of = {id(tensor): rank for tensor, rank in tensors_by_rank(network, rank_of).items()}
+    owner_of = {id(tensor): rank for tensor, rank in owners.items()}
     found: dict[tuple[int, int], dict[int, Tensor]] = {}
-    for boundary in range(1, len(network.blocks)):
+    for boundary in range(1, network.num_blocks):
         for twin in network.twins_at(boundary):
             followed = [*twin.source.parameters(), *(twin.source.buffers() if twin.buffers != "none" else ())]
             for tensor in followed:

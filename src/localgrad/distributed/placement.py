@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from localgrad.engine import local_losses
+import torch
+
+from localgrad.engine import Pass, execute, in_context, parts_of
 from localgrad.errors import ConfigError
+from localgrad.method import Batch
 from localgrad.network import LocalNetwork
+from localgrad.timetable import Do, Row, timetable
 
 
 def balanced(costs: Sequence[float], ranks: int) -> list[int]:
@@ -34,7 +38,7 @@ def balanced(costs: Sequence[float], ranks: int) -> list[int]:
     if not 1 <= ranks <= count:
         raise ConfigError(
             f"{ranks} ranks for {count} blocks; each rank needs at least one. Start {count} processes or fewer along "
-            "the blocks, or cut the network into more (num_blocks=...)"
+            "the blocks, or cut the network into more"
         )
 
     @cache
@@ -52,37 +56,85 @@ def balanced(costs: Sequence[float], ranks: int) -> list[int]:
     return [rank for rank, (a, b) in enumerate(pairwise(edges)) for _ in range(a, b)]
 
 
-def seconds_of_blocks(network: LocalNetwork, inputs: Any, targets: Any, rounds: int = 3) -> list[float]:
-    """Seconds of one training step of each block with its heads, the median of ``rounds``; the network is not changed.
+def clocked(
+    network: LocalNetwork,
+    inputs: Any,
+    targets: Any,
+    rounds: int = 3,
+    ran: Callable[[Pass, int], None] = lambda one, block: None,
+) -> dict[tuple[Do, int], float]:
+    """Seconds of the rows of one training step, by what is done and the block; medians of ``rounds``.
 
-    Blocks that a wider span trains with others share its way back among them evenly.
+    Micro-batches add up. The network is not changed.
+
+    Args:
+        network: trained by local losses here, whatever it is part of.
+        inputs, targets: a batch.
+        rounds: steps, after one that warms up.
+        ran: called with a micro-batch and a block that has just run forward.
     """
     twin = copy.deepcopy(network)
     twin.replicas = twin.stage = None
-    rows: list[list[float]] = []
-    for step in range(rounds + 1):
-        seconds = [0.0] * len(network.blocks)
-        began = time.perf_counter()
-        for span, loss in local_losses(twin, inputs, targets, 1):
-            loss.backward()
-            now = time.perf_counter()
-            for block in range(span.start, span.stop):
-                seconds[block] += (now - began) / (span.stop - span.start)
-            began = now
-        seconds[-1] += time.perf_counter() - began
+    spans = twin.spans(1)
+    found: dict[tuple[Do, int], list[float]] = {}
+    for _ in range(rounds + 1):
+        seconds: dict[tuple[Do, int], float] = {}
+        with twin.opened(spans) as opened:
+            passes = []
+            for part, (x, y, share) in enumerate(parts_of(inputs, targets, twin.method.accumulate.parts)):
+                batch = in_context(twin, Batch(x, y, 1), part, None)
+                passes.append(Pass(twin, opened, spans, batch, part, share))
+            late = any(rule.late for rule in twin.rules)
+            table = timetable(spans, twin.num_blocks, len(passes), late=late)
+            for _, loss in execute(twin, _timed(table, passes, seconds, ran), passes, None, lambda block: None):
+                loss.backward()
         twin.zero_grad(set_to_none=True)
-        if step:  # the first one warms up
-            rows.append(seconds)
-    return [median(column) for column in zip(*rows, strict=True)]
+        for row, taken in seconds.items():
+            found.setdefault(row, []).append(taken)
+    return {row: median(column[1:]) for row, column in found.items()}
 
 
-def runs_of(network: LocalNetwork, ranks: int, place: Sequence[int] | None) -> list[range]:
+def _timed(
+    table: Sequence[Row],
+    passes: Sequence[Pass],
+    seconds: dict[tuple[Do, int], float],
+    ran: Callable[[Pass, int], None],
+) -> Iterator[Row]:
+    """The rows; what passes until the next one is asked for is added to ``seconds``."""
+    device = passes[0].network.device
+    for row in table:
+        began = _now(device)
+        yield row
+        taken = _now(device) - began
+        seconds[row.do, row.block] = seconds.get((row.do, row.block), 0.0) + taken
+        if row.do == "forward":
+            ran(passes[row.part], row.block)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds_of_blocks(network: LocalNetwork, inputs: Any, targets: Any, rounds: int = 3) -> list[float]:
+    """Seconds of one training step of each block, with the heads at its end; medians of ``rounds``.
+
+    The network is not changed.
+    """
+    seconds = [0.0] * network.num_blocks
+    for (_, block), taken in clocked(network, inputs, targets, rounds).items():
+        seconds[block] += taken
+    return seconds
+
+
+def runs_of(network: LocalNetwork, ranks: int, place: Sequence[int] | None) -> tuple[range, ...]:
     """The blocks of each rank.
 
     Raises:
         ConfigError: more ranks than blocks, or a placement that is not one rank after the other.
     """
-    count = len(network.blocks)
+    count = network.num_blocks
     if place is None:
         place = balanced([sum(p.numel() for p in network.block_parameters(k)) for k in range(count)], ranks)
     place = list(place)
@@ -95,4 +147,4 @@ def runs_of(network: LocalNetwork, ranks: int, place: Sequence[int] | None) -> l
             f"none out, for instance place={even}"
         )
     edges = [*(place.index(rank) for rank in range(ranks)), count]
-    return [range(a, b) for a, b in pairwise(edges)]
+    return tuple(range(a, b) for a, b in pairwise(edges))

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-
-from localgrad.distributed.placement import balanced
+from localgrad.distributed.placement import balanced, clocked
+from localgrad.distributed.rows import acts, rank_table
 from localgrad.distributed.timeline import Event
-from localgrad.engine import local_losses
+from localgrad.engine import Pass
 from localgrad.errors import ConfigError
+from localgrad.forward import tensors_in
 from localgrad.network import LocalNetwork
+from localgrad.spans import Local
 
 Schedule = Literal["local", "gpipe", "1f1b", "data"]
 STEPS = 24  # simulated; the first half fills the pipeline and is not counted
@@ -118,7 +116,8 @@ def forecast(
 ) -> Forecast:
     """The steady state of one layout.
 
-    ``local`` is `block_parallel` with a method of single blocks: features are sent before the loss, nothing comes back.
+    ``local`` is `block_parallel` with a method of single blocks: the rows that a rank executes there are priced here.
+    Features are sent before the loss, nothing comes back.
     ``gpipe`` and ``1f1b`` train end to end in ``micro_batches``; features and their gradients have the same size.
     ``data`` has the whole network on each rank. Replicas of any of them average what they train, parameters with their
     gradients' size, after every ``sync_every`` steps in a ring of ``2 (D - 1) / D`` times its bytes, without overlap.
@@ -178,16 +177,25 @@ def forecast(
 def _local(
     ranks: _Ranks, own: Sequence[Sequence[BlockCost]], schedule: str, step: int, micro_batches: int, depth: int
 ) -> None:
+    """The rows of `rank_table`, each rank after the one before it: nothing comes back."""
+    edges = list(accumulate(map(len, own), initial=0))
+    runs = tuple(range(a, b) for a, b in pairwise(edges))
+    blocks = [block for here in own for block in here]
     arrived = 0.0
-    for rank, blocks in enumerate(own):
-        taken = ranks.work(rank, "forward", step, 0, arrived, sum(b.forward + b.rest for b in blocks) - blocks[-1].rest)
-        if rank + 1 < len(own):
-            # `depth` messages lie ready at the other end, and as many wait here.
-            begun = [e.start for e in ranks.events[rank + 1] if e.kind == "forward"]
-            room = begun[step - 2 * depth] if step >= 2 * depth else 0.0
-            ranks.clocks[rank] = max(taken, room)
-            arrived = ranks.send(rank, rank + 1, ranks.clocks[rank], blocks[-1].features)
-        ranks.work(rank, "loss", step, 0, 0.0, blocks[-1].rest)
+    for rank in range(len(own)):
+        for row, _ in acts(rank_table(Local()(len(blocks), step), runs, rank)):
+            cost = blocks[row.block]
+            if row.do == "take":
+                ranks.clocks[rank] = max(ranks.clocks[rank], arrived)
+            elif row.do == "forward":
+                ranks.work(rank, "forward", step, 0, 0.0, cost.forward)
+            elif row.do == "loss":
+                ranks.work(rank, "loss", step, 0, 0.0, cost.rest)  # and the way back behind it
+            elif row.do == "send":
+                # `depth` messages lie ready at the other end, and as many wait here.
+                begun = [e.start for e in ranks.events[rank + 1] if e.kind == "forward" and e.step == step - 2 * depth]
+                ranks.clocks[rank] = max(ranks.clocks[rank], begun[0] if begun else 0.0)
+                arrived = ranks.send(rank, rank + 1, ranks.clocks[rank], cost.features)
 
 
 def _end_to_end(
@@ -260,44 +268,21 @@ def measured(network: LocalNetwork, inputs: Any, targets: Any, rounds: int = 3) 
     """
     if any(span.stop - span.start > 1 for span in network.spans(1)):
         raise ConfigError(f"{network.method.name} trains several blocks at once; measure a method like dgl")
-    twin = copy.deepcopy(network)
-    twin.replicas = twin.stage = None
-    forwards: list[list[float]] = [[] for _ in twin.blocks]
-    totals: list[list[float]] = [[] for _ in twin.blocks]
-    features = [0] * len(twin.blocks)
-    for _ in range(rounds + 1):
-        began = [0.0]
+    sizes = [0] * network.num_blocks
 
-        def before(*_: Any, began: list[float] = began) -> None:
-            began[0] = time.perf_counter()
+    def ran(one: Pass, block: int) -> None:
+        sent = {id(tensor): tensor for tensor in tensors_in(one.forward.features)}
+        for held in one.held:
+            if one.watch.last.get((held.maker, held.tag), block) > block and (tensor := held.ref()) is not None:
+                sent[id(tensor)] = tensor
+        sizes[block] = sum(tensor.numel() * tensor.element_size() for tensor in sent.values())
 
-        hooks = []
-        for index, block in enumerate(twin.blocks):
-
-            def after(_: Any, arguments: Any, outputs: Any, index: int = index, began: list[float] = began) -> None:
-                forwards[index].append(time.perf_counter() - began[0])
-                features[index] = sum(t.numel() * t.element_size() for t in outputs if isinstance(t, Tensor))
-
-            graph = block.train_graph
-            assert isinstance(graph, nn.Module)
-            hooks += [graph.register_forward_pre_hook(before), graph.register_forward_hook(after)]
-        start = time.perf_counter()
-        for span, loss in local_losses(twin, inputs, targets, 1):
-            loss.backward()
-            now = time.perf_counter()
-            totals[span.stop - 1].append(now - start)
-            start = now
-        twin.zero_grad(set_to_none=True)
-        for hook in hooks:
-            hook.remove()
-    sent = sum(t.numel() * t.element_size() for t in tree_leaves(targets))
-    return [
-        BlockCost(
-            forward=median(forwards[k][1:]),
-            rest=max(0.0, median(totals[k][1:]) - median(forwards[k][1:])),
-            backward=2 * median(forwards[k][1:]),
-            features=features[k] + sent,
-            parameters=sum(p.numel() * p.element_size() for p in twin.block_parameters(k)),
-        )
-        for k in range(len(twin.blocks))
-    ]
+    seconds = clocked(network, inputs, targets, rounds, ran)
+    labels = sum(t.numel() * t.element_size() for t in tensors_in(targets))
+    found = []
+    for block, size in enumerate(sizes):
+        forward = seconds["forward", block]
+        rest = sum(taken for (do, where), taken in seconds.items() if where == block and do != "forward")
+        parameters = sum(p.numel() * p.element_size() for p in network.block_parameters(block))
+        found.append(BlockCost(forward, rest, 2 * forward, size + labels, parameters))
+    return found

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from localgrad import heads
 from localgrad.forward import num_samples
-from localgrad.method import Auxiliary, Batch, HeadBuilder, Method, Site, Task, Term, alone
+from localgrad.method import Auxiliary, Batch, HeadBuilder, Method, Task, Term, alone
 from localgrad.rules import Observer, Rule
 from localgrad.spans import Local
 
@@ -38,7 +38,7 @@ def local_critic(task: Task, *, head: heads.Spec | HeadBuilder | None = None) ->
     Differs: critics share the blocks' optimizer (theirs: Adam, 1e-4); the distance is that of the batch's mean losses.
     """
     critic = task.head(heads.Critic(task.num_outputs)) if head is None else heads.named(head, task)
-    term = Term(_Critic(critic), task.loss)
+    term = Term(critic, task.loss)
     return Method("local_critic", task, terms=(term,), spans=Local(), rules=(_Following(),))
 
 
@@ -47,16 +47,6 @@ class Followed(NamedTuple):
 
     output: Any
     own: Any
-
-
-@dataclass(frozen=True)
-class _Critic:
-    """Builds a critic around a head."""
-
-    head: HeadBuilder
-
-    def __call__(self, site: Site) -> nn.Module:
-        return Critic(self.head(site))
 
 
 class Critic(nn.Module):
@@ -77,6 +67,9 @@ class Critic(nn.Module):
 class _Following(Rule):
     reason: ClassVar[str] = "lets heads follow the loss at the next boundary"
     late: ClassVar[bool] = True
+
+    def built(self, term: Term, head: nn.Module) -> nn.Module:
+        return Critic(head) if term.scored else head
 
     def observe(self, network: LocalNetwork, batch: Batch) -> _Critics:
         return _Critics()

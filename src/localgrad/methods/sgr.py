@@ -55,6 +55,7 @@ def sgr(base: Method, *, weight: float = 1.0, distance: Distance = "l2") -> Meth
 class _Reconcile(Rule):
     penalty: Reconciliation
     reason: ClassVar[str] = "compares the gradients of neighbouring blocks"
+    joins: ClassVar[bool] = True
 
     def check(self, method: Method, num_blocks: int) -> None:
         beside = [span for pattern in method.spans.patterns(num_blocks) if len(pattern) > 1 for span in pattern]

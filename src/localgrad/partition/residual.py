@@ -30,6 +30,8 @@ def residual_branches(partition: Partition) -> list[tuple[int, str]]:
         branch = _branch(operands[0], operands[1], layers, partition)
         if branch is None:
             continue
+        if graph.kinds[branch[0]].startswith("Upsample"):
+            continue  # a pyramid adds a coarser level, which is no residual
         if branch not in owners:
             raise MethodError(
                 f"a residual branch of {type(partition.model).__name__} (made by {graph.kinds[branch[0]]}) is computed "

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.errors import PartitionError
 from localgrad.forward import Point, call_model
@@ -56,13 +56,7 @@ class Chain(nn.Module):
         return value
 
     def check_equals(self, model: nn.Module, example: Any) -> None:
-        """Raise `PartitionError` unless the modules are parts of ``model`` and compute what it does."""
-        owned = {id(p) for p in model.parameters()}
-        if strange := [name for name, p in self.named_parameters() if id(p) not in owned]:
-            raise PartitionError(
-                f"{strange[0].removeprefix('steps.')!r} of the list of modules is no parameter of the model; list the "
-                "model's own modules"
-            )
+        """Raise `PartitionError` unless the modules compute what ``model`` does."""
         check_shared_parameters(model, list(self.steps), [f"modules[{k}]" for k in range(1, len(self.steps))])
         _compare(self, model, example, "the listed modules, one after the other,")
 
@@ -138,7 +132,11 @@ def separate_blocks(
     Raises:
         PartitionError: the model does not allow it, or they would not compute what its own forward does.
     """
-    model, example = partition.model, partition.example
+    model, example = partition.model, _as_by_now(partition.model, partition.example)
+    if which and isinstance(model, Chain):
+        raise PartitionError(
+            f"recomputed blocks {tuple(which)}: a list of modules has no units to run again; name cut points instead"
+        )
     positions = [0, *(cut.position for cut in cuts), 1 << 62]
     points, sizes = list(cuts), [1] * (len(cuts) + 1)
     for index in which:
@@ -158,10 +156,23 @@ def separate_blocks(
         parts = _from_list(model, [int(cut.name.split(".")[1]) for cut in points])
     else:
         _check_separable(model, points, example, why)
-        parts = split(model, example, [cut.point.name for cut in points], "auto")
+        paths = dict(model.named_modules())
+        taps = tuple(dict.fromkeys(name for cut in points for name in cut.taps if name in paths))
+        parts = split(model, example, [cut.point.name for cut in points], taps or "auto")
     blocks = join(model, parts, sizes)
     _compare(SeparateBlocks(blocks), model, example, f"{why}: the blocks that torch.fx makes")
     return blocks
+
+
+def _as_by_now(model: nn.Module, example: Any) -> Any:
+    """The example on the device and in the precision to which the model has been moved since it was analysed."""
+    first, known = next(model.parameters()), {parameter.dtype for parameter in model.parameters()}
+
+    def moved(tensor: Tensor) -> Tensor:
+        other = tensor.is_floating_point() and tensor.dtype not in known
+        return tensor.to(first.device, first.dtype if other else tensor.dtype)
+
+    return tree_map_only(Tensor, moved, example)
 
 
 def _from_list(chain: Chain, starts: Sequence[int]) -> list[Block]:
