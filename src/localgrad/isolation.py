@@ -23,7 +23,8 @@ def check_isolation(network: LocalNetwork, span: Span, loss: Tensor, graph: Bloc
         PartitionError: they reach a parameter of the model that no block of the span uses, or one that is new.
     """
     home = network.home
-    reached = parameters_reached([loss, graph.root])
+    by_loss = parameters_reached([loss])
+    reached = by_loss | parameters_reached([graph.root])
     for name, parameter in network.running.named_parameters():
         if id(parameter) not in reached:
             continue
@@ -32,10 +33,16 @@ def check_isolation(network: LocalNetwork, span: Span, loss: Tensor, graph: Bloc
                 f"the loss of span {span} trains {name!r}, which the model did not have, or did not use, when it was cut: "
                 "call localgrad.localize again after changing a model"
             )
-        if not any(graph.first <= block < span.stop for block in home[name]):
+        if any(graph.first <= block < span.stop for block in home[name]):
+            continue
+        if id(parameter) in by_loss:
             raise PartitionError(
-                f"the loss of span {span} reaches {name!r} of block {home[name][0]}, which lies outside: the model "
-                "passes a tensor on that is neither taken nor returned by a module nor a local variable of a "
-                "forward (an attribute or a cache, most likely). Return it from a module, switch the cache off "
-                f"(use_cache=False), or cut elsewhere than at {network.begins_at(graph.first)}"
+                f"the loss of span {span} reads {name!r} of block {home[name][0]}, which lies outside: a loss or a head may "
+                "read the model's parameters of its own span only; detach them there"
             )
+        raise PartitionError(
+            f"the loss of span {span} reaches {name!r} of block {home[name][0]}, which lies outside: the model "
+            "passes a tensor on that is neither taken nor returned by a module nor a local variable of a "
+            "forward (an attribute or a cache, most likely). Return it from a module, switch the cache off "
+            f"(use_cache=False), or cut elsewhere than at {network.begins_at(graph.first)}"
+        )

@@ -24,17 +24,18 @@ import torch
 from rich import box
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from localgrad import methods, models, tasks
-from localgrad.engine import backward, local_losses
-from localgrad.errors import ConfigError, LocalgradError, TrainingError
+from localgrad.engine import backward, local_losses, local_outputs
+from localgrad.errors import ConfigError, LocalgradError, MethodError, TrainingError
+from localgrad.forward import call_model, tensors_in
+from localgrad.method import Batch, Method
 from localgrad.network import LocalNetwork, localize
-from localgrad.partition import INPUTS, OUTPUT, Partition
-from localgrad.untouched import untouched
-from localgrad.randomness import keyed_randomness, seeded
+from localgrad.randomness import keyed_randomness, seeded, seeded_everywhere
+from localgrad.reach import REACH, Candidate
 from localgrad.testing import assert_isolated
 from localgrad.twins import exchange
+from localgrad.untouched import untouched
 
 NUM_BLOCKS, NUM_CLASSES, STEPS = 4, 10, 5
 SIZES = (64, 96, 112, 128)
@@ -43,24 +44,25 @@ LEARNING_RATES = (0.05, 0.005, 0.0005, 0.000005)
 ROUNDING = 1e-5  # of float32 gradients, relative to the largest
 
 CHECKS = {
-    "traced": "torch.fx traces it",
-    "cut": f"cut into {NUM_BLOCKS} blocks",
-    "eval": "chained blocks return what the model does in eval mode, bit for bit",
-    "training": "the same in training mode, with the same random draws, and the same buffers after it",
-    "gradients": "gradients of e2e on the blocks equal those of loss.backward(), bit for bit",
+    "cut": f"cut into {NUM_BLOCKS} blocks, or as many as a model of reach asks for",
+    "eval": "the suspended forward returns what the model does in eval mode, bit for bit",
+    "gradients": "gradients of e2e on the blocks, and buffers after it, equal those of loss.backward(), bit for bit",
     "isolated": "each local loss of dgl trains its own block and head only, and all of them",
-    "dgl": "a training step with dgl",
-    "man_pp": "a training step with man_pp(dgl), and an exchange",
-    "loss": f"the sum of dgl's losses falls over {STEPS} steps on one batch",
+    "dgl": f"{STEPS} training steps with dgl",
+    "loss": "the sum of dgl's losses falls over these steps on one batch",
+    "man_pp": f"{STEPS} training steps with man_pp(dgl), each with an exchange",
 }
+# Whose versions a row notes, as far as they are installed.
+PACKAGES = ("torch", "torchvision", "timm", "transformers", "peft", "diffusers", "monai", "segmentation_models_pytorch")
 
 
 def select(library: str, pattern: str = "*", *, every: bool = False, cache: Path | None = None) -> dict[str, str]:
     """Names of models, without the library's prefix -> the family each stands for.
 
     Args:
-        library: ``torchvision`` (each model is its own family) or ``timm`` (a family is one of its modules; the
-            classifier with fewest parameters stands for it, those that timm made for its own tests left out).
+        library: ``torchvision`` (each model is its own family), ``timm`` (a family is one of its modules; the
+            classifier with fewest parameters stands for it, those that timm made for its own tests left out), or
+            ``reach``, the models of `localgrad.reach` (each its own family).
         pattern: shell pattern that names must match.
         every: all variants of timm's families.
         cache: a JSON file that remembers the answer, since counting parameters takes minutes.
@@ -68,12 +70,11 @@ def select(library: str, pattern: str = "*", *, every: bool = False, cache: Path
     Raises:
         ConfigError: the library is unknown or not installed, or no name matches.
     """
-    names = [name.partition(":")[2] for name in models.available(library)]
+    names = list(REACH) if library == "reach" else [name.partition(":")[2] for name in models.available(library)]
     names = [name for name in names if fnmatch.fnmatch(name, pattern)]
     if not names:
-        raise ConfigError(
-            f"no model of {library} is called like {pattern!r}; see localgrad list models --library {library}"
-        )
+        where = "localgrad.reach.REACH" if library == "reach" else f"localgrad list models --library {library}"
+        raise ConfigError(f"no model of {library} is called like {pattern!r}; see {where}")
     if library != "timm":
         return {name: name for name in names}
     import timm
@@ -117,7 +118,7 @@ Check = Callable[[str], contextlib.AbstractContextManager[None]]
 
 
 def examine(name: str, build: Build, sizes: Sequence[int | None] = (*SIZES, None)) -> Row:
-    """The row of one model.
+    """The row of one classifier of images.
 
     Args:
         name: of the model.
@@ -125,13 +126,38 @@ def examine(name: str, build: Build, sizes: Sequence[int | None] = (*SIZES, None
         sizes: tried in turn; the first one the model runs on counts.
 
     Returns:
-        A dictionary for JSON: ``checks`` says for each of `CHECKS` whether it holds (None: not reached), ``reasons``
-        why not, ``cut_points`` how many places a block may begin at, ``block_losses`` the loss of each block at each
-        step, ``seconds`` how long it all took.
+        As `examine_candidate`, with ``image_size``.
     """
+
+    def smallest(row: Row) -> Callable[[], Candidate]:
+        size, inputs = _smallest(build, sizes)
+        row["image_size"] = inputs.shape[-1]
+        targets, task = torch.arange(len(inputs)) % NUM_CLASSES, tasks.classification(NUM_CLASSES)
+        return lambda: Candidate(build(size).train(), inputs, targets, task, NUM_BLOCKS)
+
+    return _row(name, smallest)
+
+
+def examine_candidate(name: str, build: Callable[[], Candidate]) -> Row:
+    """The row of one model with its own inputs, task and number of blocks.
+
+    Args:
+        name: of the model.
+        build: makes the same at each call, given torch's generator in the same state.
+
+    Returns:
+        A dictionary for JSON: ``checks`` says for each of `CHECKS` whether it holds (None: not reached, or refused),
+        ``reasons`` why not, ``refused`` which methods the library refuses for the model and why, ``cut_points`` how
+        many places a block may begin at, ``block_losses`` the loss of each block at each step, ``seconds`` how long it
+        all took. ``ok``: every check holds but for what is refused.
+    """
+    return _row(name, lambda _: build)
+
+
+def _row(name: str, prepare: Callable[[Row], Callable[[], Candidate]]) -> Row:
     started = time.monotonic()
     checks: dict[str, bool | None] = dict.fromkeys(CHECKS)
-    row: Row = {"model": name, "ok": False, "checks": checks, "reasons": {}}
+    row: Row = {"model": name, "ok": False, "checks": checks, "reasons": {}, "refused": {}}
 
     @contextlib.contextmanager
     def check(what: str) -> Iterator[None]:
@@ -140,75 +166,76 @@ def examine(name: str, build: Build, sizes: Sequence[int | None] = (*SIZES, None
             yield
         except Exception as error:  # models may fail in any way
             row["reasons"][what] = _one_line(error)
-        checks[what] = what not in row["reasons"]
+        if what not in row["refused"]:
+            checks[what] = what not in row["reasons"]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            _examine(row, check, build, sizes)
+            _examine(row, check, prepare(row))
         except Exception as error:
             row["reasons"]["built"] = _one_line(error)
-    row["ok"] = all(checks.values())
+    row["ok"] = all(holds or what in row["refused"] for what, holds in checks.items())
     row["seconds"] = round(time.monotonic() - started, 1)
     return row
 
 
-def _examine(row: Row, check: Check, build: Build, sizes: Sequence[int | None]) -> None:
-    task = tasks.classification(NUM_CLASSES)
-    e2e, dgl = methods.e2e(task), methods.dgl(task)
-    model, size, inputs = _smallest(build, sizes)
-    targets = torch.arange(len(inputs)) % NUM_CLASSES
-    row |= {"image_size": inputs.shape[-1], "parameters": sum(p.numel() for p in model.parameters())}
-    checks = row["checks"]
+def _examine(row: Row, check: Check, build: Callable[[], Candidate]) -> None:
+    def fresh() -> Candidate:
+        with seeded_everywhere("survey"):
+            return build()
 
-    with check("traced"):
-        row["cut_points"] = len(Partition(model, inputs).cuts)
-    if not checks["traced"]:
-        return
+    candidate = fresh()
+    model, inputs, targets, task = candidate.model, candidate.inputs, candidate.targets, candidate.task
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    dgl = methods.dgl(task)
+
+    def cut(method: Method, one: Candidate = candidate) -> LocalNetwork:
+        return localize(one.model, method, one.num_blocks, example=one.inputs, shared=one.shared)
+
     with check("cut"):
-        network = localize(model, e2e, num_blocks=NUM_BLOCKS, example=inputs)
-        row["cuts"] = [cut.name for cut in network.cuts]
-    if not checks["cut"]:
+        network = cut(methods.e2e(task))
+        row |= {"cut_points": len(network.partition.cuts), "cuts": [cut.name for cut in network.cuts]}
+    if not row["checks"]["cut"]:
         return
-
-    chained = partial(_chained, network)
-    for what, training in (("eval", False), ("training", True)):
-        with check(what):
-            _compare(what, *(partial(_outputs, model, run, inputs, training) for run in (model, chained)))
+    with check("eval"):
+        runs = partial(call_model, model), partial(_suspended, network)
+        _compare("eval", *(partial(_outputs, network, run, inputs) for run in runs))
 
     def plain() -> None:
-        torch.autograd.backward(nn.functional.cross_entropy(model(inputs), targets))
+        torch.autograd.backward(task.loss(call_model(model, inputs), Batch(inputs, targets, 0)))
 
     with check("gradients"):
-        alone = _gradients(model, plain)
+        alone = _step(model, plain)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in alone)  # what loss.backward() does not train, no local loss has to
+            if f"gradient of {name}" not in alone:
+                parameter.requires_grad_(False)  # what loss.backward() does not train, no local loss has to
         row["without_gradient"] = [name for name, p in model.named_parameters() if not p.requires_grad]
         del alone
-        _compare(
-            "gradients",
-            *(partial(_gradients, model, run) for run in (plain, partial(backward, network, inputs, targets))),
-        )
-    del network, chained
-    with check("isolated"):
-        assert_isolated(localize(model, dgl, num_blocks=NUM_BLOCKS, example=inputs), inputs, targets)
-    with check("man_pp"):
-        _train(localize(model, methods.man_pp(dgl), num_blocks=NUM_BLOCKS, example=inputs), inputs, targets, 1)
+        _compare("gradients", *(partial(_step, model, run) for run in (plain, partial(backward, network, inputs, targets))))
+    del network
+    with check("isolated"), seeded_everywhere("survey"):
+        assert_isolated(cut(dgl), inputs, targets)
     for rate in LEARNING_RATES:
         with check("dgl"), seeded("survey"):
-            network = localize(build(size).train(), dgl, num_blocks=NUM_BLOCKS, example=inputs)
-            losses = _train(network, inputs, targets, STEPS, rate)
+            losses = _train(cut(dgl, fresh()), inputs, targets, rate)
             row |= {"learning_rate": rate, "block_losses": [[round(loss, 4) for loss in step] for step in losses]}
-        if not checks["dgl"]:
-            continue
-        with check("loss"):
-            _require_falling(losses, rate)
-        if checks["loss"]:
-            return
+        if row["checks"]["dgl"]:
+            with check("loss"):
+                _require_falling(losses, rate)
+        if row["checks"]["loss"]:
+            break
+    with check("man_pp"), seeded("survey"):
+        try:
+            network = cut(methods.man_pp(dgl), fresh())
+        except MethodError as error:
+            row["refused"]["man_pp"] = _one_line(error)
+        else:
+            _train(network, inputs, targets, rate)
 
 
-def _smallest(build: Build, sizes: Sequence[int | None]) -> tuple[nn.Module, int | None, Tensor]:
-    """The model for the first of ``sizes`` that it runs on in both modes, that size, and a batch of such images."""
+def _smallest(build: Build, sizes: Sequence[int | None]) -> tuple[int | None, Tensor]:
+    """The first of ``sizes`` that the model runs on in both modes, and a batch of such images."""
     errors = []
     for size in sizes:
         try:
@@ -219,7 +246,7 @@ def _smallest(build: Build, sizes: Sequence[int | None]) -> tuple[nn.Module, int
                 with untouched(model, training=True), torch.no_grad():
                     for training in (True, False):
                         _require_logits(model.train(training)(inputs), len(inputs), training)
-                return model, size, inputs
+                return size, inputs
         except Exception as error:  # models may fail in any way on a size that they are not made for
             errors.append(f"{size or 'its own size'}: {_one_line(error)}")
     raise ConfigError(f"it runs on none of the image sizes tried: {'; '.join(dict.fromkeys(errors))}")
@@ -240,26 +267,24 @@ def _require_logits(output: Any, batch: int, training: bool) -> None:
         )
 
 
-def _chained(network: LocalNetwork, inputs: Tensor) -> Any:
-    """What the blocks return one after the other."""
-    values: dict[str, Any] = {INPUTS: inputs}
-    for block in network.blocks:
-        values |= zip(block.outputs, block(*[values[name] for name in block.inputs]), strict=True)
-    return values[OUTPUT]
+def _suspended(network: LocalNetwork, inputs: Any) -> Any:
+    """What the model's own forward returns while it is suspended at the cuts."""
+    return next(output for _, term, output in local_outputs(network, inputs) if term is None)
 
 
-def _outputs(model: nn.Module, run: Callable[[Tensor], Any], inputs: Tensor, training: bool) -> dict[str, Tensor]:
-    """Outputs and buffers after one forward in one mode; the model stays as it was."""
-    with untouched(model, training), torch.no_grad(), seeded("survey"):
-        found = {f"output {index}": value for index, value in enumerate(tree_leaves(run(inputs)))}
-        return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+def _outputs(network: LocalNetwork, run: Callable[[Any], Any], inputs: Any) -> dict[str, Tensor]:
+    """Outputs and buffers after one forward in eval mode; the model stays as it was."""
+    with untouched(network, training=False), torch.no_grad(), seeded_everywhere("survey"):
+        found = {f"output {index}": value for index, value in enumerate(tensors_in(run(inputs)))}
+        return found | {name: buffer.clone() for name, buffer in network.model.named_buffers()}
 
 
-def _gradients(model: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
-    """Gradients after one forward and backward in training mode; the model stays as it was."""
-    with untouched(model, training=True), seeded("survey"):
+def _step(model: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
+    """Gradients and buffers after one forward and backward in training mode; the model stays as it was."""
+    with untouched(model, training=True), seeded_everywhere("survey"):
         run()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    found |= {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
 
@@ -274,10 +299,10 @@ def _compare(what: str, original: Callable[[], dict[str, Tensor]], ours: Callabl
         names = ", ".join(wrong[:6])
         if (largest := _distance(expected, found)) < ROUNDING:
             raise AssertionError(
-                f"{what}: {names} of the blocks differ from the model's by rounding only, {largest:.0e} of the largest "
+                f"{what}: {names} differ from the model's by rounding only, {largest:.0e} of the largest "
                 "value: several blocks read one value, whose gradients are then added in another order; train as it is"
             )
-        raise AssertionError(f"{what}: {names} of the blocks differ from the model's; {_REPORT}")
+        raise AssertionError(f"{what}: {names} differ from the model's; {_REPORT}")
 
 
 def _distance(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
@@ -300,24 +325,25 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or (a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True))
 
 
-def _train(
-    network: LocalNetwork, inputs: Tensor, targets: Tensor, steps: int, rate: float = LEARNING_RATES[0]
-) -> list[list[float]]:
-    """The loss of each span at each step of SGD, whose gradients are clipped to norm 1 block by block.
+def _train(network: LocalNetwork, inputs: Any, targets: Any, rate: float) -> list[list[float]]:
+    """The loss of each span at each of `STEPS` steps of SGD, whose gradients are clipped to norm 1 block by block.
 
     Every step has the same batch and draws the same random numbers, so that losses of different steps compare.
     """
-    optimizers = [torch.optim.SGD(network.block_parameters(k), rate) for k in range(len(network.blocks))]
+    parameters = [network.block_parameters(k) for k in range(network.num_blocks)]
+    optimizers = [torch.optim.SGD(of_block, rate) if of_block else None for of_block in parameters]
 
     def move(block: int) -> None:
-        torch.nn.utils.clip_grad_norm_(network.block_parameters(block), 1.0)
-        optimizers[block].step()
-        optimizers[block].zero_grad(set_to_none=True)
+        optimizer = optimizers[block]
+        if optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(parameters[block], 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     history = []
-    with keyed_randomness(0):
-        for index in range(steps):
-            losses = []
+    for index in range(STEPS):
+        losses = []
+        with keyed_randomness(0), seeded_everywhere("survey"):
             for span, loss in local_losses(network, inputs, targets, on_block_done=move):
                 losses.append(loss.item())
                 if not torch.isfinite(loss):
@@ -327,7 +353,7 @@ def _train(
                     )
                 torch.autograd.backward(loss)
             exchange(network)
-            history.append(losses)
+        history.append(losses)
     return history
 
 
@@ -340,7 +366,7 @@ def _require_falling(losses: list[list[float]], rate: float) -> None:
         )
 
 
-_REPORT = "please report it, and keep the parts that differ in one block (cuts=...) meanwhile"
+_REPORT = "please report it, and keep the parts that differ in one block meanwhile"
 
 
 def _one_line(error: BaseException) -> str:
@@ -352,15 +378,21 @@ def _one_line(error: BaseException) -> str:
 
 
 def examine_library(library: str, name: str) -> Row:
-    """The row of one model of ``timm`` or ``torchvision``, random weights, on one CPU thread."""
+    """The row of one model of ``timm``, ``torchvision`` or ``reach``, random weights, on one CPU thread."""
     torch.set_num_threads(1)
     full = f"{library}:{name}"
 
     def build(size: int | None) -> nn.Module:
         return models.create(full, num_classes=NUM_CLASSES, image_size=size)
 
-    versions = {package: importlib.metadata.version(package) for package in ("torch", library)}
-    return examine(full, build) | {"versions": versions}
+    row = examine_candidate(full, REACH[name]) if library == "reach" else examine(full, build)
+    return row | {"versions": dict(_versions())}
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield package, importlib.metadata.version(package)
 
 
 def survey(
@@ -375,7 +407,7 @@ def survey(
     """The row of each selected model, those in the file first, and whether it is new; new ones are appended to it.
 
     Args:
-        library: ``timm`` or ``torchvision``; ``selection`` from `select`.
+        library: ``timm``, ``torchvision`` or ``reach``; ``selection`` from `select`.
         out: a JSON-lines file, made if it is not there.
         workers: processes at a time.
         timeout: of one model, in seconds.
@@ -392,7 +424,8 @@ def survey(
     torn = out.exists() and not out.read_bytes().endswith(b"\n") and out.stat().st_size > 0
     with out.open("a") as file:
         file.write("\n" * torn)
-        for row in in_processes({name: job for name, (job, _) in jobs.items()}, workers, timeout, (library,)):
+        imported = ("timm", "torchvision", "transformers") if library == "reach" else (library,)
+        for row in in_processes({name: job for name, (job, _) in jobs.items()}, workers, timeout, imported):
             row["family"] = jobs[row["model"]][1]
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -470,7 +503,7 @@ def _received(connection: Connection, name: str, process: BaseProcess, seconds: 
 
 def _lost(name: str, reason: str, seconds: float) -> Row:
     return {
-        "model": name, "ok": False, "checks": dict.fromkeys(CHECKS), "reasons": {"process": reason},
+        "model": name, "ok": False, "checks": dict.fromkeys(CHECKS), "reasons": {"process": reason}, "refused": {},
         "seconds": round(seconds, 1),
     }  # fmt: skip
 
@@ -479,17 +512,20 @@ def table(rows: Iterable[Row]) -> Table:
     """One line for each row."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     made.add_column("model", overflow="fold")
-    for heading in ("px", "cuts", "trace", "cut", "eval", "train", "grad", "isol.", "dgl", "man++", "loss", "s"):
+    for heading in ("px", "cuts", "cut", "eval", "grad", "isol.", "dgl", "loss", "man++", "s"):
         made.add_column(heading, justify="right")
     for row in rows:
-        marks = ({True: "yes", False: "NO", None: "-"}[row["checks"][name]] for name in CHECKS)
+        refused = row.get("refused", {})
+        marks = ("ref." if w in refused else {True: "yes", False: "NO", None: "-"}[row["checks"][w]] for w in CHECKS)
         sizes = (str(row.get(key, "-")) for key in ("image_size", "cut_points"))
         made.add_row(row["model"].partition(":")[2] or row["model"], *sizes, *marks, f"{row['seconds']:.0f}")
     return made
 
 
 def failures(rows: Iterable[Row]) -> Iterator[str]:
-    """One line for each check that failed: model, check and reason."""
+    """One line for each check that failed and each method that is refused: model, check and reason."""
     for row in rows:
         for what, reason in row["reasons"].items():
             yield f"{row['model']}: {what}: {reason}"
+        for what, reason in row.get("refused", {}).items():
+            yield f"{row['model']}: {what} refused: {reason}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -37,7 +39,8 @@ def assert_isolated(network: LocalNetwork, inputs: Any, targets: Any, step: int 
     every parameter of the span and on no other; and one in which the other losses are multiplied by 0, which must leave
     a gradient of exactly 0 everywhere else. Heads that a rule trains late (`localgrad.rules.Rule`) are trained by the
     loss at the next boundary instead of by their own. The first step also walks the graphs, as any first step does.
-    Gradients, buffers and the state of torch's generators are put back.
+    Every step begins with the same buffers and generators (torch's, ``random`` and NumPy's), which are put back in the
+    end, as gradients are.
 
     Args:
         network: from `localgrad.localize`, in training mode.
@@ -56,18 +59,17 @@ def assert_isolated(network: LocalNetwork, inputs: Any, targets: Any, step: int 
         >>> assert_isolated(localgrad.localize(model, method, 2, example=x), x, y)
     """
     spans = network.spans(step)
-    with _untouched(network):
-        for span in spans:
-            expected = _trained_by(network, span) - _late(network, [span])
-            found = set(_gradients(_with_only(network, span), inputs, targets, step, span))
-            _compare(f"the loss of span {span} alone", network, found, expected)
-            gradients = _gradients(network, inputs, targets, step, span)
-            before = [
-                other for other in spans if other.stop == max((s.stop for s in spans if s.stop < span.stop), default=0)
-            ]
-            expected |= _late(network, before)
-            nonzero = {name for name, gradient in gradients.items() if gradient.ne(0).any()}
-            _compare(f"the loss of span {span} beside the others", network, nonzero, expected, all_of_them=False)
+    for span in spans:
+        expected = _trained_by(network, span) - _late(network, [span])
+        found = set(_gradients(_with_only(network, span), inputs, targets, step, span))
+        _compare(f"the loss of span {span} alone", network, found, expected)
+        gradients = _gradients(network, inputs, targets, step, span)
+        before = [
+            other for other in spans if other.stop == max((s.stop for s in spans if s.stop < span.stop), default=0)
+        ]
+        expected |= _late(network, before)
+        nonzero = {name for name, gradient in gradients.items() if gradient.ne(0).any()}
+        _compare(f"the loss of span {span} beside the others", network, nonzero, expected, all_of_them=False)
 
 
 def assert_transparent(model: nn.Module, network: LocalNetwork, inputs: Any) -> None:
@@ -104,7 +106,7 @@ def assert_transparent(model: nn.Module, network: LocalNetwork, inputs: Any) -> 
     own = {id(p) for p in model.parameters()}
     for name, parameter in network.running.named_parameters():
         assert id(parameter) in own, f"parameter {name!r} of a block is not the model's"
-        blocks = network.home[name]
+        blocks = network.home.get(name, ())
         assert len(blocks) <= 1 or network.partition.shared, f"parameter {name!r} is in blocks {blocks}"
     auxiliary = {id(t) for t in (*network.auxiliary.parameters(), *network.auxiliary.buffers())}
     added = [name for name, value in model.state_dict(keep_vars=True).items() if id(value) in auxiliary]
@@ -145,10 +147,11 @@ def _with_only(network: LocalNetwork, span: Span) -> LocalNetwork:
 
 
 def _gradients(network: LocalNetwork, inputs: Any, targets: Any, step: int, counted: Span) -> dict[str, Tensor]:
-    network.zero_grad(set_to_none=True)
-    for span, loss in local_losses(network, inputs, targets, step):
-        (loss if span == counted else loss * 0.0).backward()
-    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    with _untouched(network):
+        network.zero_grad(set_to_none=True)
+        for span, loss in local_losses(network, inputs, targets, step):
+            (loss if span == counted else loss * 0.0).backward()
+        return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
 def _compare(what: str, network: LocalNetwork, found: set[str], expected: set[str], all_of_them: bool = True) -> None:
@@ -165,10 +168,13 @@ def _untouched(network: nn.Module) -> Iterator[None]:
     gradients = [(p, p.grad) for p in network.parameters()]
     buffers = [(b, b.clone()) for b in network.buffers()]
     modes = [(module, module.training) for module in network.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
             yield
     finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():

@@ -93,21 +93,22 @@ def timetable(
     rows: list[Row] = []
     states = [_Part(spans, num_blocks) for _ in range(parts)]
     ordered = sorted(spans, key=lambda span: (span.stop, -span.start))
-    waiting = list(range(num_blocks))
+    freed: list[int] = []  # blocks that no span of the last part will reach any more, in this order
     for group in groups(spans, num_blocks):
         for part, state in enumerate(states):
-            last = part == parts - 1
             for block in group:
                 rows.append(Row("forward", block, part))
                 for span in (s for s in ordered if s.stop == block + 1):
                     rows.append(Row("loss", block, part, span))
-                    rows += state.back(span, part, 0) if training else ()
-                if training and last:
+                    back = list(state.back(span, part, 0)) if training else []
+                    rows += back
+                    freed += [row.block for row in back if row.free and part == parts - 1]
+                if training and part == parts - 1:
                     rows.append(Row("twins", block, part))
-                    known = block + 1 if not late or block + 1 == num_blocks else block
-                    done = [k for k in reversed(waiting) if state.left[k] == 0 and k < known]
+                    last = block + 1 == num_blocks
+                    done = [k for k in freed if last or not late or k < block]
                     rows += [Row("done", k, part) for k in done]
-                    waiting = [k for k in waiting if k not in done]
+                    freed = [k for k in freed if k not in done]
     return tuple(rows)
 
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_data_parallel import EVERY, apart, network_of, without_batch_statistics
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from zoo import METHODS, batch, build, steps
 
 import localgrad
+from localgrad import methods
 from localgrad.distributed import Checkpoints, block_parallel, data_parallel
 
 BRIEF = ["man_pp(dgl)", "accumulation(windows(dgl))", "pgl(man(mlaan(dgl)))"]
@@ -164,3 +166,66 @@ def test_two_by_two_sharded_saves_what_one_process_continues() -> None:
                 assert Checkpoints(f"{folder}/{name}", network, [optimizer]).load(step) == step
                 found = train(network, optimizer, slice(None), [3, 4] if step == 3 else [])
                 assert apart(found, expected) < 1e-10, (name, step)
+
+
+TOKENS = 12
+TOKEN_DGL = methods.dgl(localgrad.tasks.classification(TOKENS))
+
+
+class Tied(nn.Module):
+    """Runs only as itself: keyword inputs, a parameter of its own, and one that the first and the last block train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(TOKENS, 8), nn.Linear(8, TOKENS, bias=False)
+        self.head.weight = self.embed.weight
+        self.scale = nn.Parameter(torch.ones(8))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(3))
+
+    def forward(self, *, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens) * self.scale
+        for layer in self.layers:
+            x = x + layer(x) * mask[..., None]
+        return self.head(x.mean(1))
+
+
+def tied(method: localgrad.Method, seed: int = 0) -> localgrad.LocalNetwork:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        example = {"tokens": torch.randint(TOKENS, (2, 6)), "mask": torch.ones(2, 6)}
+        network = localgrad.localize(Tied(), method, 3, example=example, shared=True)
+    without_batch_statistics(network.auxiliary)
+    return network.double()
+
+
+def own_forward() -> dict[str, float]:
+    """Differences to one process; what is sharded, and what stays whole."""
+    mesh, rank = init_device_mesh("cpu", (2,), mesh_dim_names=("data",)), dist.get_rank()
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "tokens": torch.randint(TOKENS, (8, 6), generator=generator),
+        "mask": torch.rand(8, 6, generator=generator).double(),
+    }
+    found = {}
+    for name, method in {"dgl": TOKEN_DGL, "windows": methods.windows(TOKEN_DGL)}.items():
+        states = []
+        for shard in (False, True, None):
+            network = tied(method) if shard is None else data_parallel(tied(method, seed=rank), mesh, shard=shard)
+            rows = slice(None) if shard is None else rows_of(rank)
+            if shard:
+                whole_ones = {n for n, p in network.model.named_parameters() if not isinstance(p, DTensor)}
+                assert whole_ones == {"scale", "embed.weight"}
+            optimizer = optimizer_of(network)
+            for step in range(3):
+                mine = {key: value[rows] for key, value in inputs.items()}
+                localgrad.backward(network, mine, torch.arange(8)[rows], step)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            states.append({key: whole(tensor.detach()) for key, tensor in network.state_dict().items()})
+        found |= {f"{name}, whole": apart(states[0], states[2]), f"{name}, sharded": apart(states[1], states[2])}
+    return found
+
+
+def test_a_model_that_runs_only_as_itself_is_replicated_and_sharded() -> None:
+    for found in gang.run(own_forward, 2):
+        assert len(found) == 4 and max(found.values()) < 1e-10, found

@@ -13,7 +13,10 @@ from localgrad.cli.options import Json
 
 
 def survey(
-    library: Annotated[Literal["timm", "torchvision"], typer.Argument(help="Whose models.")],
+    library: Annotated[
+        Literal["timm", "torchvision", "reach"],
+        typer.Argument(help="Whose models; reach are small ones of many kinds, from text to volumes."),
+    ],
     pattern: Annotated[str, typer.Option("--filter", help="Shell pattern of names, for instance 'vit_*'.")] = "*",
     every: Annotated[
         bool, typer.Option("--all", help="Every variant, not only the smallest of each of timm's families.")
@@ -49,4 +52,6 @@ def survey(
     console.print(survey.table(rows))
     for line in survey.failures(rows):
         console.print(line, soft_wrap=True)
-    console.print(f"{sum(row['ok'] for row in rows)} of {len(rows)} models pass every check", style="bold")
+    refused = sum(bool(row["ok"] and row.get("refused")) for row in rows)
+    without = f", {refused} of them without a method that is refused" * bool(refused)
+    console.print(f"{sum(row['ok'] for row in rows)} of {len(rows)} models pass every check{without}", style="bold")

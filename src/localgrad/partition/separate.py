@@ -91,11 +91,7 @@ class SeparateBlocks(nn.Module):
     @property
     def points(self) -> tuple[Point, ...]:
         """Where blocks after the first begin, and where they take the features."""
-        found = []
-        for k in range(1, len(self.blocks)):
-            before, block = self.blocks[k - 1], self.blocks[k]
-            found.append(Point(f"doors.{k}", 0, block.inputs.index(before.outputs[0])))
-        return tuple(found)
+        return tuple(Point(f"doors.{k}") for k in range(1, len(self.blocks)))
 
     def forward(self, *inputs: Any) -> Any:
         return self.run({INPUTS: inputs[0] if len(inputs) == 1 else inputs})[OUTPUT]
@@ -103,13 +99,13 @@ class SeparateBlocks(nn.Module):
     def run(self, values: dict[str, Any]) -> dict[str, Any]:
         """Run the blocks on ``values``; what none of them reads any more is let go of."""
         for index, block in enumerate(self.blocks):
+            if index:
+                self.doors[index](values[self.blocks[index - 1].outputs[0]])
             arguments = [values[name] for name in block.inputs]
             later = (*self.blocks[index + 1 :], *self.elsewhere)
             for name in dict.fromkeys(block.inputs):
                 if not any(name in other.inputs for other in later):
                     del values[name]
-            if index:
-                self.doors[index](*arguments)
             again = index in self.again and torch.is_grad_enabled()
             outputs = recomputed(block, *arguments) if again else block(*arguments)
             del arguments
@@ -156,8 +152,7 @@ def separate_blocks(
         parts = _from_list(model, [int(cut.name.split(".")[1]) for cut in points])
     else:
         _check_separable(model, points, example, why)
-        paths = dict(model.named_modules())
-        taps = tuple(dict.fromkeys(name for cut in points for name in cut.taps if name in paths))
+        taps = tuple(dict.fromkeys(name for cut in points for name in partition.holders(cut)))
         parts = split(model, example, [cut.point.name for cut in points], taps or "auto")
     blocks = join(model, parts, sizes)
     _compare(SeparateBlocks(blocks), model, example, f"{why}: the blocks that torch.fx makes")
