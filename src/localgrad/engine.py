@@ -354,8 +354,9 @@ def local_losses(
     Source: the window with one forward is our own; gradients equal those of a forward per window (HPFF,
     arXiv:2407.05638).
     """
-    training = torch.is_grad_enabled()
+    require_network(network, "local_losses")
     network.check_ready()
+    training = torch.is_grad_enabled()
     spans = network.spans(step)
     replicas = network.replicas if training else None
     announce = on_block_done or (lambda block: None)
@@ -376,6 +377,18 @@ def local_losses(
             table = timetable(spans, network.num_blocks, len(parts), late=late, training=training)
             yield from execute(network, table, passes, on_output, done)
     network.checked |= {spans} if training else set()
+
+
+def require_network(network: Any, caller: str) -> None:
+    """Raise `TrainingError` if a wrapper was put around a network, which would be passed by."""
+    from localgrad.network import LocalNetwork
+
+    if not isinstance(network, LocalNetwork):
+        raise TrainingError(
+            f"{caller} got a {type(network).__name__}; it takes what localize returns. Around a network neither "
+            "DistributedDataParallel nor torch.compile has an effect: write localgrad.distributed.data_parallel(network, "
+            "mesh), or network.compile_blocks()"
+        )
 
 
 def in_context(network: LocalNetwork, batch: Batch, part: int, autocast: torch.dtype | None) -> Batch:
@@ -449,6 +462,8 @@ def local_outputs(
     Mode is the caller's business: call ``network.eval()`` first to evaluate. ``scored_only`` leaves out heads whose
     output the task cannot score, such as decoders. Leaving the loop early leaves the rest of the model out.
     """
+    require_network(network, "local_outputs")
+    network.check_ready()
     if network.stage is not None:
         yield from network.stage.local_outputs(inputs, autocast, scored_only)
         return

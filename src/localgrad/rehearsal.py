@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,9 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from localgrad.bench.memory import saved_storages
 from localgrad.engine import Pass
 from localgrad.errors import PartitionError
-from localgrad.forward import OpenModel, Tag, Watch
+from localgrad.forward import OpenModel, Tag, Watch, tensors_in
 from localgrad.method import Batch
 from localgrad.spans import Span
 from localgrad.untouched import untouched
@@ -19,6 +22,7 @@ from localgrad.untouched import untouched
 if TYPE_CHECKING:
     from localgrad.network import LocalNetwork
 
+MOST = 0.95  # of what all blocks keep, in one block, is worth a warning
 TRIES = 8  # forwards that may skip the module a block begins with (layer drop) before that is an error
 
 
@@ -61,8 +65,9 @@ def rehearse(network: LocalNetwork, example: Any) -> tuple[list[Tensor], Watch]:
             torch.manual_seed(turn)
             network.watch = watch
             with network.opened(()) as opened:
-                features, places = _walk(network, opened, example)
+                features, places, kept = _walk(network, opened, example)
         if len(features) == network.num_blocks - 1:
+            _warn_of_one_block(network, kept)
             return features, _watch(places)
     raise PartitionError(
         f"{type(network.model).__name__} did not come by every cut in {TRIES} forwards over the example: a module that a "
@@ -73,17 +78,22 @@ def rehearse(network: LocalNetwork, example: Any) -> tuple[list[Tensor], Watch]:
 Places = dict[tuple[int, Tag], int]
 
 
-def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[Tensor], Places]:
-    """The features at each boundary that was reached; what is held, by maker and tag, with the last block that reads it."""
+def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[Tensor], Places, list[int]]:
+    """The features at each boundary that was reached; what is held, by maker and tag, with the last block that reads it;
+    the bytes that each block keeps for its backward pass.
+    """
     spans = [Span(k, k + 1) for k in range(network.num_blocks)]
     one = Pass(network, opened, spans, Batch(example, None, 0))
+    known = [*network.model.parameters(), *network.model.buffers(), *tensors_in(example)]
+    kept: list[int] = []
     features: list[Tensor] = []
     found: dict[tuple[int, Tag], set[int]] = {}
     with _Reads() as reads:
         for block in one.blocks:
             reads.block = block
             before = one.boundary
-            one.run(block)
+            _, saved = saved_storages(partial(one.run, block), known)
+            kept.append(sum(saved.values()))
             reads.block = -1
             if block < network.num_blocks - 1 and one.boundary == block + 1:
                 features.append(one.forward.features.detach())
@@ -94,11 +104,26 @@ def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[
                     tensor = held.ref()
                     if tensor is not None and held.maker == one.boundary - 1 and (s := _storage(tensor)) is not None:
                         found.setdefault((held.maker, held.tag), set()).add(s._cdata)
-    return features, {
+    places = {
         (maker, tag): max(maker, *(reads.last.get(storage, maker) for storage in storages))
         for (maker, tag), storages in found.items()
         if maker < network.num_blocks - 1
     }
+    return features, places, kept
+
+
+def _warn_of_one_block(network: LocalNetwork, kept: list[int]) -> None:
+    """Warn if one block keeps nearly everything although it could be cut."""
+    largest = max(range(len(kept)), key=kept.__getitem__)
+    edges = [0, *(cut.position for cut in network.cuts), 1 << 62]
+    inside = [c.name for c in network.partition.finest if edges[largest] < c.position < edges[largest + 1]]
+    if len(kept) > 1 and inside and kept[largest] > MOST * sum(kept):
+        warnings.warn(
+            f"block {largest}, from {network.begins_at(largest)} on, keeps {kept[largest] / sum(kept):.0%} of what all blocks "
+            f"keep for their backward passes; cut inside it too, at {', '.join(map(repr, inside[:4]))} for instance",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _watch(places: Places) -> Watch:

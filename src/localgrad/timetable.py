@@ -2,22 +2,34 @@
 
 ``drawn(timetable(spans, num_blocks))`` prints the rows. Four blocks, one micro-batch:
 
-    e2e        forward 0 | forward 1 | forward 2 | forward 3 | loss (0, 4) | back 3, free | back 2, free
-               | back 1, free | back 0, free | done 0 | done 1 | done 2 | done 3
-    dgl        forward 0 | loss (0, 1) | back 0, free | done 0 | forward 1 | loss (1, 2) | back 1, free | done 1
-               | forward 2 | loss (2, 3) | back 2, free | done 2 | forward 3 | loss (3, 4) | back 3, free | done 3
-    mlaan      forward 0 | loss (0, 1) | forward 1 | loss (0, 2) | back 1 | back 0, free | done 0 | loss (1, 2)
-               | forward 2 | loss (1, 3) | back 2 | back 1, free | done 1 | loss (2, 3) | forward 3 | loss (2, 4)
-               | back 3 | back 2, free | done 2 | loss (3, 4) | back 3, free | done 3
-    pgl        on guided steps the rows of e2e, on the others those of its base
+``e2e``::
+
+    forward 0 | forward 1 | forward 2 | forward 3 | loss (0, 4) | back 3, free | back 2, free | back 1, free |
+    back 0, free | done 3 | done 2 | done 1 | done 0
+
+``dgl``::
+
+    forward 0 | loss (0, 1) | back 0, free | done 0 | forward 1 | loss (1, 2) | back 1, free | done 1 |
+    forward 2 | loss (2, 3) | back 2, free | done 2 | forward 3 | loss (3, 4) | back 3, free | done 3
+
+``mlaan(dgl)``::
+
+    forward 0 | loss (0, 1) | forward 1 | loss (1, 2) | loss (0, 2) | back 1 | back 0, free | done 0 |
+    forward 2 | loss (2, 3) | loss (1, 3) | back 2 | back 1, free | done 1 | forward 3 | loss (3, 4) | back 3 |
+    loss (2, 4) | back 3, free | back 2, free | done 3 | done 2
+
+``pgl(dgl)`` has the rows of ``e2e`` on guided steps and those of ``dgl`` on the others.
 
 Spans that start at one boundary share one way back, taken when the widest of them ends. A graph is freed by the last way
 back through it, a block is done when no span will reach it any more.
 
 Several micro-batches pass a *group* of blocks, the finest run that no span crosses, before the next group begins. So a
-block steps, and frees its gradients, before the next one runs, and one part's graphs are alive at a time:
+block steps, and frees its gradients, before the next one runs, and one part's graphs are alive at a time.
 
-    dgl, 2 parts   forward 0 | loss (0, 1) | back 0, free | forward 0' | loss (0, 1)' | back 0', free | done 0 | ...
+``accumulation(dgl, parts=2)`` in two blocks::
+
+    forward 0 | loss (0, 1) | back 0, free | forward 0' | loss (0, 1)' | back 0', free | done 0 |
+    forward 1 | loss (1, 2) | back 1, free | forward 1' | loss (1, 2)' | back 1', free | done 1
 
 Where one span covers everything the one group is the network, and the parts run one after the other.
 """
@@ -56,7 +68,8 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         what = str(self.span) if self.span is not None else str(self.block)
-        return f"{self.do} {what}{chr(39) * self.part}{', free' * self.free}"
+        primes = "" if self.do == "done" else "'" * self.part
+        return f"{self.do} {what}{primes}{', free' * self.free}"
 
 
 class _Part:

@@ -178,23 +178,48 @@ class Keywords(nn.Module):
         return self.second(self.first(x).relu())
 
 
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self.linear(x) * gate
+
+
+class Gated(nn.Module):
+    """Its layers take a second tensor, which a copy of them needs too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.fc = Gate(), Gate(), Gate(), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self.fc(self.third(self.second(self.first(x, gate), gate), gate))
+
+
 def not_separable() -> list[str]:
     """Models whose own forward trains in one process, and cannot be spread over ranks."""
     mesh, x = init_device_mesh("cpu", (2,)), torch.randn(2, 8)
     hooked = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     hooked.register_forward_hook(lambda *_: None)
     found = []
-    for model, example in ((Keywords(), {"x": x}), (hooked, x)):
-        network = localgrad.localize(model, DGL, 2, example=example)
+    for model, method, example in (
+        (Keywords(), DGL, {"x": x}),
+        (hooked, DGL, x),
+        (Gated(), methods.man(DGL), (x, x.sigmoid())),
+    ):
+        network = localgrad.localize(model, method, 2, example=example)
         try:
             block_parallel(network, mesh)
-        except localgrad.PartitionError as error:
+        except localgrad.LocalgradError as error:
             found.append(str(error))
         assert network.stage is None
     return found
 
 
 def test_models_without_separate_blocks_are_refused() -> None:
-    for keywords, hooked in gang.run(not_separable, 2):
+    for keywords, hooked, gated in gang.run(not_separable, 2):
         assert "takes a tensor or a tuple as example, not a dict" in keywords
         assert "would pass by the hooks" in hooked
+        assert "copies a later unit that is called with the tensor 1 besides the features" in gated

@@ -120,7 +120,8 @@ def test_what_the_gradients_are(found: Contest) -> None:
         "dgl K=3, per-block step": "local",
         "dgl K=3, per-block step, checkpointing inside": "local",
         "dgl K=3, x2": "local",
-        "dgl K=3, checkpointing inside, x2": "local",
+        "dgl K=3, per-block step, x2": "local",
+        "dgl K=3, per-block step, checkpointing inside, x2": "local",
         "end-to-end, bf16+channels_last": "exact",
     }
     assert row(found, "checkpointing every unit").num_blocks == 5  # stem, three units, classifier
@@ -250,7 +251,7 @@ def test_methods_are_read_and_described() -> None:
         (lambda: read_methods(["[dgl"]), "is no YAML"),
         (lambda: contest("resnet8", [], **{**SETTINGS, "batch_size": 0}), "batch_size=0; it must be at least 1"),
         (lambda: contest("resnet8", [], **SETTINGS), "no ways"),
-        (lambda: contest("resnet8", [Way("a", "local", methods.dgl(TASK), 99)], **SETTINGS), "num_blocks=99"),
+        (lambda: contest("resnet8", [Way("a", "local", methods.dgl(TASK), 99)], **SETTINGS), "99 blocks, but"),
     ],
 )
 def test_bad_input_is_refused(what: Any, message: str) -> None:

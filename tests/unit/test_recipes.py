@@ -50,7 +50,7 @@ def starts(
 ) -> list[str]:
     """What the blocks after the first begin with: names as short as they come."""
     found = partition(model, options)
-    chosen = by_count(found, num_blocks, stem) if num_blocks else found.named(cuts or (), spans_wider_than_one=True)
+    chosen = by_count(found, num_blocks, stem) if num_blocks else found.named(cuts or ())
     return [cut.name for cut in chosen]
 
 

@@ -80,7 +80,7 @@ class Call:
     makes: tuple[int, ...] = ()
     frames: dict[Any, str] = field(default_factory=dict)
     others: dict[Key, Any] = field(default_factory=dict)
-    first: Key = 0
+    same: dict[Key, tuple[Any, ...]] = field(default_factory=dict)  # what tells the tensors of an argument from others
     watched: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # leaf and its version when the call began
     overwritten: frozenset[int] = frozenset()
     structured: bool = False
@@ -115,6 +115,7 @@ class _Listener:
         self.calls: list[Call] = []
         self.numbers: dict[str, int] = {}
         self.running: list[Call] = []
+        self.kept: list[Tensor] = []
         self.hooks = []
         for name, module in model.named_modules():
             if name:
@@ -139,13 +140,19 @@ class _Listener:
             if call.taken and torch.is_grad_enabled():
                 tensors = ((place, leaf) for place, (_, leaf) in enumerate(leaves) if isinstance(leaf, Tensor))
                 call.watched = {place: (leaf, leaf._version) for place, leaf in tensors}
-                call.others = others_of(args, kwargs, call.taken[0][1])
+                call.others = others_of(args, kwargs)
+                call.same = {key: self._identity(value) for key, value in given if tensors_in(value)}
                 for tag, tensor in held_by_frames(sys._getframe(1)):
                     call.frames.setdefault((tensor.grad_fn, tensor.output_nr), ":".join(tag[1:3]))
             self.calls.append(call)
             self.running.append(call)
 
         return hook
+
+    def _identity(self, value: Any) -> tuple[Any, ...]:
+        tensors = tensors_in(value)
+        self.kept += [tensor for tensor in tensors if tensor.grad_fn is None]  # so that no other takes its place
+        return tuple(id(t) if t.grad_fn is None else (t.grad_fn, t.output_nr) for t in tensors)
 
     def _after(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -292,7 +299,9 @@ class Partition:
             for value, shape in seen:
                 self.known.setdefault(value, call.name)
                 self.shapes.setdefault(value, shape)
+        numbers: dict[Any, int] = {}
         for call in self.calls:
+            call.same = {k: tuple(numbers.setdefault(one, len(numbers)) for one in v) for k, v in call.same.items()}
             call.overwritten = frozenset(k for k, (tensor, version) in call.watched.items() if tensor._version != version)
             call.watched = {}
         graph.forget()
@@ -559,8 +568,7 @@ class Partition:
     def holders(self, cut: Cut) -> tuple[str, ...]:
         """The modules that returned what crosses at a cut besides the features, or passed the features on as they are."""
         (crossing,) = self._crossing([cut.position])
-        call = next(c for c in self.calls if (c.name, c.number) == (cut.point.name, cut.point.call))
-        features = next(value for leaf, _, value, _ in call.taken if leaf == cut.point.leaf)
+        features = next(value for leaf, _, value, _ in self._call_at(cut).taken if leaf == cut.point.leaf)
         ended = sorted((c for c in self.calls if c.exit), key=lambda c: c.exit)
         returned = [(c.name, value) for c in ended for value, _ in c.returned if value in crossing]
         maker = next((name for name, value in returned if value == features), "")
@@ -577,15 +585,31 @@ class Partition:
             last = one is units[-1]
             call = self._unit_of(one, None if last else ends[k])
             whole = last or self._makes(call, ends[k])
-            module = self._callable(call)
-            found.append(Unit(call.name, module, layouts[k], ends[k], self._reads_taps(call, one), whole))
+            module, complete = self._callable(call, cut, one)
+            reads_taps = not complete or self._reads_taps(call, one)
+            found.append(Unit(call.name, module, layouts[k], ends[k], reads_taps, whole))
         return tuple(found)
 
-    def _callable(self, call: Call) -> nn.Module:
-        """A module, such that it can be called with the features alone."""
+    def _callable(self, call: Call, cut: Cut, own: Cut) -> tuple[nn.Module, bool]:
+        """A module, such that it can be called with the features alone, and whether the cut has all that it needs."""
         module = self.modules[call.name]
-        first = call.taken[0][1] if call.taken else 0
-        return Called(module, first, call.others) if call.others or call.structured or first != 0 else module
+        here, begins = self._call_at(cut), self._call_at(own)
+        wanted = begins.same[next(key for leaf, key, _, _ in begins.taken if leaf == own.point.leaf)]
+        features = [key for key, same in call.same.items() if same == wanted]
+        others = {key: value for key, value in call.others.items() if key not in features}
+        if not any(value is not None for value in others.values()) and features == [0] and not call.structured:
+            return module, True
+        sources: dict[Key, Key] = {}
+        for key in (key for key in others if key in call.same):
+            known = [k for k, same in here.same.items() if same == call.same[key]]
+            if not known:
+                return module, False
+            sources[key] = key if key in known else known[0]
+        return Called(module, features, others, sources), bool(features)
+
+    def _call_at(self, cut: Cut) -> Call:
+        """The call that a cut lies before."""
+        return next(call for call in self.calls if (call.name, call.number) == (cut.point.name, cut.point.call))
 
     def _reads_taps(self, call: Call, cut: Cut) -> bool:
         """Whether a module reads more than the features that cross where it begins."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from localgrad.errors import MethodError
-from localgrad.forward import Arguments, tensors_in
+from localgrad.forward import Arguments
 from localgrad.layout import Layout
 
 _PLAIN = (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
@@ -58,49 +57,50 @@ Key = int | str
 class Called(nn.Module):
     """A module that takes more than the features, called as the original is in this forward; returns the features only.
 
-    Masks, position embeddings and the like are those that the module at the cut gets, by the same place or name;
-    numbers and flags are those of the example. A key-value cache is left out.
+    Masks, position embeddings and the like are what the module at the cut gets for them; numbers and flags are those of
+    the example. A key-value cache is left out.
 
     Args:
         module: a module of the model.
-        features: where it takes the features: a position, or a keyword.
-        others: its other arguments in the example, by position or keyword; tensors are looked up anew in each forward.
+        features: where it takes the features: positions and keywords.
+        others: its other arguments in the example, by position or keyword.
+        sources: where the module at the cut gets each of them that holds tensors.
     """
 
-    def __init__(self, module: nn.Module, features: Key, others: Mapping[Key, Any]) -> None:
+    def __init__(
+        self, module: nn.Module, features: Sequence[Key], others: Mapping[Key, Any], sources: Mapping[Key, Key]
+    ) -> None:
         super().__init__()
-        self.module, self.features, self.others = module, features, dict(others)
+        self.module, self.features, self.others, self.sources = module, tuple(features), dict(others), dict(sources)
 
     def forward(self, features: Tensor) -> Tensor:
         present = _present.get()
-        args: dict[int, Any] = {}
-        kwargs: dict[str, Any] = {}
-        for key, value in {**self.others, self.features: features}.items():
-            if key != self.features and tensors_in(value):
-                value = _looked_up(key, present, value)
-            if isinstance(key, int):
-                args[key] = value
-            else:
-                kwargs[key] = value
-        result = self.module(*(args[place] for place in sorted(args)), **kwargs)
+        given = {key: self._given(key, value, present) for key, value in self.others.items()}
+        given |= dict.fromkeys(self.features, features)
+        positions = sorted(key for key in given if isinstance(key, int))
+        named = {key: value for key, value in given.items() if isinstance(key, str)}
+        result = self.module(*(given[place] for place in positions), **named)
         return next(value for value in tree_leaves(result) if isinstance(value, Tensor))
 
-
-def _looked_up(key: Key, present: Arguments | None, example: Any) -> Any:
-    """What the module at the cut gets at ``key`` in this forward; what it got in the example while nothing runs."""
-    if present is None:
-        return example
-    given = present.kwargs.get(key) if isinstance(key, str) else present.args[key] if key < len(present.args) else None
-    if not tensors_in(given):
-        raise MethodError(
-            f"a copy of a later unit needs the tensor it gets as {key!r}, which the module at the cut does not get in "
-            "this forward; cut elsewhere, or use a method without bridges"
-        )
-    return tree_map_only(Tensor, Tensor.detach, given)
+    def _given(self, key: Key, example: Any, present: Arguments | None) -> Any:
+        """An argument in this forward; as in the example while nothing runs."""
+        if key not in self.sources or present is None:
+            return example
+        return tree_map_only(Tensor, Tensor.detach, argument(present, self.sources[key]))
 
 
-def others_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], features: Key) -> dict[Key, Any]:
-    """The arguments besides the features that a copy has to be called with; tensors keep no graph."""
-    given: dict[Key, Any] = {**dict(enumerate(args)), **kwargs}
-    plain = {k: v for k, v in given.items() if k != features and all(isinstance(x, _PLAIN) for x in tree_leaves(v))}
-    return {key: tree_map_only(Tensor, Tensor.detach, value) for key, value in plain.items() if value is not None}
+def argument(arguments: Arguments, key: Key) -> Any:
+    """What a module gets at a position or as a keyword."""
+    if isinstance(key, str):
+        return arguments.kwargs.get(key)
+    return arguments.args[key] if key < len(arguments.args) else None
+
+
+def others_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Key, Any]:
+    """The arguments that a copy can be called with: positions are kept, objects that carry state become None."""
+    given: dict[Key, Any] = {}
+    for key, value in (*enumerate(args), *kwargs.items()):
+        plain = all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(value))
+        if isinstance(key, int) or (plain and value is not None):
+            given[key] = tree_map_only(Tensor, Tensor.detach, value) if plain else None
+    return given
