@@ -22,7 +22,7 @@ import localgrad
 from localgrad.bench.contest import read_methods
 from localgrad.bench.cost import cost
 from localgrad.config import build_method
-from localgrad.partition.balance import module_bytes
+from localgrad.partition.choose import module_bytes
 
 METHODS = ("e2e", "e2e+checkpointing", "dgl", "dgl+man_pp")
 

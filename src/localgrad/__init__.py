@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from localgrad import cuts, data, heads, losses, methods, models, spans, tasks
+    from localgrad import cuts, data, heads, losses, methods, models, spans, tasks, testing
     from localgrad.engine import backward, features, local_losses, local_outputs
     from localgrad.errors import (
         CheckpointError,
@@ -46,7 +46,7 @@ _HOME = {
     "keyed_randomness": "localgrad.randomness",
     "plan": "localgrad.planning",
 }
-_MODULES = ("cuts", "data", "heads", "losses", "methods", "models", "spans", "tasks")
+_MODULES = ("cuts", "data", "heads", "losses", "methods", "models", "spans", "tasks", "testing")
 
 __all__ = [*_HOME, *_MODULES]
 

@@ -106,7 +106,8 @@ def _anchor() -> Tensor:
 def stopped(tensor: Tensor, *, differentiable: bool = False) -> Tensor:
     """``tensor`` as the next block may read it when no span crosses."""
     with torch.enable_grad():
-        return _Stop.apply(_anchor(), tensor) if differentiable else tensor.detach()  # type: ignore[no-any-return]
+        alone = tensor.detach()
+        return _Stop.apply(_anchor(), alone) if differentiable else alone  # type: ignore[no-any-return]
 
 
 class BlockGraph:

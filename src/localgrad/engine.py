@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.boundary import BlockGraph, Gradients, becomes, nothing_like, stopped
 from localgrad.errors import TrainingError
-from localgrad.forward import OpenModel, Tag, num_samples
+from localgrad.forward import OpenModel, Tag, map_tensors, num_samples, tensors_in
 from localgrad.isolation import check_isolation
 from localgrad.method import Batch, Term, alone
 from localgrad.partition.units import called_as
@@ -110,7 +109,7 @@ class Pass:
         there must find its inputs as they were.
         """
         self._release(block)
-        features = {id(tensor) for tensor in tree_leaves(self.forward.features)}
+        features = {id(tensor) for tensor in tensors_in(self.forward.features)}
         for held in self.held:
             if not held.captured or (tensor := held.ref()) is None:
                 continue
@@ -127,7 +126,7 @@ class Pass:
 
     def _release(self, block: int) -> None:
         """Let go of the data of what is held but read by no block from ``block`` on."""
-        features = {id(tensor) for tensor in tree_leaves(self.forward.features)}
+        features = {id(tensor) for tensor in tensors_in(self.forward.features)}
         for held in self.held:
             last = self.watch.last.get((held.maker, held.tag), block)
             tensor = held.ref() if last < block and self._over(held.maker, last) else None
@@ -155,7 +154,7 @@ class Pass:
                 return stopped(tensor)
             return self.graphs[held.maker].captured(tensor, held.slot)
 
-        return tree_map_only(Tensor, read, self.forward.features)
+        return map_tensors(read, self.forward.features)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """The autocast that the forward was under where it is suspended, else the one that was asked for."""
@@ -201,7 +200,7 @@ class Pass:
         self.penalties = []
         if on_output is not None:
             for term, output in observed:
-                on_output(span, term, tree_map_only(Tensor, stopped, output))
+                on_output(span, term, map_tensors(stopped, output))
         weight = span.weight * self.share
         return total if weight == 1.0 else total * weight
 
@@ -243,6 +242,8 @@ class Pass:
             graph.backward(gradients, again=not free)
             if free:
                 del self.graphs[block]
+                if not self.graphs and self.boundary == self.network.num_blocks:
+                    self.forward.features = None  # the output, which other micro-batches would find alive
                 self._release(self.boundary)
         if block == max(start, self.blocks.start):  # the way ends: taps and features from before it get no gradient
             self.outgoing = {k: g.take_gradients() for k, g in self.graphs.items() if start <= k < self.blocks.start}

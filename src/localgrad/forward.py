@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
+import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +29,7 @@ from typing import Any
 import greenlet
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from localgrad import thread_state
 from localgrad.errors import PartitionError
@@ -72,14 +74,31 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in a nest; an object of a kind that pytree does not know counts by its attributes."""
+    """The tensors in a nest: of what pytree knows, of mappings of any kind, and of dataclasses."""
     found: list[Tensor] = []
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif hasattr(leaf, "__dataclass_fields__"):
-            found += [t for t in tree_leaves(list(vars(leaf).values())) if isinstance(t, Tensor)]
+    map_tensors(lambda tensor: found.append(tensor) or tensor, value)
     return found
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """A nest in which every tensor is what ``function`` makes of it; objects of other kinds stay as they are."""
+
+    def mapped(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if isinstance(leaf, Mapping):  # of a kind that pytree does not know
+            made = copy.copy(leaf)
+            for key in leaf:
+                made[key] = map_tensors(function, leaf[key])  # type: ignore[index]
+            return made
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            made = copy.copy(leaf)
+            for field in dataclasses.fields(leaf):
+                object.__setattr__(made, field.name, map_tensors(function, getattr(leaf, field.name)))
+            return made
+        return leaf
+
+    return tree_map(mapped, value)
 
 
 def num_samples(values: Any) -> int | None:

@@ -86,6 +86,7 @@ def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[
     one = Pass(network, opened, spans, Batch(example, None, 0))
     known = [*network.model.parameters(), *network.model.buffers(), *tensors_in(example)]
     kept: list[int] = []
+    own = next(network.model.parameters()).dtype
     features: list[Tensor] = []
     found: dict[tuple[int, Tag], set[int]] = {}
     with _Reads() as reads:
@@ -96,7 +97,9 @@ def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[
             kept.append(sum(saved.values()))
             reads.block = -1
             if block < network.num_blocks - 1 and one.boundary == block + 1:
-                features.append(one.forward.features.detach())
+                seen = one.forward.features.detach()
+                # Heads have the precision of the model, whatever autocast makes of the features.
+                features.append(seen.to(own) if one.forward.autocast[0] and seen.is_floating_point() else seen)
             one.graphs.clear()
             if before <= block:
                 one.go_on(block + 1)  # cut from its graph now: what only the graph holds goes with it

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from localgrad import ConfigError, survey
+from localgrad import ConfigError, MethodError, survey
 from localgrad.cli import app
-from localgrad.survey import CHECKS, examine, in_processes, read, select
+from localgrad.method import Method
+from localgrad.reach import REACH
+from localgrad.survey import CHECKS, examine, examine_candidate, in_processes, read, select
 
 
 class Net(nn.Module):
@@ -42,7 +44,9 @@ class Picky(Net):
         return super().forward(x)
 
 
-class Untraceable(Net):
+class Branching(Net):
+    """Decides by values, which tracing cannot follow."""
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if x.mean() > -100 else -x)
 
@@ -70,9 +74,10 @@ def row_of(model: type[nn.Module], sizes: tuple[int | None, ...] = (32, 96)) -> 
     return examine(model.__name__, lambda size: model(), sizes)
 
 
-def test_a_model_that_passes() -> None:
-    row = row_of(Net)
-    assert row["ok"] and row["reasons"] == {} and row["checks"] == dict.fromkeys(CHECKS, True)
+@pytest.mark.parametrize("model", [Net, Branching])
+def test_a_model_that_passes(model: type[nn.Module]) -> None:
+    row = row_of(model)
+    assert row["ok"] and row["reasons"] == row["refused"] == {} and row["checks"] == dict.fromkeys(CHECKS, True)
     assert (row["image_size"], row["cut_points"], row["without_gradient"]) == (32, 4, ["mask"])
     assert len(row["cuts"]) == 3 and [len(step) for step in row["block_losses"]] == [4] * survey.STEPS
     assert row == json.loads(json.dumps(row))
@@ -88,16 +93,28 @@ def test_the_smallest_size_it_runs_on_is_taken() -> None:
 @pytest.mark.parametrize(
     "model, what, reason",
     [
-        (Untraceable, "traced", "modules=["),
         (Pair, "built", "in training mode it returns a tuple"),
         (Shallow, "cut", "use 1 to 2 blocks"),
-        (Restless, "training", "two runs of the model itself"),
+        (Restless, "gradients", "two runs of the model itself"),
     ],
 )
 def test_failures_have_a_reason_in_one_line(model: type[nn.Module], what: str, reason: str) -> None:
     row = row_of(model)
     assert not row["ok"] and not row["checks"].get(what)
     assert reason in row["reasons"][what] and "\n" not in row["reasons"][what]
+
+
+def test_a_model_with_inputs_and_a_task_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = examine_candidate("reach:layer_drop", REACH["layer_drop"])
+    assert row["ok"], row["reasons"]
+
+    def refusing(base: Method) -> Method:
+        raise MethodError("no unit can be copied")
+
+    monkeypatch.setattr(survey.methods, "man_pp", refusing)
+    row = examine_candidate("reach:image_and_metadata", REACH["image_and_metadata"])
+    assert row["ok"] and row["checks"]["man_pp"] is None and row["refused"] == {"man_pp": "no unit can be copied"}
+    assert list(survey.failures([row])) == ["reach:image_and_metadata: man_pp refused: no unit can be copied"]
 
 
 def job(name: str) -> dict[str, Any]:
@@ -144,8 +161,10 @@ def test_selection(tmp_path: Path) -> None:
     for _ in range(2):  # counted, then remembered
         assert select("timm", "gmlp_*", cache=cache) == {"gmlp_ti16_224": "mlp_mixer"}
     assert select("timm", "gmlp_*", every=True).keys() == {"gmlp_ti16_224", "gmlp_s16_224", "gmlp_b16_224"}
-    with pytest.raises(ConfigError, match="no model of timm"):
-        select("timm", "nothing_like_it")
+    assert select("reach", "conv*") == {"conv1d": "conv1d", "convnext": "convnext"}
+    for library, where in (("timm", "localgrad list models --library timm"), ("reach", "localgrad.reach.REACH")):
+        with pytest.raises(ConfigError, match=f"no model of {library} is called like 'nothing_like_it'; see {where}"):
+            select(library, "nothing_like_it")
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -344,7 +345,8 @@ class Partition:
                     found[index] = (_with_alias(cut, call.name), plain)
                 continue
             by_place[place] = len(found)
-            found.append((self._cut(call, features, others), self._plain(call, features, others)))
+            plain = self._plain(call, features, others) and not self._aside(call.enter)
+            found.append((self._cut(call, features, others), plain))
         spaced: list[tuple[Cut, bool]] = []
         any_before = plain_before = 0
         for cut, plain in found:  # between two cut points lies at least one layer with weights
@@ -372,6 +374,27 @@ class Partition:
         features = max(full)
         findable = all(value in self.known or value in call.frames for value in crossing)
         return features if findable else None
+
+    def _aside(self, moment: int) -> bool:
+        """Whether a moment lies on a side branch: another one, that begins later, does more work before the two meet.
+
+        So it is with time embeddings and networks for metadata that run first. Work is counted in values that layers
+        with weights make.
+        """
+        before = (1 << bisect.bisect_right(self.graph.times, moment)) - 1
+        own = other = 0
+        apart = 0  # nodes of branches that begin later
+        for call in self._weighted:
+            last = bisect.bisect_left(self.graph.times, call.exit) - 1
+            if last < 0 or self.graph.times[last] < call.enter:
+                continue  # frozen
+            above, work = self.graph.ancestors[last], math.prod(call.makes)
+            if call.enter > moment and not above & before:
+                other += work
+                apart |= 1 << last
+            elif not above & apart:
+                own += work
+        return other > own
 
     def _plain(self, call: Call, features: Value, others: Sequence[Value]) -> bool:
         return not others or self._tapped(call, features, others)
@@ -439,7 +462,7 @@ class Partition:
         chosen: list[Cut] = []
         for cut, plain in self.all:
             inside = any(cut.name.startswith(other.name + ".") for other in chosen)
-            if (cut.shared and not self.shared) or cut.overwritten or (inside and not plain):
+            if (cut.shared and not self.shared) or cut.overwritten or (inside and not plain) or self._aside(cut.position):
                 continue
             chosen.append(cut)
             yield cut
@@ -577,18 +600,29 @@ class Partition:
 
     def units_after(self, cut: Cut) -> tuple[Unit, ...]:
         """The model's modules that the units from ``cut`` on consist of, as far as each is one module."""
-        units = (cut, *(other for other in self.cuts if other.position > cut.position and not other.tail))
-        layouts = [shape_layout(one.shape, self.example, one.channels_hint) for one in units]
-        ends = [*layouts[1:], layouts[0] if cut.tail else self.final_layout]
-        found = []
-        for k, one in enumerate(units):
-            last = one is units[-1]
-            call = self._unit_of(one, None if last else ends[k])
-            whole = last or self._makes(call, ends[k])
-            module, complete = self._callable(call, cut, one)
-            reads_taps = not complete or self._reads_taps(call, one)
-            found.append(Unit(call.name, module, layouts[k], ends[k], reads_taps, whole))
-        return tuple(found)
+        places = (cut, *(other for other in self.cuts if other.position > cut.position and not other.tail))
+        layouts = {one: shape_layout(one.shape, self.example, one.channels_hint) for one in places}
+        chosen: list[tuple[Cut, Call, nn.Module, bool]] = []
+        for k, one in enumerate(places):
+            if chosen and one.name.startswith(chosen[-1][1].name + "."):
+                continue  # inside the unit before
+            until = layouts[places[k + 1]] if one is not places[-1] else None
+            options = ((call, *self._callable(call, cut, one)) for call in self._units_at(one, until))
+            first = next(options)
+            chosen.append((one, *(first if first[2] else next((o for o in options if o[2]), first))))
+        last = layouts[cut] if cut.tail else self.final_layout
+        ends = [*(layouts[one] for one, *_ in chosen[1:]), last]
+        return tuple(
+            Unit(
+                call.name,
+                module,
+                layouts[one],
+                end,
+                not complete or self._reads_taps(call, one),
+                one is chosen[-1][0] or self._makes(call, end),
+            )
+            for (one, call, module, complete), end in zip(chosen, ends, strict=True)
+        )
 
     def _callable(self, call: Call, cut: Cut, own: Cut) -> tuple[nn.Module, bool]:
         """A module, such that it can be called with the features alone, and whether the cut has all that it needs."""
@@ -618,24 +652,24 @@ class Partition:
         early = {value for value in crossing if value != features}
         return any(any(call.enter < time < call.exit for time in self.graph.reads[value]) for value in early)
 
-    def _unit_of(self, cut: Cut, until: Layout | None) -> Call:
-        """The largest module that begins at ``cut``, holds no later cut point and makes what the next unit reads.
+    def _units_at(self, cut: Cut, until: Layout | None) -> Iterator[Call]:
+        """The modules that begin at ``cut``, the best unit first.
 
-        Where none does, because what it makes is joined with another branch, the smallest that holds the branches.
+        That is the largest that holds no later cut point and makes what the next unit reads; where none does, because
+        what it makes is joined with another branch, the smallest that holds the branches.
         """
         later = [other.name for other in self.cuts if other.position > cut.position]
         stop = min((other.position for other in self.cuts if other.position > cut.position), default=1 << 62)
         names = sorted((cut.name, *cut.aliases), key=lambda name: name.count("."))
         calls = {call.name: call for call in reversed(self.calls)}
         alone = [calls[name] for name in names if not any(other.startswith(name + ".") for other in later)]
-        whole = (call for call in alone if until is None or self._makes(call, until))
-        holding = [calls[name] for name in names if calls[name] not in alone]
-        if not alone:
-            return holding[-1]
-        features = next(v for leaf, _, v, _ in calls[cut.point.name].taken if leaf == cut.point.leaf)
+        holding = [calls[name] for name in reversed(names) if calls[name] not in alone]
+        whole = [call for call in alone if until is None or self._makes(call, until)]
+        features = next(value for leaf, _, value, _ in self._call_at(cut).taken if leaf == cut.point.leaf)
         reads = [time for time in self.graph.reads[features] if cut.position < time < stop]
-        joined = holding and not all(alone[0].enter < time < alone[0].exit for time in reads)
-        return next(whole, holding[-1] if joined else alone[0])
+        joined = bool(alone and holding) and not all(alone[0].enter < time < alone[0].exit for time in reads)
+        rest = [*holding, *alone] if joined else [*alone, *holding]
+        return iter({id(call): call for call in (*whole[:1], *rest)}.values())
 
     def _makes(self, call: Call, wanted: Layout) -> bool:
         """Whether a module returns features of one form; so it is taken where it is not known to return one tensor."""
