@@ -58,11 +58,11 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-def blocks_by_hand(network: localgrad.LocalNetwork, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def blocks_by_hand(network: localgrad.LocalNetwork, x: Tensor, y: Tensor, autocast: bool = True) -> dict[str, Tensor]:
     """DGL in bfloat16 as one would write it: blocks, heads and losses under autocast, backward passes outside."""
     layers = list(network.model)
     for k, (start, stop) in enumerate([(0, 2), (2, 4), (4, 6)]):
-        with torch.autocast("cpu", BF16):
+        with torch.autocast("cpu", BF16, enabled=autocast):
             for layer in layers[start:stop]:
                 x = layer(x)
             answer = x if stop == 6 else network.auxiliary[f"{k}-{k + 1}"](x)[0]
@@ -303,13 +303,15 @@ def lightning_module() -> Any:
             self.automatic_optimization = False
             self.network = network_of(mlp(dropout=0.0))
             self.losses: list[float] = []
+            self.first: dict[str, Tensor] = {}
 
         def training_step(self, batch: Any, index: int) -> None:
             optimizer = self.optimizers()
             optimizer.zero_grad()
             for _, loss in local_losses(self.network, *batch, self.global_step):
                 self.manual_backward(loss)
-            self.losses.append(float(loss))
+            self.losses.append(loss.item())
+            self.first = self.first or gradients(self.network)
             optimizer.step()
 
         def configure_optimizers(self) -> Any:
@@ -338,10 +340,13 @@ LIGHTNING = pytest.mark.filterwarnings(
 @LIGHTNING
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_lightning_module_takes_local_steps_by_hand(precision: str, tmp_path: Path) -> None:
+    low = precision == "bf16-mixed"
     whole = lightning_module()
     inside = dtypes_of(whole.network.model[3])
     fit(whole, tmp_path, 4, precision)
-    assert inside == [BF16 if precision == "bf16-mixed" else torch.float32] * 8
+    assert inside == [BF16 if low else torch.float32] * 8
+    x, y = data(16)
+    assert_same(whole.first, blocks_by_hand(network_of(mlp(dropout=0.0)), x[:8], y[:8], low))
     assert sum(whole.losses[-2:]) < sum(whole.losses[:2])
 
     begun = lightning_module()

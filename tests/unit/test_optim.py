@@ -105,6 +105,8 @@ def test_optimizers_are_as_configured() -> None:
         methods.man_pp(dgl(TASK), exchange="before", buffers="ema"),
         methods.mlaan(dgl(TASK, head="linear"), stride=2, ends="cascade", every=2),
         methods.local_critic(TASK),
+        methods.accumulation(dgl(TASK), parts=3),
+        methods.accumulation(windows(dgl(TASK)), parts=2),
     ],
     ids=lambda m: m.name,
 )
@@ -118,7 +120,9 @@ def test_stepping_block_by_block_gives_the_same_weights(method: Any, name: Any) 
     assert not torch.equal(apart.model.fc.weight, network_of(method).model.fc.weight)
 
 
-@pytest.mark.parametrize("method", [dgl(TASK), windows(dgl(TASK))], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [dgl(TASK), windows(dgl(TASK)), methods.accumulation(dgl(TASK), parts=2)], ids=lambda m: m.name
+)
 def test_stepping_block_by_block_frees_gradients(method: Any) -> None:
     peaks = {}
     for per_block in (False, True):

@@ -37,6 +37,8 @@ def vit() -> nn.Module:
         (methods.checkpointing(methods.e2e(TASK)), 4),
         (methods.accumulation(methods.e2e(TASK), parts=2), 1),
         (methods.dgl(TASK), 3),
+        (methods.accumulation(methods.dgl(TASK), parts=2), 3),
+        (methods.accumulation(methods.checkpointing(methods.e2e(TASK)), parts=2), 4),
         (methods.checkpointing(methods.dgl(TASK), where="auxiliary"), 3),
     ],
     ids=lambda value: value.name if isinstance(value, Method) else str(value),
@@ -75,6 +77,37 @@ def test_the_per_block_step_frees_gradients() -> None:
     measured = measure(step, list(network.parameters())).peak_total
     assert sum(predicted.per_block) - given == pytest.approx(measured, abs=64)  # a scalar loss may still be alive
     assert sum(predicted.per_block) < sum(predicted.peak)
+
+
+def test_more_micro_batches_are_predicted_from_two() -> None:
+    model = localgrad.models.resnet20()
+    planner = Planner(model, (3, 32, 32), 16, "fp32", RATES)
+    x, y = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+    for method in (methods.dgl(TASK), methods.mlaan(methods.dgl(TASK))):
+        cuts, several = ("layer2", "layer3"), methods.accumulation(method, parts=8)
+        predicted = planner.step(planner.network(several, cuts), several).tracked
+        network = localize(model, several, cuts, example=x[:2]).train()
+        measured = measure(lambda n=network: run_step(n, x, y), list(network.parameters())).peak_total  # type: ignore[misc]
+        assert measured <= predicted <= 1.06 * measured
+
+
+class Undecided(nn.Sequential):
+    """Decides by values, so that torch.fx cannot make separate blocks of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x if x.shape[0] > 0 else -x)
+
+
+def test_ways_that_need_separate_blocks_are_left_out() -> None:
+    layers = [nn.Conv2d(a, 8, 3) for a in (3, 8, 8, 8)]
+    model = Undecided(*layers, nn.Flatten(), nn.Linear(8 * 8 * 8, 10))
+    found = localgrad.plan(model, batch_size=8, image_size=16, memory="1MiB", rates=RATES)
+    assert {option.kind for option in found.options} == {"plain", "accumulation", "local"}
+    assert any("per-block step" in o.name and o.micro_batches > 1 for o in found.options)
+    assert any(reason.startswith("checkpointing K=2: ") for reason in found.skipped)
+    assert any(reason.startswith("local K=2, units recomputed: ") for reason in found.skipped)
+    with pytest.raises(ConfigError, match="nothing|no way of cutting Undecided .* Blocks are not recomputed, since"):
+        localize(model, methods.dgl(TASK), localgrad.cuts.fits("1MiB", batch_size=8), example=torch.randn(2, 3, 16, 16))
 
 
 def test_a_linear_layer_by_hand() -> None:
