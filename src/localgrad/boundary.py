@@ -16,7 +16,7 @@ skips, an attribute) finds replaced in place: by its detached version or, inside
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -144,19 +144,3 @@ class BlockGraph:
             self.root = None
         if root is not None and any(gradient is not None for gradient in self._box):
             torch.autograd.backward(root, retain_graph=again)
-
-
-def parameters_reached(tensors: Iterable[Tensor | None]) -> set[int]:
-    """Identities of the leaf tensors in the graphs of ``tensors``."""
-    found: set[int] = set()
-    seen: set[Any] = set()
-    stack: list[Any] = [tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        stack += [following for following, _ in node.next_functions if following is not None]
-    return found

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 
 from torch import nn
 
-from localgrad.forward import num_samples
+from localgrad.batches import num_samples
 from localgrad.errors import PartitionError, nearest
 from localgrad.method import Method
 from localgrad.partition import Chain, Cut, Partition, choose
@@ -193,7 +193,9 @@ def as_cutting(value: Any) -> Cutting:
 
 def _check_count(num_blocks: Any) -> None:
     if type(num_blocks) is not int:
-        raise PartitionError(f"num_blocks={num_blocks!r} is a {type(num_blocks).__name__}; write a whole number, such as 4")
+        raise PartitionError(
+            f"num_blocks={num_blocks!r} is a {type(num_blocks).__name__}; write a whole number, such as 4"
+        )
 
 
 def _check_batch(batch_size: int | None) -> None:

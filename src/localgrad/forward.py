@@ -18,23 +18,22 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import copy
-import dataclasses
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import greenlet
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from localgrad import thread_state
+from localgrad.batches import call_model, tensors_in
+from localgrad.doors import Seen, Suspended, put_door
 from localgrad.errors import PartitionError
-
-Tag = tuple[str, ...]  # who holds a tensor: ("returns", module, place) or ("takes", ...) or ("frame", function, name, place)
+from localgrad.frames import Tag, held_by_frames
 
 
 @dataclass(frozen=True)
@@ -66,67 +65,7 @@ class Arguments:
     kwargs: dict[str, Any]
 
 
-def call_model(model: Callable[..., Any], inputs: Any) -> Any:
-    """``model`` on a batch: a tensor, a tuple of positional or a mapping of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in a nest: of what pytree knows, of mappings of any kind, and of dataclasses."""
-    found: list[Tensor] = []
-    map_tensors(lambda tensor: found.append(tensor) or tensor, value)
-    return found
-
-
-def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """A nest in which every tensor is what ``function`` makes of it; objects of other kinds stay as they are."""
-
-    def mapped(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return function(leaf)
-        if isinstance(leaf, Mapping):  # of a kind that pytree does not know
-            made = copy.copy(leaf)
-            for key in leaf:
-                made[key] = map_tensors(function, leaf[key])  # type: ignore[index]
-            return made
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            made = copy.copy(leaf)
-            for field in dataclasses.fields(leaf):
-                object.__setattr__(made, field.name, map_tensors(function, getattr(leaf, field.name)))
-            return made
-        return leaf
-
-    return tree_map(mapped, value)
-
-
-def num_samples(values: Any) -> int | None:
-    """Samples of a batch, given as a tensor of B rows, a list of B entries, or tuples and mappings of these."""
-    if isinstance(values, Tensor):
-        return len(values) if values.dim() else None
-    if isinstance(values, list):
-        return len(values)
-    inner = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else ()
-    return next((size for value in inner if (size := num_samples(value)) is not None), None)
-
-
-def held_by_frames(frame: Any) -> Iterator[tuple[Tag, Tensor]]:
-    """Tensors with a graph in local variables of the frames from ``frame`` outwards, lists and mappings opened."""
-    while frame is not None:
-        values = frame.f_locals
-        code = frame.f_code
-        for name, value in list(values.items()):
-            if isinstance(value, (Tensor, list, tuple, dict)):
-                for place, leaf in enumerate(tensors_in(value)):
-                    if leaf.grad_fn is not None:
-                        yield ("frame", code.co_qualname, name, str(place)), leaf
-        if isinstance(values, dict) and code.co_flags & 1:
-            values.clear()  # before Python 3.13 the frame keeps this copy of its variables, and with it the tensors
-        frame = frame.f_back
-
-
-class SuspendedForward(greenlet.greenlet):
+class SuspendedForward(Suspended):
     """One call of a model.
 
     Attributes:
@@ -267,10 +206,10 @@ class OpenModel:
 
     def __enter__(self) -> OpenModel:
         for name, module in self.watched:
-            self._exits.callback(module.register_forward_pre_hook(_Seen("takes", name), with_kwargs=True).remove)
-            self._exits.callback(module.register_forward_hook(_Seen("returns", name)).remove)
+            self._exits.callback(module.register_forward_pre_hook(Seen("takes", name), with_kwargs=True).remove)
+            self._exits.callback(module.register_forward_hook(Seen("returns", name)).remove)
         for module in dict.fromkeys(module for module, _ in self.points):
-            self._exits.callback(_put_door(module))
+            self._exits.callback(put_door(module))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -280,40 +219,3 @@ class OpenModel:
         finally:
             self._open.clear()
             self._exits.close()
-
-
-class _Seen:
-    """A hook that tells the forward which runs, if one does, what a module takes or returns."""
-
-    def __init__(self, kind: str, name: str) -> None:
-        self.kind, self.name = kind, name
-
-    def __call__(self, module: nn.Module, *values: Any) -> None:
-        forward = greenlet.getcurrent()
-        if isinstance(forward, SuspendedForward):
-            forward.saw(self.kind, self.name, values[-1] if self.kind == "returns" else values)
-
-
-def _put_door(module: nn.Module) -> Callable[[], None]:
-    """Ask for a cut before ``module`` runs, in a forward of ours only; returns what takes the door away again.
-
-    ``Module.__call__`` looks up ``_compiled_call_impl`` first. A pre-hook would run inside what was compiled, and after
-    hooks of others, such as FSDP's, which must not have begun the next block while the last one goes back.
-    """
-    before = module.__dict__.get("_compiled_call_impl")
-    inner = before or module._call_impl
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        forward = greenlet.getcurrent()
-        if isinstance(forward, SuspendedForward):
-            forward.arrived(module, args, kwargs)
-        return inner(*args, **kwargs)
-
-    def remove() -> None:
-        if before is None:
-            module.__dict__.pop("_compiled_call_impl", None)
-        else:
-            module.__dict__["_compiled_call_impl"] = before
-
-    module.__dict__["_compiled_call_impl"] = call
-    return remove

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from localgrad.boundary import BlockGraph, parameters_reached
+from localgrad.boundary import BlockGraph
 from localgrad.errors import PartitionError
 from localgrad.spans import Span
 
@@ -46,3 +47,19 @@ def check_isolation(network: LocalNetwork, span: Span, loss: Tensor, graph: Bloc
             "forward (an attribute or a cache, most likely). Return it from a module, switch the cache off "
             f"(use_cache=False), or cut elsewhere than at {network.begins_at(graph.first)}"
         )
+
+
+def parameters_reached(tensors: Iterable[Tensor | None]) -> set[int]:
+    """Identities of the leaf tensors in the graphs of ``tensors``."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    stack: list[Any] = [tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        stack += [following for following, _ in node.next_functions if following is not None]
+    return found

@@ -291,7 +291,7 @@ class Method:
     spans: Schedule = EndToEnd()  # noqa: RUF009 (frozen)
     bridge: BridgeBuilder | None = None
     recompute: Recompute = Recompute()  # noqa: RUF009 (frozen)
-    accumulate: Accumulate = Accumulate()  # noqa: RUF009 (frozen)
+    accumulate: Accumulate = Accumulate()
     final_loss: Loss | None = None
     contexts: tuple[Context, ...] = ()
     rules: tuple[Rule, ...] = ()

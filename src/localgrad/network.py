@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from localgrad.batches import tensors_in
 from localgrad.cuts import Chosen, as_cutting
 from localgrad.errors import MethodError, PartitionError, TrainingError
-from localgrad.forward import OpenModel, Watch, tensors_in
+from localgrad.forward import OpenModel, Watch
 from localgrad.method import Auxiliary, Method, Site
 from localgrad.partition import (
     AuxiliaryBytes,
@@ -216,7 +217,9 @@ def _between(module: nn.Module, path: str, cut: set[str]) -> Iterator[nn.Module]
 @contextlib.contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """Inside it, a transformers model fills no key-value cache while it trains: that would keep every layer's alive."""
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True}
+    configs = {
+        id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True
+    }
     configs = configs if torch.is_grad_enabled() else {}
     for config in configs.values():
         config.use_cache = False
@@ -277,7 +280,9 @@ def localize(model: nn.Module, method: Method, cutting: Any, *, example: Any, sh
     _check_overwritten(method, cuts, patterns)
     blocks = None
     if chosen.recompute or method.recompute.blocks:
-        why = f"{method.name} runs blocks again in the backward pass" if method.recompute.blocks else "recomputed blocks"
+        why = (
+            f"{method.name} runs blocks again in the backward pass" if method.recompute.blocks else "recomputed blocks"
+        )
         blocks = SeparateBlocks(separate.separate_blocks(partition, cuts, chosen.recompute, why))
     network = LocalNetwork(model, method, chosen, blocks)
     features, network.watch = rehearse(network, example)

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from localgrad.batches import tensors_in
 from localgrad.bench.memory import saved_storages
-from localgrad.engine import Pass
 from localgrad.errors import PartitionError
-from localgrad.forward import OpenModel, Tag, Watch, tensors_in
+from localgrad.forward import OpenModel, Watch
+from localgrad.frames import Tag
 from localgrad.method import Batch
+from localgrad.passes import Pass
 from localgrad.spans import Span
 from localgrad.untouched import untouched
 

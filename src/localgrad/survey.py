@@ -26,9 +26,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from localgrad import methods, models, tasks
+from localgrad.batches import call_model, tensors_in
 from localgrad.engine import backward, local_losses, local_outputs
 from localgrad.errors import ConfigError, LocalgradError, MethodError, TrainingError
-from localgrad.forward import call_model, tensors_in
 from localgrad.method import Batch, Method
 from localgrad.network import LocalNetwork, localize
 from localgrad.randomness import keyed_randomness, seeded, seeded_everywhere
@@ -212,7 +212,9 @@ def _examine(row: Row, check: Check, build: Callable[[], Candidate]) -> None:
                 parameter.requires_grad_(False)  # what loss.backward() does not train, no local loss has to
         row["without_gradient"] = [name for name, p in model.named_parameters() if not p.requires_grad]
         del alone
-        _compare("gradients", *(partial(_step, model, run) for run in (plain, partial(backward, network, inputs, targets))))
+        _compare(
+            "gradients", *(partial(_step, model, run) for run in (plain, partial(backward, network, inputs, targets)))
+        )
     del network
     with check("isolated"), seeded_everywhere("survey"):
         assert_isolated(cut(dgl), inputs, targets)

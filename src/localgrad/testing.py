@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from localgrad.batches import call_model
 from localgrad.engine import local_losses, local_outputs
-from localgrad.forward import call_model
 from localgrad.network import LocalNetwork
 from localgrad.spans import Constant, Span
 

@@ -94,9 +94,7 @@ def _top_hooks() -> Any:
 
 def heights() -> Heights:
     """Measure the stacks."""
-    return Heights(
-        torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack(), _nesting(), _top_hooks()
-    )
+    return Heights(torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack(), _nesting(), _top_hooks())
 
 
 def lift_off(base: Heights) -> Lifted:
@@ -109,7 +107,7 @@ def lift_off(base: Heights) -> Lifted:
     for _ in range(depth):
         torch.autocast_decrement_nesting()
     hooks = []
-    while (top := _top_hooks()) is not None and (base.hooks is None or top[0] is not base.hooks[0]):
+    while (top := _top_hooks()) is not None and top != base.hooks:
         hooks.append(top)
         _autograd._pop_saved_tensors_default_hooks()
     torch.clear_autocast_cache()

@@ -15,7 +15,12 @@ from torch import nn
 def untouched(model: nn.Module, training: bool) -> Iterator[None]:
     """Put every module in one mode; on exit modes, buffers and random generators are as they were before."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [(module, name, b, b.clone()) for module in model.modules() for name, b in module._buffers.items() if b is not None]
+    buffers = [
+        (module, name, b, b.clone())
+        for module in model.modules()
+        for name, b in module._buffers.items()
+        if b is not None
+    ]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     model.train(training)

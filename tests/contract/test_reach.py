@@ -15,7 +15,7 @@ from torch import nn
 
 import localgrad
 from localgrad import methods
-from localgrad.forward import call_model
+from localgrad.batches import call_model
 from localgrad.partition import Partition
 from localgrad.reach import REACH, Candidate
 

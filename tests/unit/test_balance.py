@@ -50,7 +50,9 @@ def test_the_stem(resnet32: Partition) -> None:
 
 
 def test_too_many_blocks(resnet32: Partition) -> None:
-    expected = "40 blocks, but this CifarResNet has 16 cut points; use 1 to 17 blocks or name modules that blocks begin "
+    expected = (
+        "40 blocks, but this CifarResNet has 16 cut points; use 1 to 17 blocks or name modules that blocks begin "
+    )
     expected += "with, ('layer2', 'layer3')"
     for choose in (by_count, by_bytes):
         with pytest.raises(PartitionError) as caught:

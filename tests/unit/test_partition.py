@@ -211,7 +211,9 @@ def test_several_inputs() -> None:
     network = localize(model, DGL, 2, example=(X, X))
     assert torch.equal(run(separate_blocks(network), (X, 2 * X)), model(X, 2 * X))
     localgrad.backward(network, (X, X), Y)
-    with pytest.raises(PartitionError, match=r"TwoInputs does not run in training mode on example=\(6, 8\) float32 on cpu: .*'y'"):
+    with pytest.raises(
+        PartitionError, match=r"TwoInputs does not run in training mode on example=\(6, 8\) float32 on cpu: .*'y'"
+    ):
         localize(model, DGL, 2, example=X)
 
 

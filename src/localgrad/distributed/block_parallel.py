@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from localgrad.batches import num_samples, parts_of
 from localgrad.distributed.agreement import agree, explained, facts_about
 from localgrad.distributed.compression import Wire
 from localgrad.distributed.crossing import Blocks, Place, RankBlocks, blocks_of, entered, handed_on, received
@@ -25,12 +26,13 @@ from localgrad.distributed.placement import runs_of
 from localgrad.distributed.rows import Runs, acts, rank_table
 from localgrad.distributed.timeline import Timeline
 from localgrad.distributed.trees import decoded, encoded
-from localgrad.engine import OnOutput, Pass, answers_at, in_context, parts_of
+from localgrad.engine import in_context
 from localgrad.errors import ConfigError, MethodError, TrainingError, nearest
-from localgrad.forward import OpenModel, Watch, num_samples
+from localgrad.forward import OpenModel, Watch
 from localgrad.method import Batch, Term, alone
 from localgrad.network import LocalNetwork
 from localgrad.partition import INPUTS
+from localgrad.passes import OnOutput, Pass, answers_at
 from localgrad.spans import Span, groups
 from localgrad.timetable import Row, timetable
 

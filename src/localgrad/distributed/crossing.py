@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from localgrad.batches import tensors_in
 from localgrad.boundary import BlockGraph
 from localgrad.distributed.compression import Wire
 from localgrad.distributed.trees import decoded, encoded
-from localgrad.engine import Held, Pass
 from localgrad.errors import MethodError
-from localgrad.forward import Point, tensors_in
+from localgrad.forward import Point
 from localgrad.network import LocalNetwork, separate_blocks
 from localgrad.partition import INPUTS, OUTPUT, Block, RecomputedBlock, SeparateBlocks
 from localgrad.partition.units import Called
+from localgrad.passes import Held, Pass
 
 Blocks = Sequence[Block | RecomputedBlock]
 Place = tuple[int, int]  # of a tensor: the block that made it, and its place among the gradients there

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from localgrad.distributed.rows import ways_through
-from localgrad.engine import Pass
 from localgrad.network import LocalNetwork
+from localgrad.passes import Pass
 from localgrad.timetable import Row
 
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-from localgrad.engine import Pass, execute, in_context, parts_of
+from localgrad.batches import parts_of
+from localgrad.engine import execute, in_context
 from localgrad.errors import ConfigError
 from localgrad.method import Batch
 from localgrad.network import LocalNetwork
+from localgrad.passes import Pass
 from localgrad.timetable import Do, Row, timetable
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
+from localgrad.batches import tensors_in
 from localgrad.distributed.placement import balanced, clocked
 from localgrad.distributed.rows import acts, rank_table
 from localgrad.distributed.timeline import Event
-from localgrad.engine import Pass
 from localgrad.errors import ConfigError
-from localgrad.forward import tensors_in
 from localgrad.network import LocalNetwork
+from localgrad.passes import Pass
 from localgrad.spans import Local
 
 Schedule = Literal["local", "gpipe", "1f1b", "data"]

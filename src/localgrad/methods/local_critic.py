@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad import heads
-from localgrad.forward import num_samples
+from localgrad.batches import num_samples
 from localgrad.method import Auxiliary, Batch, HeadBuilder, Method, Task, Term, alone
 from localgrad.rules import Observer, Rule
 from localgrad.spans import Local

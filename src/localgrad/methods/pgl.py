@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from localgrad.batches import call_model
 from localgrad.errors import MethodError, nearest
-from localgrad.forward import call_model
 from localgrad.losses import Distilled
 from localgrad.method import Batch, Method
 from localgrad.network import LocalNetwork

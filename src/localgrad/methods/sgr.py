@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from localgrad.engine import Pass
+from localgrad.batches import tensors_in
 from localgrad.errors import MethodError
-from localgrad.forward import tensors_in
 from localgrad.losses import Reconciliation
 from localgrad.losses.reconciliation import Distance
 from localgrad.method import Batch, Method
 from localgrad.partition.units import called_as
+from localgrad.passes import Pass
 from localgrad.rules import Observer, Rule
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from localgrad.batches import tensors_in
 from localgrad.bench.memory import saved_storages
 from localgrad.errors import PartitionError
-from localgrad.forward import OpenModel, Watch, tensors_in
+from localgrad.forward import OpenModel, Watch
 from localgrad.partition.moments import Cut, Partition
 from localgrad.untouched import untouched
 
@@ -30,7 +31,11 @@ def _available(partition: Partition, num_blocks: int) -> tuple[Cut, ...]:
         raise PartitionError(
             f"{num_blocks} blocks, but this {type(partition.model).__name__} has {len(partition.finest)} cut points; use "
             f"1 to {len(partition.finest) + 1} blocks or name modules that blocks begin with, ('layer2', 'layer3')"
-            + (f". {next(iter(tied))!r} is used at both ends; localize(..., shared=True) lets both train it" if tied else "")
+            + (
+                f". {next(iter(tied))!r} is used at both ends; localize(..., shared=True) lets both train it"
+                if tied
+                else ""
+            )
         )
     return cuts
 
@@ -51,7 +56,9 @@ def by_count(partition: Partition, num_blocks: int, stem: Stem = "unit") -> tupl
     name = type(partition.model).__name__
     cuts = _available(partition, num_blocks)
     if stem == "own" and num_blocks < 2:
-        raise PartitionError("1 block with stem='own': the stem and the rest are two blocks; write by_count(2, stem='own')")
+        raise PartitionError(
+            "1 block with stem='own': the stem and the rest are two blocks; write by_count(2, stem='own')"
+        )
     body = [cut for cut in cuts if not cut.tail]
     units = body if stem in ("own", "merged") else [None, *body]
     wanted = num_blocks - 1 if stem == "own" else num_blocks

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from localgrad.batches import call_model, num_samples, tensors_in
 from localgrad.errors import PartitionError, nearest
-from localgrad.forward import Point, call_model, held_by_frames, num_samples, tensors_in
+from localgrad.forward import Point
+from localgrad.frames import held_by_frames
 from localgrad.layout import Layout, layout_of
 from localgrad.partition.units import Called, Key, Unit, others_of
 from localgrad.untouched import untouched
@@ -303,7 +305,9 @@ class Partition:
         numbers: dict[Any, int] = {}
         for call in self.calls:
             call.same = {k: tuple(numbers.setdefault(one, len(numbers)) for one in v) for k, v in call.same.items()}
-            call.overwritten = frozenset(k for k, (tensor, version) in call.watched.items() if tensor._version != version)
+            call.overwritten = frozenset(
+                k for k, (tensor, version) in call.watched.items() if tensor._version != version
+            )
             call.watched = {}
         graph.forget()
 
@@ -462,7 +466,12 @@ class Partition:
         chosen: list[Cut] = []
         for cut, plain in self.all:
             inside = any(cut.name.startswith(other.name + ".") for other in chosen)
-            if (cut.shared and not self.shared) or cut.overwritten or (inside and not plain) or self._aside(cut.position):
+            if (
+                (cut.shared and not self.shared)
+                or cut.overwritten
+                or (inside and not plain)
+                or self._aside(cut.position)
+            ):
                 continue
             chosen.append(cut)
             yield cut

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from localgrad.batches import call_model
 from localgrad.errors import PartitionError
-from localgrad.forward import Point, call_model
+from localgrad.forward import Point
 from localgrad.partition.blocks import (
     INPUTS,
     OUTPUT,

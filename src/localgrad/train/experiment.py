@@ -286,10 +286,14 @@ def cutting_of(blocks: BlocksConfig) -> Cutting | tuple[str, ...]:
             "--num-blocks 4 sets the first"
         )
     if blocks.stem != "unit" and (blocks.cuts is not None or blocks.balance == "bytes"):
-        raise ConfigError(f"blocks.stem={blocks.stem} goes with blocks.num_blocks and blocks.balance=count; leave it out")
+        raise ConfigError(
+            f"blocks.stem={blocks.stem} goes with blocks.num_blocks and blocks.balance=count; leave it out"
+        )
     if blocks.cuts is not None:
         if blocks.balance != "count":
-            raise ConfigError(f"blocks.balance={blocks.balance} goes with blocks.num_blocks, not with cuts; leave it out")
+            raise ConfigError(
+                f"blocks.balance={blocks.balance} goes with blocks.num_blocks, not with cuts; leave it out"
+            )
         if not blocks.cuts:
             raise ConfigError("blocks.cuts=[] names no module; write [layer2, layer3], or blocks.num_blocks=1")
         return tuple(blocks.cuts)

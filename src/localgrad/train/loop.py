@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from localgrad.batches import num_samples, rows
 from localgrad.capture import Captured, Record
-from localgrad.engine import local_losses, num_samples, rows
+from localgrad.engine import local_losses
 from localgrad.method import Term
 from localgrad.models import freeze_batchnorm
 from localgrad.randomness import keyed_randomness, seeded

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from localgrad.engine import local_outputs, num_samples
+from localgrad.batches import num_samples
+from localgrad.engine import local_outputs
 from localgrad.errors import TrainingError
 from localgrad.method import Batch, Metric, Task, Term
 from localgrad.network import LocalNetwork
