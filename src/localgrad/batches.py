@@ -24,7 +24,12 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in a nest: of what pytree knows, of mappings of any kind, and of dataclasses."""
     found: list[Tensor] = []
-    map_tensors(lambda tensor: found.append(tensor) or tensor, value)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, value)
     return found
 
 
@@ -40,10 +45,10 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
                 made[key] = map_tensors(function, leaf[key])  # type: ignore[index]
             return made
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            made = copy.copy(leaf)
+            instance: Any = copy.copy(leaf)
             for field in dataclasses.fields(leaf):
-                object.__setattr__(made, field.name, map_tensors(function, getattr(leaf, field.name)))
-            return made
+                object.__setattr__(instance, field.name, map_tensors(function, getattr(leaf, field.name)))
+            return instance
         return leaf
 
     return tree_map(mapped, value)

@@ -11,7 +11,7 @@ A boundary after the forward was suspended there, a span ending at it (left) and
       later, in a backward pass of its own        when the widest span that starts here has ended
 
 ``X``: no graph goes on. What a block has made, everybody who holds it (the frames of the model's forward, a list of
-skips, an attribute) finds replaced in place: by its detached version or, inside a span, by one whose gradient is caught.
+skips, an attribute) finds replaced in place: detached or, inside a span, such that its gradient is caught.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def becomes(tensor: Tensor, value: Tensor) -> None:
     except RuntimeError as error:  # `retain_grad` has left a weak reference to it in C++
         if value.requires_grad or tensor._is_view() or value.device != tensor.device:
             raise PartitionError(
-                f"a tensor of shape {tuple(tensor.shape)} that crosses a boundary is held by autograd (retain_grad() was "
-                "called on it, most likely), so it cannot be cut from its graph: read features through a hook on the "
-                "module inside the block instead, or cut elsewhere"
+                f"a tensor of shape {tuple(tensor.shape)} that crosses a boundary is held by autograd "
+                "(by retain_grad(), most likely), so it cannot be cut from its graph: read it in a hook inside the "
+                "block, or cut elsewhere"
             ) from error
         tensor.detach_()
 
@@ -99,15 +99,11 @@ class _Stop(torch.autograd.Function):
         return None, None
 
 
-def _anchor() -> Tensor:
-    return torch.zeros((), requires_grad=True)
-
-
 def stopped(tensor: Tensor, *, differentiable: bool = False) -> Tensor:
     """``tensor`` as the next block may read it when no span crosses."""
     with torch.enable_grad():
         alone = tensor.detach()
-        return _Stop.apply(_anchor(), alone) if differentiable else alone  # type: ignore[no-any-return]
+        return _Stop.apply(torch.zeros((), requires_grad=True), alone) if differentiable else alone  # type: ignore[no-any-return]
 
 
 class BlockGraph:
@@ -127,7 +123,8 @@ class BlockGraph:
     def captured(self, tensor: Tensor, slot: int) -> Tensor:
         """``tensor`` without its graph, such that a backward pass from it leaves its gradient here."""
         with torch.enable_grad():
-            return _Capture.apply(_anchor(), tensor.detach(), self.gradients, slot)  # type: ignore[no-any-return]
+            anchor = torch.zeros((), requires_grad=True)
+            return _Capture.apply(anchor, tensor.detach(), self.gradients, slot)  # type: ignore[no-any-return]
 
     def take_gradients(self) -> Gradients:
         """The gradients left here, which are forgotten."""

@@ -8,7 +8,7 @@
 | ``cuts.by_bytes(8, batch_size=32)`` | for the smallest memory of the fullest block |
 | ``cuts.fits("8GiB", batch_size=32)`` | into the fewest blocks that fit |
 | ``[module, module, ...]`` | between modules that run one after the other and together are the model |
-| ``cuts.recomputed(cutting, (0, 2))`` | as ``cutting``, and runs the units of blocks 0 and 2 again in the backward pass |
+| ``cuts.recomputed(cutting, (0, 2))`` | as ``cutting``, and runs units of blocks 0 and 2 again in the backward pass |
 """
 
 from __future__ import annotations

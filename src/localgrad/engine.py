@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -106,8 +106,8 @@ def require_network(network: Any, caller: str) -> None:
     if not isinstance(network, LocalNetwork):
         raise TrainingError(
             f"{caller} got a {type(network).__name__}; it takes what localize returns. Around a network neither "
-            "DistributedDataParallel nor torch.compile has an effect: write localgrad.distributed.data_parallel(network, "
-            "mesh), or network.compile_blocks()"
+            "DistributedDataParallel nor torch.compile has an effect: write "
+            "localgrad.distributed.data_parallel(network, mesh), or network.compile_blocks()"
         )
 
 

@@ -49,7 +49,7 @@ class Point:
 class Watch:
     """How tensors that cross boundaries are found: modules that take or return them, and frames' local variables.
 
-    ``last`` says which block reads what a block made and somebody holds under a tag last; after it nobody needs the data.
+    ``last``: the last block that reads what a block made and somebody holds under a tag; then nobody needs the data.
     """
 
     modules: tuple[str, ...] = ()
@@ -136,8 +136,8 @@ class SuspendedForward(Suspended):
         features = _leaf(tree_leaves((args, kwargs)), point)
         if self._opened.training and not torch.is_grad_enabled():
             raise PartitionError(
-                f"the forward runs {point.name!r}, with which a block begins, without gradients: inside torch.no_grad() "
-                "or under torch.utils.checkpoint with use_reentrant=True. Cut elsewhere, or write use_reentrant=False"
+                f"the forward runs {point.name!r}, with which a block begins, under torch.no_grad(), or under "
+                "torch.utils.checkpoint with use_reentrant=True. Cut elsewhere, or write use_reentrant=False"
             )
         if self._opened.watch.frames:
             self._made += [(tag, weakref.ref(tensor)) for tag, tensor in held_by_frames(sys._getframe(2))]
@@ -171,8 +171,8 @@ def _leaf(leaves: Sequence[Any], point: Point) -> Tensor:
     features = leaves[point.leaf] if point.leaf < len(leaves) else None
     if not isinstance(features, Tensor):
         raise PartitionError(
-            f"a block begins with {point.name!r}, whose argument {point.leaf} was a tensor when the model was cut, and is "
-            f"now {'missing' if features is None else f'a {type(features).__name__}'}; call localize again, on an "
+            f"a block begins with {point.name!r}, whose argument {point.leaf} was a tensor when the model was cut and "
+            f"is now {'missing' if features is None else f'a {type(features).__name__}'}; call localize with an "
             "example that is called as in training"
         )
     return features

@@ -31,15 +31,15 @@ def check_isolation(network: LocalNetwork, span: Span, loss: Tensor, graph: Bloc
             continue
         if name not in home:
             raise PartitionError(
-                f"the loss of span {span} trains {name!r}, which the model did not have, or did not use, when it was cut: "
-                "call localgrad.localize again after changing a model"
+                f"the loss of span {span} trains {name!r}, which the model did not have, or did not use, when it was "
+                "cut: call localgrad.localize again after changing a model"
             )
         if any(graph.first <= block < span.stop for block in home[name]):
             continue
         if id(parameter) in by_loss:
             raise PartitionError(
-                f"the loss of span {span} reads {name!r} of block {home[name][0]}, which lies outside: a loss or a head may "
-                "read the model's parameters of its own span only; detach them there"
+                f"the loss of span {span} reads {name!r} of block {home[name][0]}, which lies outside: a loss or a "
+                "head may read the model's parameters of its own span only; detach them there"
             )
         raise PartitionError(
             f"the loss of span {span} reaches {name!r} of block {home[name][0]}, which lies outside: the model "

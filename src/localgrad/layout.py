@@ -19,8 +19,8 @@ class Layout:
     """The form of features.
 
     Args:
-        kind: ``maps`` (B, C, H, W), ``channels_last`` (B, H, W, C), ``tokens`` (B, T, C) or ``vector`` (B, C); maps also
-            as signals (B, C, L) and volumes (B, C, D, H, W), the latter with channels last too.
+        kind: ``maps`` (B, C, H, W), ``channels_last`` (B, H, W, C), ``tokens`` (B, T, C) or ``vector`` (B, C); maps
+            also as signals (B, C, L) and volumes (B, C, D, H, W), the latter with channels last too.
         channels: C.
         grid: (H, W), or (D, H, W); (L, 1) for signals; for tokens the grid their positions form, or (T, 1) if they form
             none.

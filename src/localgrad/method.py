@@ -210,8 +210,8 @@ class Ramp:
 
 HeadBuilder = Callable[[Site], nn.Module]
 BridgeBuilder = Callable[[Site], nn.Module | None]
-# One that reads `Batch.inputs` says so by an attribute ``reads_inputs``: they have to be sent where blocks run on several
-# ranks.
+# One that reads `Batch.inputs` says so by an attribute ``reads_inputs``: they have to be sent where blocks run on
+# several ranks.
 Loss = Callable[[Any, Batch], Tensor]
 
 

@@ -119,12 +119,12 @@ class LocalNetwork(nn.Module):
         if names != list(self.home):
             changed = sorted(set(names) ^ set(self.home)) or names
             raise PartitionError(
-                f"{changed[0]!r} was added to the model or taken from it after it was cut: call localgrad.localize again"
+                f"{changed[0]!r} was added to the model or taken from it after it was cut: call localize again"
             )
         if any(kind.__name__ == "FSDPModule" for kind in type(self).__mro__):
             raise PartitionError(
-                "fully_shard was applied to the network as a whole, which gathers every block at once: apply it to modules "
-                "inside the blocks, or write localgrad.distributed.data_parallel(network, mesh, shard=True)"
+                "fully_shard was applied to the network as a whole, which gathers every block at once: apply it to "
+                "modules inside the blocks, or write localgrad.distributed.data_parallel(network, mesh, shard=True)"
             )
 
     @property
@@ -217,16 +217,14 @@ def _between(module: nn.Module, path: str, cut: set[str]) -> Iterator[nn.Module]
 @contextlib.contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """Inside it, a transformers model fills no key-value cache while it trains: that would keep every layer's alive."""
-    configs = {
-        id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False) is True
-    }
-    configs = configs if torch.is_grad_enabled() else {}
-    for config in configs.values():
+    known: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    filling = [c for c in known.values() if torch.is_grad_enabled() and getattr(c, "use_cache", False) is True]
+    for config in filling:
         config.use_cache = False
     try:
         yield
     finally:
-        for config in configs.values():
+        for config in filling:
             config.use_cache = True
 
 
@@ -308,7 +306,7 @@ def separate_blocks(network: LocalNetwork) -> list[Block | RecomputedBlock]:
         PartitionError: the model does not allow it, or they would not compute what its own forward does.
     """
     blocks = network._separate[0]
-    return separate.separate_blocks(network.partition, network.cuts) if blocks is None else list(blocks.blocks)
+    return separate.separate_blocks(network.partition, network.cuts) if blocks is None else blocks.parts
 
 
 def _check_model(model: nn.Module) -> None:
@@ -323,7 +321,8 @@ def _check_model(model: nn.Module) -> None:
         "process for each device",
         "FullyShardedDataParallel": "localize the plain model, after fully_shard (FSDP2) on its submodules, or "
         "localgrad.distributed.data_parallel(network, mesh, shard=True)",
-        "OptimizedModule": "localize(model._orig_mod, ...) and then network.compile_blocks(): a graph cannot be suspended",
+        "OptimizedModule": "localize(model._orig_mod, ...) and then network.compile_blocks(): a graph is never "
+        "suspended",
     }
     if kind in instead:
         raise PartitionError(f"model is wrapped in {kind}; write {instead[kind]}")

@@ -199,8 +199,8 @@ class Pass:
                 total = one.total(boundary, total, losses, features, batch)
         self.penalties = []
         if on_output is not None:
-            for term, output in observed:
-                on_output(span, term, map_tensors(stopped, output))
+            for whose, output in observed:
+                on_output(span, whose, map_tensors(stopped, output))
         weight = span.weight * self.share
         return total if weight == 1.0 else total * weight
 

@@ -72,8 +72,8 @@ def rehearse(network: LocalNetwork, example: Any) -> tuple[list[Tensor], Watch]:
             _warn_of_one_block(network, kept)
             return features, _watch(places)
     raise PartitionError(
-        f"{type(network.model).__name__} did not come by every cut in {TRIES} forwards over the example: a module that a "
-        "block begins with is skipped at random; cut before one that always runs"
+        f"{type(network.model).__name__} did not come by every cut in {TRIES} forwards over the example: a module that "
+        "a block begins with is skipped at random; cut before one that always runs"
     )
 
 
@@ -81,8 +81,8 @@ Places = dict[tuple[int, Tag], int]
 
 
 def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[Tensor], Places, list[int]]:
-    """The features at each boundary that was reached; what is held, by maker and tag, with the last block that reads it;
-    the bytes that each block keeps for its backward pass.
+    """The features at each boundary that was reached; what is held, by maker and tag, with the last block that reads
+    it; the bytes that each block keeps for its backward pass.
     """
     spans = [Span(k, k + 1) for k in range(network.num_blocks)]
     one = Pass(network, opened, spans, Batch(example, None, 0))
@@ -124,8 +124,9 @@ def _warn_of_one_block(network: LocalNetwork, kept: list[int]) -> None:
     inside = [c.name for c in network.partition.finest if edges[largest] < c.position < edges[largest + 1]]
     if len(kept) > 1 and inside and kept[largest] > MOST * sum(kept):
         warnings.warn(
-            f"block {largest}, from {network.begins_at(largest)} on, keeps {kept[largest] / sum(kept):.0%} of what all blocks "
-            f"keep for their backward passes; cut inside it too, at {', '.join(map(repr, inside[:4]))} for instance",
+            f"block {largest}, from {network.begins_at(largest)} on, keeps {kept[largest] / sum(kept):.0%} of what all "
+            f"blocks keep for their backward passes; cut inside it too, at "
+            f"{', '.join(map(repr, inside[:4]))} for instance",
             UserWarning,
             stacklevel=4,
         )

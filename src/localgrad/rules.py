@@ -1,8 +1,9 @@
-"""What single methods need beyond spans, terms and bridges, as one protocol; implementations live in their method's file.
+"""What single methods need beyond spans, terms and bridges, as one protocol.
 
-A `Rule` is a value of `localgrad.method.Method`. For each micro-batch it begins an `Observer`, which the engine tells what
-happens, in this order for each block: ``enter`` the features, ``during`` the block, ``measured``, then for each span that
-ends there ``answer`` and ``term_loss`` for each head, and ``total``.
+Implementations live in their method's file. A `Rule` is a value of `localgrad.method.Method`. For each micro-batch it
+begins an `Observer`, which the engine tells what happens, in this order for each block: ``enter`` the features,
+``during`` the block, ``measured``, then for each span that ends there ``answer`` and ``term_loss`` for each head, and
+``total``.
 """
 
 from __future__ import annotations

@@ -16,7 +16,11 @@ import torch
 from torch._C import _autograd
 
 _DEVICES = ("cpu", *(d for d in ("cuda", "mps", "xpu") if torch._C._is_autocast_available(d)))
-_KERNELS = tuple(n for n in ("flash", "math", "mem_efficient", "cudnn", "overrideable") if hasattr(torch._C, f"_set_sdp_use_{n}"))  # fmt: skip
+_KERNELS = tuple(
+    name
+    for name in ("flash", "math", "mem_efficient", "cudnn", "overrideable")
+    if hasattr(torch._C, f"_set_sdp_use_{name}")  # which there are depends on the version
+)
 
 
 class Values(NamedTuple):
@@ -98,7 +102,10 @@ def heights() -> Heights:
 
 
 def lift_off(base: Heights) -> Lifted:
-    """Take off what lies above ``base``. Autocast's cache is cleared: kept, it would give a tied weight its old value."""
+    """Take off what lies above ``base``.
+
+    Autocast's cache is cleared: kept, it would give a tied weight its old value.
+    """
     functions = [
         torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack() - base.functions)
     ]

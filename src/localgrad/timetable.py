@@ -20,8 +20,8 @@
 
 ``pgl(dgl)`` has the rows of ``e2e`` on guided steps and those of ``dgl`` on the others.
 
-Spans that start at one boundary share one way back, taken when the widest of them ends. A graph is freed by the last way
-back through it, a block is done when no span will reach it any more.
+Spans that start at one boundary share one way back, taken when the widest of them ends. A graph is freed by the last
+way back through it, a block is done when no span will reach it any more.
 
 Several micro-batches pass a *group* of blocks, the finest run that no span crosses, before the next group begins. So a
 block steps, and frees its gradients, before the next one runs, and one part's graphs are alive at a time.

@@ -55,7 +55,7 @@ def block_parallel(
     `localgrad.keyed_randomness` also with dropout:
 
     - Each rank runs its blocks as modules of their own (`localgrad.network.separate_blocks`), which torch.fx or a list
-      of modules must give; hooks on the model and on what contains a cut are not called.
+      of modules must give; they compute what the model's own forward does.
     - What a rank does, and in which order, are the rows of `localgrad.distributed.rows.rank_table`. Features, and the
       targets, are sent as soon as the last block of a rank has run forward, before its loss and backward pass. Batches
       are trained in order and each message is taken once, so nothing is ever stale.

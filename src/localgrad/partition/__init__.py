@@ -7,6 +7,6 @@ from localgrad.partition.separate import Chain, SeparateBlocks, separate_blocks
 from localgrad.partition.units import Unit
 
 __all__ = [
-    "INPUTS", "OUTPUT", "AuxiliaryBytes", "Block", "Chain", "Cut", "Partition", "RecomputedBlock", "SeparateBlocks", "Unit",
-    "by_bytes", "by_count", "separate_blocks",
+    "INPUTS", "OUTPUT", "AuxiliaryBytes", "Block", "Chain", "Cut", "Partition", "RecomputedBlock", "SeparateBlocks",
+    "Unit", "by_bytes", "by_count", "separate_blocks",
 ]  # fmt: skip

@@ -27,15 +27,14 @@ def _available(partition: Partition, num_blocks: int) -> tuple[Cut, ...]:
     """
     cuts = partition.cuts if num_blocks <= len(partition.cuts) + 1 else partition.finest
     if not 1 <= num_blocks <= len(cuts) + 1:
-        tied = {} if cuts or partition.shared else {name: None for cut, _ in partition.all for name in cut.shared}
+        most = len(partition.finest)
+        tied = next((name for cut, _ in partition.all for name in cut.shared), None)
+        way_out = ""
+        if not cuts and tied is not None and not partition.shared:
+            way_out = f". {tied!r} is used at both ends; localize(..., shared=True) lets both train it"
         raise PartitionError(
-            f"{num_blocks} blocks, but this {type(partition.model).__name__} has {len(partition.finest)} cut points; use "
-            f"1 to {len(partition.finest) + 1} blocks or name modules that blocks begin with, ('layer2', 'layer3')"
-            + (
-                f". {next(iter(tied))!r} is used at both ends; localize(..., shared=True) lets both train it"
-                if tied
-                else ""
-            )
+            f"{num_blocks} blocks, but this {type(partition.model).__name__} has {most} cut points; use 1 to "
+            f"{most + 1} blocks or name modules that blocks begin with, ('layer2', 'layer3'){way_out}"
         )
     return cuts
 
@@ -184,14 +183,18 @@ def unit_storages(partition: Partition, cuts: Sequence[Cut] | None = None) -> li
     exclude = [*model.parameters(), *model.buffers(), *tensors_in(partition.example)]
     device = next(model.parameters()).device.type
     kept, saved = [], []  # kept: storage ids are unique only while every storage is alive
-    with untouched(model, training=True), torch.enable_grad():
-        with OpenModel(model, model, [cut.point for cut in cuts], Watch(), device) as opened:
-            forward = opened.call(partition.example)
-            while forward.boundary <= len(cuts):
-                before = forward.boundary
-                features, storages = saved_storages(lambda: (forward.proceed(), forward.features)[1], exclude)
-                kept.append(features)
-                saved += [*({} for _ in range(forward.boundary - before - 1)), storages]
+    points = [cut.point for cut in cuts]
+    with (
+        untouched(model, training=True),
+        torch.enable_grad(),
+        OpenModel(model, model, points, Watch(), device) as opened,
+    ):
+        forward = opened.call(partition.example)
+        while forward.boundary <= len(cuts):
+            before = forward.boundary
+            _, storages = saved_storages(forward.proceed, exclude)
+            kept.append(forward.features)
+            saved += [*({} for _ in range(forward.boundary - before - 1)), storages]
     return saved
 
 
@@ -200,12 +203,12 @@ def features_at(partition: Partition, cuts: Sequence[Cut]) -> list[Tensor]:
     """The features of the example at each of ``cuts``, in training mode."""
     model, found = partition.model, []
     device = next(model.parameters()).device.type
-    with untouched(model, training=True):
-        with OpenModel(model, model, [cut.point for cut in cuts], Watch(), device) as opened:
-            forward = opened.call(partition.example)
-            for _ in cuts:
-                forward.proceed()
-                found.append(forward.features)
+    points = [cut.point for cut in cuts]
+    with untouched(model, training=True), OpenModel(model, model, points, Watch(), device) as opened:
+        forward = opened.call(partition.example)
+        for _ in cuts:
+            forward.proceed()
+            found.append(forward.features)
     return found
 
 

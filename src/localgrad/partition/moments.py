@@ -17,9 +17,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-import sys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -30,12 +29,11 @@ from torch.utils._pytree import tree_leaves
 from localgrad.batches import call_model, num_samples, tensors_in
 from localgrad.errors import PartitionError, nearest
 from localgrad.forward import Point
-from localgrad.frames import held_by_frames
 from localgrad.layout import Layout, layout_of
-from localgrad.partition.units import Called, Key, Unit, others_of
+from localgrad.partition.record import Call, Graph, Listener, Value
+from localgrad.partition.units import Called, Key, Unit
 from localgrad.untouched import untouched
 
-Value = tuple[int, int]  # an output of a node: (index of the node, number of the output)
 Hint = Literal["first", "last"] | None
 MOST_TAPS = 16
 
@@ -69,35 +67,6 @@ class Cut:
     shared: tuple[str, ...] = ()
 
 
-@dataclass
-class Call:
-    """One call of a module: when it began and ended on the clock, what it took and returned."""
-
-    name: str
-    number: int
-    enter: int
-    exit: int = 0
-    taken: list[tuple[int, Key, Any, tuple[int, ...]]] = field(default_factory=list)  # leaf, argument, edge, shape
-    returned: list[tuple[Any, tuple[int, ...]]] = field(default_factory=list)
-    reads: tuple[int, ...] = ()  # shape of the first tensor taken, with or without a graph
-    makes: tuple[int, ...] = ()
-    frames: dict[Any, str] = field(default_factory=dict)
-    others: dict[Key, Any] = field(default_factory=dict)
-    same: dict[Key, tuple[Any, ...]] = field(default_factory=dict)  # what tells the tensors of an argument from others
-    watched: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # leaf and its version when the call began
-    overwritten: frozenset[int] = frozenset()
-    structured: bool = False
-    stray: bool = False
-
-
-def clock() -> int:
-    """The number that autograd gives its next node."""
-    with torch.enable_grad():
-        node = torch.zeros((), requires_grad=True).clone().grad_fn
-        assert node is not None
-        return int(node._sequence_nr())
-
-
 def is_unit(module: nn.Module) -> bool:
     """Whether a block may begin with this module: layers with weight matrices or modules that contain some.
 
@@ -109,141 +78,6 @@ def is_unit(module: nn.Module) -> bool:
 def _is_matrix(parameter: nn.Parameter) -> bool:
     """Whether it mixes values; a scale of shape (1, 1, C) does not."""
     return parameter.dim() == 2 or sum(side > 1 for side in parameter.shape) > 1
-
-
-class _Listener:
-    """Hooks on every module, for one forward."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.calls: list[Call] = []
-        self.numbers: dict[str, int] = {}
-        self.running: list[Call] = []
-        self.kept: list[Tensor] = []
-        self.hooks = []
-        for name, module in model.named_modules():
-            if name:
-                self.hooks += [
-                    module.register_forward_pre_hook(self._before(name), with_kwargs=True, prepend=True),
-                    module.register_forward_hook(self._after(name), always_call=False),
-                ]
-
-    def _before(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            number = self.numbers[name] = self.numbers.get(name, -1) + 1
-            call = Call(name, number, clock())
-            # A module that is called where its path does not lead is shared by several others.
-            call.stray = bool(self.running) and not name.startswith(self.running[-1].name + ".")
-            given: list[tuple[Key, Any]] = [*enumerate(args), *kwargs.items()]
-            for key, value in given:
-                call.reads = call.reads or next((tuple(t.shape) for t in tensors_in(value)), ())
-            leaves = [(key, leaf) for key, value in given for leaf in tree_leaves(value)]
-            for place, (key, leaf) in enumerate(leaves):
-                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                    call.taken.append((place, key, (leaf.grad_fn, leaf.output_nr), tuple(leaf.shape)))
-            if call.taken and torch.is_grad_enabled():
-                tensors = ((place, leaf) for place, (_, leaf) in enumerate(leaves) if isinstance(leaf, Tensor))
-                call.watched = {place: (leaf, leaf._version) for place, leaf in tensors}
-                call.others = others_of(args, kwargs)
-                call.same = {key: self._identity(value) for key, value in given if tensors_in(value)}
-                for tag, tensor in held_by_frames(sys._getframe(1)):
-                    call.frames.setdefault((tensor.grad_fn, tensor.output_nr), ":".join(tag[1:3]))
-            self.calls.append(call)
-            self.running.append(call)
-
-        return hook
-
-    def _identity(self, value: Any) -> tuple[Any, ...]:
-        tensors = tensors_in(value)
-        self.kept += [tensor for tensor in tensors if tensor.grad_fn is None]  # so that no other takes its place
-        return tuple(id(t) if t.grad_fn is None else (t.grad_fn, t.output_nr) for t in tensors)
-
-    def _after(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            while self.running and self.running[-1].name != name:
-                self.running.pop()  # it raised, and somebody caught that
-            if not self.running:
-                return
-            call = self.running.pop()
-            call.exit = clock()
-            tensors = tensors_in(output)
-            call.structured = not isinstance(output, Tensor)
-            call.makes = tuple(tensors[0].shape) if tensors else ()
-            call.returned = [((t.grad_fn, t.output_nr), tuple(t.shape)) for t in tensors if t.grad_fn is not None]
-
-        return hook
-
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-
-class _Graph:
-    """Autograd's graph as lists of numbers: it may be kept, since it holds no tensor."""
-
-    def __init__(self, outputs: Sequence[Any], names: dict[int, str]) -> None:
-        nodes: set[Any] = set()
-        leaves: dict[Any, list[int]] = {}
-        stack = [node for node, _ in outputs]
-        while stack:
-            node = stack.pop()
-            if node in nodes:
-                continue
-            nodes.add(node)
-            for following, _ in node.next_functions:
-                if following is not None and not hasattr(following, "variable"):
-                    stack.append(following)
-        self.nodes = sorted(nodes, key=lambda node: node._sequence_nr())
-        self.index = {node: i for i, node in enumerate(self.nodes)}
-        self.times = [node._sequence_nr() for node in self.nodes]
-        self.kinds = [node.name() for node in self.nodes]
-        self.inputs: list[list[Value]] = []
-        self.reads: dict[Value, list[int]] = {}
-        self.readers: dict[str, list[int]] = {}
-        self.bits: list[int] = []
-        for i, node in enumerate(self.nodes):
-            inputs = []
-            for following, slot in node.next_functions:
-                if following is None:
-                    continue
-                if hasattr(following, "variable"):
-                    leaves.setdefault(following, []).append(i)
-                else:
-                    inputs.append((self.index[following], slot))
-                    self.reads.setdefault((self.index[following], slot), []).append(self.times[i])
-            self.inputs.append(inputs)
-        self.outputs = [(self.index[node], slot) for node, slot in outputs]
-        self.own: dict[int, list[str]] = {}  # node -> parameters it reads
-        for value in self.outputs:
-            self.reads.setdefault(value, []).append(1 << 62)
-        for leaf, at in leaves.items():
-            name = names.get(id(leaf.variable))
-            if name is not None:
-                self.readers.setdefault(name, []).extend(self.times[i] for i in at)
-                for i in at:
-                    self.own.setdefault(i, []).append(name)
-        self.order = sorted(self.readers, key=lambda name: min(self.readers[name]))
-        self.first_reads = [min(self.readers[name]) for name in self.order]
-        self.last_reads = sorted(max(reads) for reads in self.readers.values())
-        rank = {name: 1 << k for k, name in enumerate(self.order)}
-        self.ancestors: list[int] = []
-        for i in range(len(self.nodes)):
-            bits, above = 0, 1 << i
-            for name in self.own.get(i, ()):
-                bits |= rank[name]
-            for j, _ in self.inputs[i]:
-                bits |= self.bits[j]
-                above |= self.ancestors[j]
-            self.bits.append(bits)
-            self.ancestors.append(above)
-
-    def value(self, edge: Any) -> Value | None:
-        """What a tensor is an output of; None if no loss reads it."""
-        index = self.index.get(edge[0])
-        return None if index is None else (index, edge[1])
-
-    def forget(self) -> None:
-        """Let go of the nodes, and with them of what they saved."""
-        self.nodes, self.index = [], {}
 
 
 class Partition:
@@ -275,7 +109,7 @@ class Partition:
     # One forward -------------------------------------------------------------------------------------------------
 
     def _record(self) -> None:
-        listener = _Listener(self.model)
+        listener = Listener(self.model)
         names = {id(p): name for name, p in self.model.named_parameters()}
         try:
             with untouched(self.model, training=True), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
@@ -290,7 +124,7 @@ class Partition:
                 f"nothing that {type(self.model).__name__} returns in training mode carries a gradient: its parameters "
                 "are frozen (requires_grad=False), or its forward runs under torch.no_grad(); unfreeze what is to train"
             )
-        self.graph = graph = _Graph(list(dict.fromkeys(outputs)), names)
+        self.graph = graph = Graph(list(dict.fromkeys(outputs)), names)
         self.calls = listener.calls
         self.known: dict[Value, str] = {}
         self.shapes: dict[Value, tuple[int, ...]] = {}
@@ -485,9 +319,10 @@ class Partition:
         for alike in (True, False):  # what looks at this very shape tells most
             for made, way in enumerate(ways):
                 for name, seen in way[:48]:
-                    if seen == shape if alike else len(seen) == len(shape):
-                        if (hint := _looks_for(self.modules[name], shape, bool(made))) is not None:
-                            return hint
+                    near = seen == shape if alike else len(seen) == len(shape)
+                    hint = _looks_for(self.modules[name], shape, bool(made)) if near else None
+                    if hint is not None:
+                        return hint
         return "last" if len(shape) == 4 and shape[1] == shape[2] != shape[3] else None
 
     def _head_position(self) -> int:
@@ -541,8 +376,8 @@ class Partition:
             cut = known[name]
             if cut.shared and not self.shared:
                 raise PartitionError(
-                    f"cuts: parameter {cut.shared[0]!r} is used before and after {name!r}, so two losses would train it; "
-                    "write localize(..., shared=True) to let both, or untie it (copy.deepcopy); "
+                    f"cuts: parameter {cut.shared[0]!r} is used before and after {name!r}, so two losses would train "
+                    "it; write localize(..., shared=True) to let both, or untie it (copy.deepcopy); "
                     f"without shared parameters {valid}"
                 )
             return cut
@@ -565,14 +400,14 @@ class Partition:
         left = [n for k, n in enumerate(self.graph.order[:started]) if not covered >> k & 1]
         if left:
             raise PartitionError(
-                f"cuts: {name!r} is no cut point: what it takes does not depend on {left[0]!r}, which runs before it on a "
-                f"branch of its own and would train in no block; {valid}"
+                f"cuts: {name!r} is no cut point: what it takes does not depend on {left[0]!r}, which runs before it "
+                f"on a branch of its own and would train in no block; {valid}"
             )
         lost = [value for value in crossing if value not in self.known and value not in call.frames]
         if lost:
             raise PartitionError(
-                f"cuts: {name!r} is no cut point: a tensor made by {self.graph.kinds[lost[0][0]]} crosses there that no "
-                f"module takes or returns and no variable holds (an attribute, a closure); {valid}"
+                f"cuts: {name!r} is no cut point: a tensor made by {self.graph.kinds[lost[0][0]]} crosses there that "
+                f"no module takes or returns and no variable holds (an attribute, a closure); {valid}"
             )
         raise PartitionError(f"cuts: {name!r} is no cut point; {valid}")
 
@@ -598,7 +433,7 @@ class Partition:
         return found
 
     def holders(self, cut: Cut) -> tuple[str, ...]:
-        """The modules that returned what crosses at a cut besides the features, or passed the features on as they are."""
+        """The modules that returned what crosses at a cut besides the features, or passed the features on."""
         (crossing,) = self._crossing([cut.position])
         features = next(value for leaf, _, value, _ in self._call_at(cut).taken if leaf == cut.point.leaf)
         ended = sorted((c for c in self.calls if c.exit), key=lambda c: c.exit)
@@ -741,9 +576,9 @@ def _failed(model: nn.Module, example: Any, error: Exception) -> PartitionError:
     given = ", ".join(_described(leaf) for leaf in tree_leaves(example))
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
     return PartitionError(
-        f"{type(model).__name__} does not run in training mode on example={given}: {reason}. Pass a small batch shaped as "
-        "in training, of at least 2 samples, with the model's dtype and on its device, such as torch.randn(2, 3, 224, "
-        "224); a tuple for a model with several inputs, a mapping for keyword arguments."
+        f"{type(model).__name__} does not run in training mode on example={given}: {reason}. Pass a small batch shaped "
+        "as in training, of at least 2 samples, with the model's dtype and on its device, such as torch.randn(2, 3, "
+        "224, 224); a tuple for a model with several inputs, a mapping for keyword arguments."
     )
 
 

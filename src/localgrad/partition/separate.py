@@ -85,6 +85,7 @@ class SeparateBlocks(nn.Module):
     ) -> None:
         super().__init__()
         self.elsewhere = tuple(elsewhere)  # no children
+        self.parts = list(blocks)
         self.blocks = nn.ModuleList(blocks)
         self.doors = nn.ModuleList(_Door() for _ in blocks)
         self.again: Collection[int] = ()
@@ -99,11 +100,11 @@ class SeparateBlocks(nn.Module):
 
     def run(self, values: dict[str, Any]) -> dict[str, Any]:
         """Run the blocks on ``values``; what none of them reads any more is let go of."""
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.parts):
             if index:
-                self.doors[index](values[self.blocks[index - 1].outputs[0]])
+                self.doors[index](values[self.parts[index - 1].outputs[0]])
             arguments = [values[name] for name in block.inputs]
-            later = (*self.blocks[index + 1 :], *self.elsewhere)
+            later = (*self.parts[index + 1 :], *self.elsewhere)
             for name in dict.fromkeys(block.inputs):
                 if not any(name in other.inputs for other in later):
                     del values[name]
@@ -143,8 +144,8 @@ def separate_blocks(
         if not inner:
             begins = repr(cuts[index - 1].name) if index else "the input"
             raise PartitionError(
-                f"recomputed blocks {tuple(which)}: block {index}, from {begins} on, is a single unit, with no cut point "
-                "inside to recompute from; leave it out"
+                f"recomputed blocks {tuple(which)}: block {index}, from {begins} on, is a single unit, with no cut "
+                "point inside to recompute from; leave it out"
             )
         points += inner
         sizes[index] += len(inner)
@@ -201,8 +202,8 @@ def _check_separable(model: nn.Module, cuts: Sequence[Cut], example: Any, why: s
         module = modules[path]
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             raise PartitionError(
-                f"{why} call the parts of {path or type(model).__name__!r} one by one, which would pass by the hooks or "
-                "the changed forward that it has; remove them, or use a method that needs no separate blocks"
+                f"{why} call the parts of {path or type(model).__name__!r} one by one, which would pass by the hooks "
+                "or the changed forward that it has; remove them, or use a method that needs no separate blocks"
             )
 
 
@@ -219,8 +220,8 @@ def _compare(ours: nn.Module, model: nn.Module, example: Any, what: str) -> None
             seen.append([*outputs, *(buffer.clone() for buffer in model.buffers())])
     if len(seen[0]) != len(seen[1]) or not all(_equal(a, b) for a, b in zip(*seen, strict=True)):
         raise PartitionError(
-            f"{what} do not compute what {type(model).__name__}.forward does in training mode on the example: list every "
-            "module that runs, in order, functions such as flatten wrapped as modules"
+            f"{what} do not compute what {type(model).__name__}.forward does in training mode on the example: list "
+            "every module that runs, in order, functions such as flatten wrapped as modules"
         )
 
 

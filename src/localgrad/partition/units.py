@@ -99,7 +99,8 @@ def argument(arguments: Arguments, key: Key) -> Any:
 def others_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[Key, Any]:
     """The arguments that a copy can be called with: positions are kept, objects that carry state become None."""
     given: dict[Key, Any] = {}
-    for key, value in (*enumerate(args), *kwargs.items()):
+    pairs: list[tuple[Key, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, value in pairs:
         plain = all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(value))
         if isinstance(key, int) or (plain and value is not None):
             given[key] = tree_map_only(Tensor, Tensor.detach, value) if plain else None

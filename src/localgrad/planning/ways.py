@@ -186,9 +186,9 @@ def fit(
             return cuts, recompute
         smallest = min(smallest, needed)
     raise ConfigError(
-        f"cuts.fits({memory!r}): no way of cutting {type(model).__name__} for {method.name} fits {batch_size} images; the "
-        f"smallest needs {size(smallest)}, of which {headroom:.0%} more are left free. Use a smaller batch_size (with "
-        "localgrad.methods.accumulation), or see localgrad.plan(...) for every way there is" + unrecomputed
+        f"cuts.fits({memory!r}): no way of cutting {type(model).__name__} for {method.name} fits {batch_size} images; "
+        f"the smallest needs {size(smallest)}, of which {headroom:.0%} more are left free. Use a smaller batch_size "
+        "(with localgrad.methods.accumulation), or see localgrad.plan(...) for every way there is" + unrecomputed
     )
 
 

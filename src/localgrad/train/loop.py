@@ -82,7 +82,7 @@ def step(run: Experiment, inputs: Tensor, targets: Any) -> None:
 
     def observe(span: Span, term: Term | None, output: Any) -> None:
         start = scored.get((span, id(term)), 0)
-        stop = scored[span, id(term)] = start + num_samples(output)
+        stop = scored[span, id(term)] = start + (num_samples(output) or 0)
         run.meter.add_output(span, term, output, rows(targets, start, stop))
 
     losses = local_losses(

@@ -140,7 +140,7 @@ def evaluate(network: LocalNetwork, batches: Any, autocast: torch.dtype | None =
             for span, term, output in local_outputs(network, inputs, autocast=autocast, scored_only=True):
                 metrics.setdefault(meter.name(span), meter.task.metric()).update(output, targets)
                 if term is None:
-                    size = num_samples(inputs)
+                    size = num_samples(inputs) or 1
                     loss += meter.task.loss(output, Batch(inputs, targets, 0)).float() * size
                     samples += size
     finally:
