@@ -1,6 +1,9 @@
-"""What is put on modules for the length of a step: doors at the cuts, and eyes where something that crosses is held.
+"""What is put on modules for the length of a step: doors, which tell a suspended forward what goes in and out.
 
-They ask which greenlet runs: in a plain call of the model, in a head or in a recomputation they do nothing.
+``Module.__call__`` looks up ``_compiled_call_impl`` first, and that is where a door stands. A pre-hook would run inside
+what was compiled, and after hooks of others, such as FSDP's, which must not have begun the next block while the last
+one goes back. No copy or pickle of a module has what lies there. A door asks which greenlet runs: in a plain call of
+the model, in a head or in a recomputation it does nothing.
 """
 
 from __future__ import annotations
@@ -21,42 +24,40 @@ class Suspended(greenlet.greenlet):
         """``module`` is about to run."""
 
     @abstractmethod
-    def saw(self, kind: str, name: str, values: Any) -> None:
-        """A watched module ``takes`` or ``returns`` values."""
+    def left(self, module: nn.Module, output: Any) -> None:
+        """``module`` has returned ``output``."""
 
 
-class Seen:
-    """A hook that tells the forward which runs, if one does, what a module takes or returns."""
+class _Door:
+    """One for a module, however many steps are under way; ``steps`` counts them."""
 
-    def __init__(self, kind: str, name: str) -> None:
-        self.kind, self.name = kind, name
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.steps = module, 0
+        self.compiled = module.__dict__.get("_compiled_call_impl")
 
-    def __call__(self, module: nn.Module, *values: Any) -> None:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inner = self.module._call_impl if self.compiled is None else self.compiled
         forward = greenlet.getcurrent()
-        if isinstance(forward, Suspended):
-            forward.saw(self.kind, self.name, values[-1] if self.kind == "returns" else values)
+        if not isinstance(forward, Suspended):
+            return inner(*args, **kwargs)
+        forward.arrived(self.module, args, kwargs)
+        output = inner(*args, **kwargs)
+        forward.left(self.module, output)
+        return output
 
 
 def put_door(module: nn.Module) -> Callable[[], None]:
-    """Ask for a cut before ``module`` runs, in a forward of ours only; returns what takes the door away again.
-
-    ``Module.__call__`` looks up ``_compiled_call_impl`` first. A pre-hook would run inside what was compiled, and after
-    hooks of others, such as FSDP's, which must not have begun the next block while the last one goes back.
-    """
-    before = module.__dict__.get("_compiled_call_impl")
-    inner = before or module._call_impl
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        forward = greenlet.getcurrent()
-        if isinstance(forward, Suspended):
-            forward.arrived(module, args, kwargs)
-        return inner(*args, **kwargs)
+    """Put a door on ``module``; returns what takes it away again."""
+    door = module.__dict__.get("_compiled_call_impl")
+    if not isinstance(door, _Door):
+        door = module.__dict__["_compiled_call_impl"] = _Door(module)
+    door.steps += 1
 
     def remove() -> None:
-        if before is None:
+        door.steps -= 1
+        if door.steps == 0 and door.compiled is None:
             module.__dict__.pop("_compiled_call_impl", None)
-        else:
-            module.__dict__["_compiled_call_impl"] = before
+        elif door.steps == 0:
+            module.__dict__["_compiled_call_impl"] = door.compiled
 
-    module.__dict__["_compiled_call_impl"] = call
     return remove

@@ -19,9 +19,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import greenlet
@@ -30,39 +30,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from localgrad import thread_state
-from localgrad.batches import call_model, tensors_in
-from localgrad.doors import Seen, Suspended, put_door
+from localgrad.batches import tensors_in
+from localgrad.doors import Suspended, put_door
 from localgrad.errors import PartitionError
-from localgrad.frames import Tag, held_by_frames
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where a block begins: the ``call``-th call of module ``name``; its ``leaf``-th argument are the features."""
-
-    name: str
-    call: int = 0
-    leaf: int = 0
-
-
-@dataclass(frozen=True)
-class Watch:
-    """How tensors that cross boundaries are found: modules that take or return them, and frames' local variables.
-
-    ``last``: the last block that reads what a block made and somebody holds under a tag; then nobody needs the data.
-    """
-
-    modules: tuple[str, ...] = ()
-    frames: bool = False
-    last: Mapping[tuple[int, Tag], int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What the module at a cut is about to be called with, in this forward."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+from localgrad.frames import Tag, held_by_frames, outermost
+from localgrad.points import Arguments, Point, Watch
 
 
 class SuspendedForward(Suspended):
@@ -115,16 +87,22 @@ class SuspendedForward(Suspended):
                 found.setdefault(id(tensor), (("features", str(place)), tensor))
         return found
 
-    def saw(self, kind: str, name: str, values: Any) -> None:
-        """A watched module took or returned ``values``."""
-        self._made += [
-            ((kind, name, str(place)), weakref.ref(tensor))
-            for place, tensor in enumerate(tensors_in(values))
-            if tensor.grad_fn is not None
-        ]
+    def _saw(self, kind: str, module: nn.Module, values: Any) -> None:
+        """A module takes or returns ``values``."""
+        if (name := self._opened.watched.get(module)) is not None:
+            self._made += [
+                ((kind, name, str(place)), weakref.ref(tensor))
+                for place, tensor in enumerate(tensors_in(values))
+                if tensor.grad_fn is not None
+            ]
+
+    def left(self, module: nn.Module, output: Any) -> None:
+        """See `localgrad.doors.Suspended`."""
+        self._saw("returns", module, output)
 
     def arrived(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """``module`` is about to run, inside this forward; suspended if a cut lies here."""
+        self._saw("takes", module, (args, kwargs))
         number = self._calls[module] = self._calls.get(module, -1) + 1
         later = enumerate(self._opened.points[self.boundary :], start=self.boundary + 1)
         boundary = next((b for b, (other, point) in later if other is module and point.call == number), None)
@@ -193,29 +171,40 @@ class OpenModel:
     ) -> None:
         self.model, self.watch, self.device_type = model, watch, device_type
         self.points = [(root.get_submodule(point.name), point) for point in points]
-        self.watched = [(name, root.get_submodule(name)) for name in watch.modules]
+        self.watched = {root.get_submodule(name): name for name in watch.modules}
         self.training = torch.is_grad_enabled()
+        self._thread = threading.get_ident()
         self._open: list[SuspendedForward] = []
         self._exits = contextlib.ExitStack()
 
     def call(self, inputs: Any) -> SuspendedForward:
         """A forward that has not begun."""
-        forward = SuspendedForward(self, lambda: call_model(self.model, inputs))
+        forward = SuspendedForward(self, lambda: outermost(self.model, inputs))
         self._open.append(forward)
         return forward
 
     def __enter__(self) -> OpenModel:
-        for name, module in self.watched:
-            self._exits.callback(module.register_forward_pre_hook(Seen("takes", name), with_kwargs=True).remove)
-            self._exits.callback(module.register_forward_hook(Seen("returns", name)).remove)
-        for module in dict.fromkeys(module for module, _ in self.points):
+        for forward in _LEFT.pop(threading.get_ident(), ()):
+            forward.close()
+        for module in dict.fromkeys((*self.watched, *(module for module, _ in self.points))):
             self._exits.callback(put_door(module))
         return self
 
     def __exit__(self, *exception: object) -> None:
+        for forward in self._open:
+            self._exits.callback(self._close, forward)
+        self._open.clear()
+        self._exits.close()  # every one of them, whatever one of them raises
+
+    def _close(self, forward: SuspendedForward) -> None:
         try:
-            for forward in self._open:
-                forward.close()
-        finally:
-            self._open.clear()
-            self._exits.close()
+            forward.close()
+        except (
+            greenlet.error,
+            ValueError,
+        ):  # the step is closed in another thread; the forward's own closes it with its next step
+            _LEFT.setdefault(self._thread, []).append(forward)
+            raise
+
+
+_LEFT: dict[int, list[SuspendedForward]] = {}  # forwards that could not be closed, by thread

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from localgrad.batches import tensors_in
 from localgrad.cuts import Chosen, as_cutting
 from localgrad.errors import MethodError, PartitionError, TrainingError
-from localgrad.forward import OpenModel, Watch
+from localgrad.forward import OpenModel
 from localgrad.method import Auxiliary, Method, Site
 from localgrad.partition import (
     AuxiliaryBytes,
@@ -25,6 +25,7 @@ from localgrad.partition import (
     separate,
 )
 from localgrad.partition.choose import features_at, module_bytes
+from localgrad.points import Watch
 from localgrad.rehearsal import rehearse
 from localgrad.rules import Rule
 from localgrad.spans import Span, check

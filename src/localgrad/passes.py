@@ -98,7 +98,9 @@ class Pass:
         made = [*(tensor for _, tensor in found), *penalties]
         maker = self.boundary - 1
         graph = self.graphs[maker] = BlockGraph([] if self.joins else made, first)
-        self.held += [Held(tag, tensor, maker, slot) for slot, (tag, tensor) in enumerate(found)]
+        joined: Tag = ("joined",)  # it is not known what of it later blocks read
+        tags = [tag if maker == block else joined for tag, _ in found]
+        self.held += [Held(tags[slot], tensor, maker, slot) for slot, (_, tensor) in enumerate(found)]
         slots = range(len(found), len(made))
         self.penalties = [p if self.joins else graph.captured(p, s) for p, s in zip(penalties, slots, strict=True)]
 

@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 from localgrad.batches import tensors_in
 from localgrad.bench.memory import saved_storages
 from localgrad.errors import PartitionError
-from localgrad.forward import OpenModel, Watch
+from localgrad.forward import OpenModel
 from localgrad.frames import Tag
 from localgrad.method import Batch
 from localgrad.passes import Pass
+from localgrad.points import Watch
 from localgrad.spans import Span
 from localgrad.untouched import untouched
 
@@ -109,6 +110,9 @@ def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[
                     tensor = held.ref()
                     if tensor is not None and held.maker == one.boundary - 1 and (s := _storage(tensor)) is not None:
                         found.setdefault((held.maker, held.tag), set()).add(s._cdata)
+    for tensor in tensors_in(one.forward.features):  # whoever gets the model's output may read all of it
+        if (storage := _storage(tensor)) is not None:
+            reads.last[storage._cdata] = network.num_blocks - 1
     places = {
         (maker, tag): max(maker, *(reads.last.get(storage, maker) for storage in storages))
         for (maker, tag), storages in found.items()

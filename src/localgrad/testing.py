@@ -166,7 +166,8 @@ def _compare(what: str, network: LocalNetwork, found: set[str], expected: set[st
 def _untouched(network: nn.Module) -> Iterator[None]:
     """Put back gradients, buffers, modes and random state on exit."""
     gradients = [(p, p.grad) for p in network.parameters()]
-    buffers = [(b, b.clone()) for b in network.buffers()]
+    owned = [(m._buffers, name, b) for m in network.modules() for name, b in m._buffers.items() if b is not None]
+    copies = [buffer.clone() for _, _, buffer in owned]
     modes = [(module, module.training) for module in network.modules()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -178,7 +179,8 @@ def _untouched(network: nn.Module) -> Iterator[None]:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():
-            for buffer, before in buffers:
+            for (buffers, name, buffer), before in zip(owned, copies, strict=True):
+                buffers[name] = buffer  # a forward may replace it
                 buffer.copy_(before)
         for module, mode in modes:
             module.training = mode

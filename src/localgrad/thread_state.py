@@ -14,12 +14,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._C import _autograd
+from torch.utils import _python_dispatch
 
 _DEVICES = ("cpu", *(d for d in ("cuda", "mps", "xpu") if torch._C._is_autocast_available(d)))
 _KERNELS = tuple(
     name
     for name in ("flash", "math", "mem_efficient", "cudnn", "overrideable")
     if hasattr(torch._C, f"_set_sdp_use_{name}")  # which there are depends on the version
+)
+
+
+# What torch.compile asks instead of the stack of dispatch modes; which there are depends on the version.
+_FLAGS = tuple(
+    name
+    for name in (
+        "_is_in_torch_dispatch_mode",
+        "_is_in_non_infra_torch_dispatch_mode",
+        "_is_in_any_mode_without_ignore_compile_internals",
+    )
+    if hasattr(_python_dispatch, name)
 )
 
 
@@ -33,6 +46,7 @@ class Values(NamedTuple):
     kernels: tuple[bool, ...]
     priority: list[int]
     cuda: tuple[int, torch.cuda.Stream] | None
+    flags: tuple[bool, ...]
 
 
 class Heights(NamedTuple):
@@ -64,6 +78,7 @@ def values() -> Values:
         tuple(getattr(torch._C, f"_get_{name}_sdp_enabled")() for name in _KERNELS),
         torch._C._get_sdp_priority_order(),
         cuda,
+        tuple(getattr(_python_dispatch, name) for name in _FLAGS),
     )
 
 
@@ -80,6 +95,8 @@ def set_values(state: Values) -> None:
         getattr(torch._C, f"_set_sdp_use_{name}")(enabled)
     if state.priority != torch._C._get_sdp_priority_order():
         torch._C._set_sdp_priority_order(state.priority)
+    for name, flag in zip(_FLAGS, state.flags, strict=True):
+        setattr(_python_dispatch, name, flag)
     if state.cuda is not None:
         torch.cuda.set_device(state.cuda[0])
         torch.cuda.set_stream(state.cuda[1])

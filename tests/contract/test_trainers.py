@@ -1,10 +1,11 @@
-"""Local steps inside the trainers of others: mixed precision reaches the blocks, and checkpoints go on where they were."""
+"""Local steps in the trainers of others: mixed precision reaches the blocks, checkpoints go on where they were."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,7 @@ def mlp(dropout: float = 0.2) -> nn.Sequential:
     """Layers called 0 to 5; in bfloat16 other results than in float32."""
     torch.manual_seed(0)
     widths = [8, *[16] * 5]
-    layers = [
-        nn.Sequential(nn.Linear(a, b), nn.Dropout(dropout), nn.Tanh()) for a, b in zip(widths, widths[1:], strict=False)
-    ]
+    layers = [nn.Sequential(nn.Linear(a, b), nn.Dropout(dropout), nn.Tanh()) for a, b in pairwise(widths)]
     return nn.Sequential(*layers, nn.Linear(16, CLASSES))
 
 

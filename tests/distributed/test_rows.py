@@ -29,7 +29,7 @@ def test_the_drawn_tables() -> None:
     assert drawn(rank_table(windows, HALVES, 0, 2)) == (
         "forward 0 | loss (0, 1) | forward 1 | send 1 | loss (1, 2) | loss (0, 2) | back 1 | back 0, free"
         " | forward 0' | loss (0, 1)' | forward 1' | send 1' | loss (1, 2)' | loss (0, 2)' | back 1' | back 0', free"
-        " | done 0' | collect 1 | back 1, free | collect 1' | back 1', free | done 1'"
+        " | done 0 | collect 1 | back 1, free | collect 1' | back 1', free | done 1"
     )
     assert drawn(rank_table(windows, HALVES, 0, training=False)) == (
         "forward 0 | loss (0, 1) | forward 1 | send 1 | loss (1, 2) | loss (0, 2)"

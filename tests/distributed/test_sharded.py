@@ -229,3 +229,55 @@ def own_forward() -> dict[str, float]:
 def test_a_model_that_runs_only_as_itself_is_replicated_and_sharded() -> None:
     for found in gang.run(own_forward, 2):
         assert len(found) == 4 and max(found.values()) < 1e-10, found
+
+
+class Inside(nn.Module):
+    """Returns what its first layer made beside what it makes of it: separate blocks have to look inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        early = self.first(x)
+        return self.second(early.relu()), early
+
+
+class Outside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.middle, self.last = Inside(), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, early = self.inside(x)
+        return self.last(self.middle(x).relu() + early)
+
+
+def with_taps() -> dict[str, float]:
+    """Blocks that run again in the backward pass, so that their modules are called one by one."""
+    mesh, rank = init_device_mesh("cpu", (2,), mesh_dim_names=("data",)), dist.get_rank()
+    task = localgrad.tasks.classification(4)
+    x, y = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).double(), torch.arange(8) % 4
+    found = {}
+    for name, method in {"own": methods.e2e(task), "separate": methods.checkpointing(methods.e2e(task))}.items():
+        states = []
+        for shard in (True, False):
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                network = localgrad.localize(Outside(), method, ("middle", "last"), example=torch.randn(2, 8)).double()
+            if shard:
+                data_parallel(network, mesh, shard=True)
+                assert all(isinstance(p, DTensor) for p in network.parameters())
+            optimizer, rows = optimizer_of(network), rows_of(rank) if shard else slice(None)
+            for step in range(2):
+                localgrad.backward(network, x[rows], y[rows], step)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            states.append({key: whole(tensor.detach()) for key, tensor in network.state_dict().items()})
+        found[name] = apart(*states)
+    return found
+
+
+def test_modules_that_separate_blocks_look_into_are_sharded_part_by_part() -> None:
+    for found in gang.run(with_taps, 2):
+        assert len(found) == 2 and max(found.values()) < 1e-10, found

@@ -278,29 +278,25 @@ def test_a_shared_weight_is_cast_anew_after_its_step() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c = nn.Linear(6, 6, bias=False), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.stem, self.tied, self.b = (nn.Linear(6, 6) for _ in range(3))
+            self.c = nn.Linear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
-                x = torch.tanh(self.b(self.a(x)))
-                seen.append(self.a(x))
-                return self.c(seen[-1] * 1.0)
+                x = self.b(torch.tanh(self.tied(torch.tanh(self.stem(x)))))
+                return self.c(torch.tanh(self.tied(torch.tanh(x))))
 
-    seen: list[Tensor] = []
     network = localized(Tied(), cuts=("b", "c"), shared=True)
-    model = network.model
-    x, y = data()
-    read = []
-    model.c.register_forward_pre_hook(lambda module, args: read.append((args[0].detach(), model.a.weight.detach())))
-    entered: list[Tensor] = []
-    model.a.register_forward_pre_hook(lambda module, args: entered.append(args[0].detach().clone()))
-    for span, loss in localgrad.local_losses(network, x, y):
+    tied = network.model.tied
+    calls: list[tuple[Tensor, Tensor]] = []
+    tied.register_forward_hook(lambda module, args, output: calls.append((args[0].detach(), output.detach())))
+    for span, loss in localgrad.local_losses(network, *data()):
         loss.backward()
         if span.start == 0:
             with torch.no_grad():
-                model.a.weight.add_(1.0)
-    features, weight = read[-1]
-    assert torch.equal(features, F.linear(entered[-1].bfloat16(), weight.bfloat16()))
+                tied.weight.add_(1.0)
+    (_, _), (features, output) = calls
+    assert torch.equal(output, F.linear(features, tied.weight.bfloat16(), tied.bias.bfloat16()))
 
 
 VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
@@ -745,13 +741,33 @@ def test_a_step_that_is_advanced_from_another_thread_is_refused() -> None:
     steps = localgrad.local_losses(network, *data())
     next(steps)[1].backward()
     before = state()
-    assert "thread" in str(in_thread(lambda: next(steps)))
+    assert "thread" in str(in_thread(steps.__next__))
     assert next(steps, None) is None
     del steps
     assert not left_on(net) and state() == before
     assert_same(step(network), expected)
-    gc.collect()
     assert state() == before
+
+
+@pytest.mark.xfail(strict=True, reason="nobody closes it any more, and its own stack keeps it alive")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("way", ["advanced", "collected"])
+def test_a_forward_that_another_thread_could_not_close_ends_by_the_next_step(way: str) -> None:
+    """A step that is advanced in another thread, or collected there, as part of a reference cycle."""
+    network = localized(Net())
+    steps = localgrad.local_losses(network, *data())
+    next(steps)[1].backward()
+    if way == "advanced":
+        in_thread(steps.__next__)
+    else:
+        gc.disable()
+        cycle: list[Any] = [steps]
+        cycle.append(cycle)
+        del steps, cycle
+        in_thread(gc.collect)
+        gc.enable()
+    step(network)
+    assert network.model.left == network.model.begun
 
 
 def test_steps_in_threads_of_their_own() -> None:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from localgrad import thread_state
-from localgrad.partition.moments import clock
+from localgrad.partition.record import clock
 
 BF16 = torch.bfloat16
 

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from localgrad.distributed.agreement import agree, explained, facts_about, gather_rows
 from localgrad.errors import ConfigError, MethodError, TrainingError
 from localgrad.network import LocalNetwork
+from localgrad.partition import SeparateBlocks
+from localgrad.partition.separate import Listed
 
 
 def data_parallel(network: LocalNetwork, mesh: DeviceMesh, *, shard: bool = False) -> LocalNetwork:
@@ -103,7 +105,9 @@ def _shard(network: LocalNetwork, mesh: DeviceMesh) -> None:
 
     trained = [network.running, *network.auxiliary.values()] if network.stage is None else network.stage.modules
     here = {id(parameter) for module in trained for parameter in module.parameters()}
-    modules = [*network.between_cuts(), *network.auxiliary.values()]
+    called = _called_by_separate_blocks(network)
+    modules = [part for module in network.between_cuts() for part in _callable_parts(module, called)]
+    modules += network.auxiliary.values()
     modules = [module for module in modules if here & {id(parameter) for parameter in module.parameters()}]
     users = Counter(parameter for module in modules for parameter in set(module.parameters()))
     for module in modules:
@@ -113,6 +117,30 @@ def _shard(network: LocalNetwork, mesh: DeviceMesh) -> None:
         whole = {p for p in module.parameters() if p.dim() == 0 or users[p] > 1}
         if set(module.parameters()) - whole:
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+
+
+def _called_by_separate_blocks(network: LocalNetwork) -> set[nn.Module] | None:
+    """The modules that run where separate blocks do, instead of the model's own forward; None where it runs itself."""
+    suspended = network.suspended if network.stage is None else network.stage.model
+    if not isinstance(suspended, SeparateBlocks):
+        return None
+    found: set[nn.Module] = set()
+    for graph in suspended.modules():
+        if isinstance(graph, fx.GraphModule):
+            calls = (node for node in graph.graph.nodes if node.op == "call_module")
+            found |= {graph.get_submodule(str(node.target)) for node in calls}
+        elif isinstance(graph, Listed):
+            found |= set(graph.modules())
+    return found
+
+
+def _callable_parts(module: nn.Module, called: set[nn.Module] | None) -> Iterator[nn.Module]:
+    """``module`` if it is called as a whole, else its largest parts that are: separate blocks look inside for taps."""
+    if called is None or module in called:
+        yield module
+        return
+    for child in module.children():
+        yield from _callable_parts(child, called)
 
 
 def axis(mesh: DeviceMesh, name: str) -> DeviceMesh:

@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from localgrad.batches import call_model, num_samples, tensors_in
+from localgrad.batches import num_samples, tensors_in
 from localgrad.errors import PartitionError, nearest
-from localgrad.forward import Point
+from localgrad.frames import outermost
 from localgrad.layout import Layout, layout_of
 from localgrad.partition.record import Call, Graph, Listener, Value
 from localgrad.partition.units import Called, Key, Unit
+from localgrad.points import Point
 from localgrad.untouched import untouched
 
 Hint = Literal["first", "last"] | None
@@ -113,7 +114,7 @@ class Partition:
         names = {id(p): name for name, p in self.model.named_parameters()}
         try:
             with untouched(self.model, training=True), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-                output = call_model(self.model, self.example)
+                output = outermost(self.model, self.example)
         except Exception as error:  # a forward may fail in any way
             raise _failed(self.model, self.example, error) from error
         finally:
@@ -436,7 +437,7 @@ class Partition:
         """The modules that returned what crosses at a cut besides the features, or passed the features on."""
         (crossing,) = self._crossing([cut.position])
         features = next(value for leaf, _, value, _ in self._call_at(cut).taken if leaf == cut.point.leaf)
-        ended = sorted((c for c in self.calls if c.exit), key=lambda c: c.exit)
+        ended = sorted((c for c in self.calls if 0 < c.exit <= cut.position), key=lambda c: c.exit)
         returned = [(c.name, value) for c in ended for value, _ in c.returned if value in crossing]
         maker = next((name for name, value in returned if value == features), "")
         own = {name for name, value in returned if value == features and f"{maker}.".startswith(f"{name}.")}

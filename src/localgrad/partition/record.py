@@ -65,6 +65,7 @@ class Listener:
 
     def _before(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            torch.clear_autocast_cache()  # as at every cut; a weight that several calls read would cross as its cast
             number = self.numbers[name] = self.numbers.get(name, -1) + 1
             call = Call(name, number, clock())
             # A module that is called where its path does not lead is shared by several others.

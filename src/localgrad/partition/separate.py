@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.batches import call_model
 from localgrad.errors import PartitionError
-from localgrad.forward import Point
 from localgrad.partition.blocks import (
     INPUTS,
     OUTPUT,
@@ -27,6 +26,7 @@ from localgrad.partition.blocks import (
     split,
 )
 from localgrad.partition.moments import Cut, Partition
+from localgrad.points import Point
 from localgrad.recompute import recomputed
 from localgrad.untouched import untouched
 
@@ -153,8 +153,8 @@ def separate_blocks(
     if isinstance(model, Chain):
         parts = _from_list(model, [int(cut.name.split(".")[1]) for cut in points])
     else:
-        _check_separable(model, points, example, why)
         taps = tuple(dict.fromkeys(name for cut in points for name in partition.holders(cut)))
+        _check_separable(model, points, taps, example, why)
         parts = split(model, example, [cut.point.name for cut in points], taps or "auto")
     blocks = join(model, parts, sizes)
     _compare(SeparateBlocks(blocks), model, example, f"{why}: the blocks that torch.fx makes")
@@ -178,12 +178,14 @@ def _from_list(chain: Chain, starts: Sequence[int]) -> list[Block]:
     for k in range(len(edges) - 1):
         steps = nn.Sequential(*chain.steps[edges[k] : edges[k + 1]])
         names = ((INPUTS if k == 0 else f"features_{k}",), (OUTPUT if k == len(edges) - 2 else f"features_{k + 1}",))
-        wrapped = _Single(steps, spread=k == 0)
+        wrapped = Listed(steps, spread=k == 0)
         blocks.append(Block(chain, {True: (wrapped, *names), False: (wrapped, *names)}))
     return blocks
 
 
-class _Single(nn.Module):
+class Listed(nn.Module):
+    """A block given as a list of modules."""
+
     def __init__(self, module: nn.Module, spread: bool) -> None:
         super().__init__()
         self.module, self.spread = module, spread
@@ -192,13 +194,13 @@ class _Single(nn.Module):
         return (call_model(self.module, value) if self.spread else self.module(value),)
 
 
-def _check_separable(model: nn.Module, cuts: Sequence[Cut], example: Any, why: str) -> None:
+def _check_separable(model: nn.Module, cuts: Sequence[Cut], taps: Sequence[str], example: Any, why: str) -> None:
     if not isinstance(example, (Tensor, tuple, list)):
         raise PartitionError(f"{why}: torch.fx takes a tensor or a tuple as example, not a {type(example).__name__}")
     if repeated := [cut.name for cut in cuts if cut.point.call]:
         raise PartitionError(f"{why}: {repeated[0]!r} is called several times; name a cut point that is called once")
     modules = dict(model.named_modules())
-    for path in {"", *ancestors(cut.point.name for cut in cuts)}:
+    for path in ("", *sorted(ancestors((*(cut.point.name for cut in cuts), *taps)))):
         module = modules[path]
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             raise PartitionError(

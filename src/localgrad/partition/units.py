@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from localgrad.forward import Arguments
 from localgrad.layout import Layout
+from localgrad.points import Arguments
 
 _PLAIN = (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 _present: ContextVar[Arguments | None] = ContextVar("localgrad_arguments", default=None)
