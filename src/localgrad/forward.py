@@ -199,10 +199,7 @@ class OpenModel:
     def _close(self, forward: SuspendedForward) -> None:
         try:
             forward.close()
-        except (
-            greenlet.error,
-            ValueError,
-        ):  # the step is closed in another thread; the forward's own closes it with its next step
+        except (greenlet.error, ValueError):  # in another thread: the forward's own closes it at its next step
             _LEFT.setdefault(self._thread, []).append(forward)
             raise
 

@@ -49,13 +49,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 def assert_is_plain_training(model: nn.Module, inputs: Any = X, cutting: Any = 3, targets: Tensor = Y) -> None:
-    """End-to-end training through the suspended forward is ``loss.backward()`` bit for bit, buffers and draws included."""
+    """Training through the suspended forward is ``loss.backward()`` bit for bit, buffers and draws included."""
     plain = copy.deepcopy(model)
     network = localgrad.localize(model, E2E, cutting, example=inputs)
     for step in range(2):
         for one, run in (
             (plain, lambda: TASK.loss(plain(inputs), localgrad.Batch(inputs, targets, 0)).backward()),
-            (model, lambda: localgrad.backward(network, inputs, targets, step)),
+            (model, lambda: localgrad.backward(network, inputs, targets)),
         ):
             torch.manual_seed(step)
             random.seed(step)
@@ -130,7 +130,7 @@ def test_every_draw_of_random_and_numpy_is_a_new_one() -> None:
         np.random.seed(3)
         model, calls = Net(drop_by(draw)).train(), [0] * 4
         for k, unit in enumerate(model.units):
-            unit.register_forward_hook(lambda *_, k=k: calls.__setitem__(k, calls[k] + 1))
+            unit.register_forward_hook(lambda *_, k=k, calls=calls: calls.__setitem__(k, calls[k] + 1))
         network = localgrad.localize(model, E2E, ("head",), example=X)
         calls[:] = [0] * 4
         for step in range(40):

@@ -70,7 +70,7 @@ def test_module_lists_that_are_not_the_model() -> None:
     with pytest.raises(PartitionError, match="one after the other, do not run: mat1 and mat2"):
         localize(model, DGL, [model[5], model[0]], example=X)
     pair = nn.Sequential(Two(), nn.Identity())
-    with pytest.raises(PartitionError, match="do not run|do not compute|is no cut point"):
+    with pytest.raises(PartitionError, match=r"do not run|do not compute|is no cut point"):
         localize(pair, DGL, [pair[0], pair[1]], example=X)
     with pytest.raises(PartitionError, match="is used by block 0 and by block 1"):
         localize(nn.Sequential(model[0], model[0]), DGL, [model[0], model[0]], example=X)

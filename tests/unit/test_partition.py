@@ -217,6 +217,7 @@ def test_several_inputs() -> None:
         localize(model, DGL, 2, example=X)
 
 
+@pytest.mark.filterwarnings("ignore:block 1, from .1. on, keeps")
 def test_in_place_layers_at_a_boundary() -> None:
     model = mlp(nn.ReLU(inplace=True))
     assert cut_names(model) == ["2", "4"]

@@ -100,7 +100,7 @@ class Undecided(nn.Sequential):
 
 def test_ways_that_need_separate_blocks_are_left_out() -> None:
     layers = [nn.Conv2d(a, 8, 3) for a in (3, 8, 8, 8)]
-    model = Undecided(*layers, nn.Flatten(), nn.Linear(8 * 8 * 8, 10))
+    model = Undecided(*layers, nn.Flatten(), nn.Linear(8 * 8 * 8, 256), nn.ReLU(), nn.Linear(256, 10))
     found = localgrad.plan(model, batch_size=8, image_size=16, memory="1MiB", rates=RATES)
     assert {option.kind for option in found.options} == {"plain", "accumulation", "local"}
     assert any("per-block step" in o.name and o.micro_batches > 1 for o in found.options)

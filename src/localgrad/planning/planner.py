@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -181,35 +181,29 @@ class Planner:
             y = torch.zeros(images, dtype=torch.long, device=self.device)
             trained = [p for p in network.parameters() if p.requires_grad]
             sizes = [_size(network.block_parameters(k)) for k in range(network.num_blocks)]
-            done: list[tuple[int, int]] = []  # op, block: its gradients are complete there
             work, tracker = Work(self.rates), LiveBytes(trained)
+            done: list[_Done] = []
+
+            def note(block: int) -> None:
+                done.append(_Done(block, len(tracker.timeline), tracker.current, tracker.gradients))
+
             with tracker, work:
-                losses = local_losses(
-                    network,
-                    x,
-                    y,
-                    autocast=self.autocast,
-                    on_block_done=lambda block: done.append((len(tracker.timeline), block)),
-                )
-                for _, loss in losses:
+                for _, loss in local_losses(network, x, y, autocast=self.autocast, on_block_done=note):
                     loss.backward()
                 del loss
-            lasts = [group[-1] for group in groups(network.spans(0), network.num_blocks)]
+            lasts = {group[-1] for group in groups(network.spans(0), network.num_blocks)}
         timeline = tracker.timeline
         if parts > ran:
-            ends = [next(op for op, block in done if block == last) for last in lasts]
-            timeline = _with_waiting(timeline, ends, parts)
+            timeline = _with_waiting(timeline, [one for one in done if one.block in lasts], parts)
         given = _size([x, y]) * self.batch // images  # the whole batch waits on the device
         # The optimizer makes one copy of what it steps (torch's multi-tensor SGD with weight decay, and AdamW).
         whole = max([*timeline, (2 * _size(trained), _size(trained))])
         alone, freed, start = [(0, 0)], 0, 0
-        for stop, block in [*done, (len(timeline), -1)]:
-            alone += [(live - freed, grads - freed) for live, grads in timeline[start:stop]]
-            if block < 0:
-                break
-            live, grads = alone[-1]
-            alone.append((live + sizes[block], grads))
-            freed, start = freed + sizes[block], stop
+        for one in done:
+            alone += [(live - freed, grads - freed) for live, grads in timeline[start : one.op]]
+            alone.append((one.live - freed + sizes[one.block], one.gradients - freed))
+            freed, start = freed + sizes[one.block], one.op
+        alone += [(live - freed, grads - freed) for live, grads in timeline[start:]]
         norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
         together, one_by_one = ((grads, live - grads + given) for live, grads in (whole, max(alone)))
         weights, share = _size(_tensors(network)), self.batch / images
@@ -232,22 +226,30 @@ def several_units(partition: Partition, cuts: Sequence[Cut]) -> tuple[int, ...]:
     return tuple(k for k, (a, b) in enumerate(pairwise(edges)) if any(a < position < b for position in inner))
 
 
-def _with_waiting(timeline: Sequence[tuple[int, int]], ends: Sequence[int], parts: int) -> list[tuple[int, int]]:
+class _Done(NamedTuple):
+    """A block whose gradients are complete: after how many ops, and what is alive then, gradients among it."""
+
+    block: int
+    op: int
+    live: int
+    gradients: int
+
+
+def _with_waiting(timeline: Sequence[tuple[int, int]], ends: Sequence[_Done], parts: int) -> list[tuple[int, int]]:
     """The timeline of two micro-batches with what would wait of the other ``parts - 2``.
 
     Args:
         timeline: (live bytes, gradients among them) after each op.
-        ends: at which op the last micro-batch has passed each group of blocks; what is alive there waits.
+        ends: when both micro-batches have passed each group of blocks; what is alive there but gradients waits.
     """
     found: list[tuple[int, int]] = []
     before = 0
-    for stop in [*ends, len(timeline)]:
-        live, gradients = timeline[stop - 1]
-        after = (live - gradients) // 2
+    for end in ends:
+        after = (end.live - end.gradients) // 2
         extra = (parts - 2) * max(before, after)
-        found += [(live + extra, gradients) for live, gradients in timeline[len(found) : stop]]
+        found += [(live + extra, gradients) for live, gradients in timeline[len(found) : end.op]]
         before = after
-    return found
+    return found + list(timeline[len(found) :])
 
 
 def _size(tensors: Sequence[Tensor]) -> int:
