@@ -32,7 +32,7 @@ def becomes(tensor: Tensor, value: Tensor) -> None:
     try:
         torch._C._swap_tensor_impl(tensor, value)
     except RuntimeError as error:  # `retain_grad` has left a weak reference to it in C++
-        if value.requires_grad or tensor._is_view() or value.device != tensor.device:
+        if value.requires_grad or tensor._is_view() or isinstance(value, Released):
             raise PartitionError(
                 f"a tensor of shape {tuple(tensor.shape)} that crosses a boundary is held by autograd "
                 "(by retain_grad(), most likely), so it cannot be cut from its graph: read it in a hook inside the "
@@ -41,9 +41,20 @@ def becomes(tensor: Tensor, value: Tensor) -> None:
         tensor.detach_()
 
 
-def nothing_like(tensor: Tensor) -> Tensor:
-    """A tensor of this shape without data; reading it beside real ones is an error, never a wrong number."""
-    return torch.empty((), dtype=tensor.dtype, device="meta").expand(tensor.shape)
+class Released(Tensor):
+    """The form of a tensor without its data. Swapped with a tensor, every operation on that one is an error.
+
+    Shape, type and device stay what they were. A tensor on the meta device would be taken by many operations in silence.
+    """
+
+    @staticmethod
+    def __new__(cls, tensor: Tensor) -> Released:
+        form = {"strides": tensor.stride(), "dtype": tensor.dtype, "device": tensor.device}
+        return Tensor._make_wrapper_subclass(cls, tensor.shape, **form)  # type: ignore[attr-defined,no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError("the data of a tensor was let go of")
 
 
 class _Inject(torch.autograd.Function):

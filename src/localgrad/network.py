@@ -25,6 +25,7 @@ from localgrad.partition import (
     separate,
 )
 from localgrad.partition.choose import features_at, module_bytes
+from localgrad.partition.units import Called
 from localgrad.points import Watch
 from localgrad.rehearsal import rehearse
 from localgrad.rules import Rule
@@ -95,6 +96,8 @@ class LocalNetwork(nn.Module):
     @contextlib.contextmanager
     def opened(self, spans: Sequence[Span]) -> Iterator[OpenModel]:
         """Inside it, forwards can be begun that are suspended at the cuts; ``spans`` are those of the step."""
+        if self.stage is not None:
+            raise TrainingError("this rank has some of the network's blocks only; call network.stage.gather() first")
         blocks = self._separate[0]
         device = self.device.type
         if blocks is not None:
@@ -282,13 +285,20 @@ def localize(model: nn.Module, method: Method, cutting: Any, *, example: Any, sh
         why = (
             f"{method.name} runs blocks again in the backward pass" if method.recompute.blocks else "recomputed blocks"
         )
-        blocks = SeparateBlocks(separate.separate_blocks(partition, cuts, chosen.recompute, why))
+        several = isinstance(example, (tuple, list))
+        blocks = SeparateBlocks(separate.separate_blocks(partition, cuts, chosen.recompute, why), several=several)
     network = LocalNetwork(model, method, chosen, blocks)
     features, network.watch = rehearse(network, example)
     inputs = tensors_in(example)[0]
     for stop, start in sorted({(s.stop, s.start) for pattern in patterns for s in pattern if s.stop < count}):
         site = Site(Span(start, stop), count, features[stop - 1], inputs, cuts[stop - 1], partition)
         network.auxiliary[_key(site.span)] = Auxiliary(method, site).train(model.training)
+    copies = [module for module in network.auxiliary.modules() if isinstance(module, Called) and module.sources]
+    if blocks is not None and copies:
+        raise MethodError(
+            f"{method.name} copies {type(copies[0].module).__name__}, which takes more tensors than the features (a mask, "
+            "say), and runs blocks one by one, which does not have them at hand; leave out the bridge or the recomputation"
+        )
     network._early_twins = {
         b: [twin for twin in network.twins_at(b) if twin.exchange == "before"] for b in range(1, count)
     }

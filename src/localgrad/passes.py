@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from localgrad.batches import map_tensors, tensors_in
-from localgrad.boundary import BlockGraph, Gradients, becomes, nothing_like, stopped
+from localgrad.boundary import BlockGraph, Gradients, Released, becomes, stopped
 from localgrad.errors import TrainingError
 from localgrad.forward import OpenModel
 from localgrad.frames import Tag
@@ -35,6 +36,7 @@ class Held:
     def __init__(self, tag: Tag, tensor: Tensor, maker: int, slot: int) -> None:
         self.tag, self.ref, self.maker, self.slot = tag, weakref.ref(tensor), maker, slot
         self.attached = self.captured = True  # to the graph it came from; so that its gradient is caught, at least
+        self.released = False
 
 
 class Pass:
@@ -67,6 +69,7 @@ class Pass:
         self.observers = [rule.observe(network, batch) for rule in network.rules]
         self.joins = self.training and any(one.joins for one in self.observers)
         self.penalties: list[Tensor] = []
+        self.counts: dict[tuple[int, Tag, int], list[int]] | None = None  # references to what is held, if asked for
         self.parked: list[tuple[weakref.ref[Tensor], torch.device, torch.dtype]] = []
 
     @property
@@ -89,7 +92,15 @@ class Pass:
             for one in self.observers:
                 around.enter_context(one.during(block))
             first = self.boundary
-            self.forward.proceed()
+            try:
+                self.forward.proceed()
+            except (RuntimeError, SystemError) as error:
+                if any(held.released for held in self.held) and _is_internal(error):
+                    raise TrainingError(
+                        f"block {block} read a tensor that no block reads so late in a forward over the example of localize, so "
+                        "its data was let go of. Call localize with an example that takes the same branches, or cut behind it"
+                    ) from error
+                raise
         if not self.training:
             return
         penalties = [p for one in self.observers if (p := one.measured(block)) is not None]
@@ -127,14 +138,18 @@ class Pass:
         self.held = [held for held in self.held if held.ref() is not None]
 
     def _release(self, block: int) -> None:
-        """Let go of the data of what is held but read by no block from ``block`` on."""
+        """Let go of the data of what only frames hold and no block from ``block`` on reads."""
         features = {id(tensor) for tensor in tensors_in(self.forward.features)}
         for held in self.held:
-            last = self.watch.last.get((held.maker, held.tag), block)
-            tensor = held.ref() if last < block and self._over(held.maker, last) else None
-            if tensor is not None and id(tensor) not in features and tensor.device.type != "meta":
-                becomes(tensor, nothing_like(tensor))
-                held.captured = False
+            if held.released or (tensor := held.ref()) is None or id(tensor) in features:
+                continue
+            references = sys.getrefcount(tensor)
+            if self.counts is not None:
+                self.counts.setdefault((held.maker, held.tag, block), []).append(references)
+            last, known = self.watch.last.get((held.maker, held.tag), (block, 0))
+            if last < block and references <= known and self._over(held.maker, last):
+                becomes(tensor, Released(tensor))
+                held.captured, held.released = False, True
 
     def _over(self, maker: int, last: int) -> bool:
         """Whether every block that read a tensor has gone back, so that no recomputation will."""
@@ -268,7 +283,7 @@ class Pass:
         """Let what this part will go on with wait on the host, in ``bf16`` if asked."""
         for held in self.held:
             tensor = held.ref()
-            if tensor is None or held.maker in self.graphs or self.joins or tensor.device.type == "meta":
+            if tensor is None or held.maker in self.graphs or self.joins or held.released:
                 continue
             self.parked.append((held.ref, tensor.device, tensor.dtype))
             low = wait == "bf16" and tensor.is_floating_point()
@@ -280,6 +295,11 @@ class Pass:
             if (tensor := ref()) is not None:
                 becomes(tensor, tensor.to(device, dtype))
         self.parked = []
+
+
+def _is_internal(error: Exception) -> bool:
+    """Whether an error is what torch says to the operand of an operation that is no real tensor."""
+    return isinstance(error, SystemError) or "python_arg_parser" in str(error) or "was let go of" in str(error)
 
 
 def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:

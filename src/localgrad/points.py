@@ -22,12 +22,13 @@ class Point:
 class Watch:
     """How tensors that cross boundaries are found: modules that take or return them, and frames' local variables.
 
-    ``last``: the last block that reads what a block made and somebody holds under a tag; then nobody needs the data.
+    ``last``: of what a block made and somebody holds under a tag, the last block that reads it, and how many references
+    to it there are then. After that block nobody needs the data, unless there are more.
     """
 
     modules: tuple[str, ...] = ()
     frames: bool = False
-    last: Mapping[tuple[int, Tag], int] = field(default_factory=dict)
+    last: Mapping[tuple[int, Tag], tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

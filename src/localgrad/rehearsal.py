@@ -78,7 +78,7 @@ def rehearse(network: LocalNetwork, example: Any) -> tuple[list[Tensor], Watch]:
     )
 
 
-Places = dict[tuple[int, Tag], int]
+Places = dict[tuple[int, Tag], tuple[int, int]]
 
 
 def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[Tensor], Places, list[int]]:
@@ -87,6 +87,7 @@ def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[
     """
     spans = [Span(k, k + 1) for k in range(network.num_blocks)]
     one = Pass(network, opened, spans, Batch(example, None, 0))
+    one.counts = {}
     known = [*network.model.parameters(), *network.model.buffers(), *tensors_in(example)]
     kept: list[int] = []
     own = next(network.model.parameters()).dtype
@@ -118,7 +119,8 @@ def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[
         for (maker, tag), storages in found.items()
         if maker < network.num_blocks - 1
     }
-    return features, places, kept
+    counts = {(maker, tag): one.counts.get((maker, tag, last + 1), [0]) for (maker, tag), last in places.items()}
+    return features, {key: (last, min(counts[key])) for key, last in places.items()}, kept
 
 
 def _warn_of_one_block(network: LocalNetwork, kept: list[int]) -> None:

@@ -79,16 +79,12 @@ class _Part:
         self.ends = {s.start: max(t.stop for t in spans if t.start == s.start) for s in spans}
         self.left = [sum(start <= k < stop for start, stop in self.ends.items()) for k in range(num_blocks)]
 
-    def back(self, span: Span, part: int, first: int) -> Iterator[Row]:
-        """The rows behind the loss of ``span``, down to block ``first``."""
+    def back(self, span: Span, part: int) -> Iterator[Row]:
+        """The rows behind the loss of ``span``: the way back, if it is the widest of those that start there."""
         if span.stop == self.ends[span.start]:
-            yield from self.way(span.start, span.stop - 1, part, first)
-
-    def way(self, start: int, last: int, part: int, first: int) -> Iterator[Row]:
-        """The way of the spans from ``start`` back through blocks ``last`` to ``first``."""
-        for block in range(last, max(start, first) - 1, -1):
-            self.left[block] -= 1
-            yield Row("back", block, part, start=start, free=self.left[block] == 0)
+            for block in range(span.stop - 1, span.start - 1, -1):
+                self.left[block] -= 1
+                yield Row("back", block, part, start=span.start, free=self.left[block] == 0)
 
 
 def timetable(
@@ -113,7 +109,7 @@ def timetable(
                 rows.append(Row("forward", block, part))
                 for span in (s for s in ordered if s.stop == block + 1):
                     rows.append(Row("loss", block, part, span))
-                    back = list(state.back(span, part, 0)) if training else []
+                    back = list(state.back(span, part)) if training else []
                     rows += back
                     freed += [row.block for row in back if row.free and part == parts - 1]
                 if training and part == parts - 1:

@@ -287,17 +287,45 @@ def test_modules_compiled_before_localize_train_without_a_graph_break(dynamo: An
         torch.testing.assert_close(found[key], gradient, msg=key)
 
 
+class Skipping(Net):
+    """The last layers read what the first one made, across both cuts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = [self.layers[0](x)]
+        x = self.layers[1](skips[0])
+        x = self.layers[3](self.layers[2](x))
+        return self.fc(self.layers[5](self.layers[4](x) + skips.pop()))
+
+
+@COMPILING
+@BY_METHOD
+def test_skips_between_compiled_modules(name: str, dynamo: Any) -> None:
+    expected = trained(network_of(Skipping(), METHODS[name]))
+    network = network_of(Skipping(), METHODS[name])
+    COMPILED["modules between the cuts"](network)
+    found = trained(network)
+    assert dynamo["stats"]["unique_graphs"] > 0 and not dynamo["graph_break"]
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, msg=key)
+    assert_isolated(network, X, Y)
+
+
 @COMPILING
 @pytest.mark.parametrize("where", ["the model", "a module that holds the cuts"])
-@pytest.mark.parametrize("before", [True, False])
-def test_a_compiled_module_that_holds_a_cut_is_refused(where: str, before: bool, dynamo: Any) -> None:
+def test_a_compiled_module_that_holds_a_cut_cannot_be_localized(where: str, dynamo: Any) -> None:
     model = Around(Net())
-    compiled = model if where == "the model" else model.inner
+    (model if where == "the model" else model.inner).compile(backend="aot_eager")
     with pytest.raises(PartitionError, match="compile_blocks"):
-        if before:
-            compiled.compile(backend="aot_eager")
-        network = network_of(model, cuts=("inner.layers.2", "inner.layers.4"))
-        compiled.compile(backend="aot_eager")
+        network_of(model, cuts=("inner.layers.2", "inner.layers.4"))
+
+
+@COMPILING
+@pytest.mark.parametrize("where", ["the network", "the model", "a module that holds the cuts"])
+def test_a_compiled_module_that_holds_a_cut_cannot_be_trained(where: str, dynamo: Any) -> None:
+    network = network_of(Around(Net()), cuts=("inner.layers.2", "inner.layers.4"))
+    modules = {"the network": network, "the model": network.model, "a module that holds the cuts": network.model.inner}
+    modules[where].compile(backend="aot_eager")
+    with pytest.raises(PartitionError, match="compile_blocks"):
         localgrad.backward(network, X, Y)
 
 

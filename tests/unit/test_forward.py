@@ -184,16 +184,10 @@ CALLERS: dict[str, Context] = {
 
 
 @pytest.fixture(autouse=True)
-def no_mode_is_left() -> Iterator[None]:
-    """Torch's own flags, which dispatch modes that do not nest leave set; see test_thread_state.py."""
+def nothing_is_left() -> Iterator[None]:
     before = state()
     yield
     assert state() == before
-    import torch.utils._python_dispatch as flags
-
-    flags._is_in_torch_dispatch_mode = flags._is_in_non_infra_torch_dispatch_mode = False
-    flags._is_in_any_mode_without_ignore_compile_internals = False
-    flags.set_is_in_mode_without_ignore_compile_internals(False)
 
 
 def by_hand(network: localgrad.LocalNetwork, x: Tensor, y: Tensor, share: float, caller: Context) -> None:
@@ -259,6 +253,18 @@ def test_a_cut_without_gradients_is_refused(name: str) -> None:
         step(network)
     assert state() == before and not left_on(net)
     assert name == "reentrant checkpointing" or net.left == net.begun
+
+
+@pytest.mark.xfail(strict=True, reason="inference mode is not set aside, nor refused")
+def test_inference_mode_inside_an_evaluated_forward_stays_there_or_is_refused() -> None:
+    net = Net()
+    network = localized(net).eval()
+    net.context = torch.inference_mode
+    before, seen = state(), []
+    with contextlib.suppress(PartitionError):
+        for _ in localgrad.local_outputs(network, data()[0]):
+            seen.append(state()[2])
+    assert state() == before and not any(seen)
 
 
 def test_floating_point_operations_are_counted_once() -> None:
@@ -457,7 +463,6 @@ def test_a_whole_step_may_run_while_somebody_holds_another() -> None:
     assert not left_on(network.model) and network.model.left == network.model.begun
 
 
-@pytest.mark.xfail(strict=True, reason="the doors of the older step are taken away with those of the newer one")
 def test_a_step_goes_on_when_an_older_one_of_the_same_network_is_closed() -> None:
     network = localized(Net())
     expected = step(copy.deepcopy(network))
@@ -574,7 +579,6 @@ class Renaming(Net):
             self.left += 1
 
 
-@pytest.mark.xfail(strict=True, reason="the first error in closing leaves the forwards of the other parts suspended")
 def test_all_forwards_are_closed_even_if_one_fails_in_it() -> None:
     net = Renaming()
     network = localized(net, accumulation(DGL, parts=3))
@@ -661,7 +665,6 @@ def test_in_the_middle_of_a_step(what: str, kind: type[Net]) -> None:
     assert_same(gradients(network), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="the hooks that watch what crosses are copied with the modules")
 @pytest.mark.parametrize("what", ["deepcopy", "pickle", "save"])
 def test_copies_made_in_a_step_have_nothing_of_it(what: str) -> None:
     network = localized(Skips())
@@ -749,7 +752,6 @@ def test_a_step_that_is_advanced_from_another_thread_is_refused() -> None:
     assert state() == before
 
 
-@pytest.mark.xfail(strict=True, reason="nobody closes it any more, and its own stack keeps it alive")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("way", ["advanced", "collected"])
 def test_a_forward_that_another_thread_could_not_close_ends_by_the_next_step(way: str) -> None:
@@ -768,6 +770,26 @@ def test_a_forward_that_another_thread_could_not_close_ends_by_the_next_step(way
         gc.enable()
     step(network)
     assert network.model.left == network.model.begun
+
+
+@pytest.mark.xfail(strict=True, reason="a forward of a thread that has ended is tried to be closed, and kept for ever")
+def test_a_step_whose_thread_has_ended_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward died with the thread; a later thread, which may have the same identity, is not disturbed."""
+    monkeypatch.setattr("localgrad.forward._LEFT", {}, raising=False)  # what is left there is this test's own
+    network = localized(Net())
+    expected = step(copy.deepcopy(network))
+
+    def begin() -> Any:
+        steps = localgrad.local_losses(network, *data())
+        next(steps)[1].backward()
+        return steps
+
+    for _ in range(3):
+        in_thread(begin).close()
+        assert not left_on(network.model)
+        found = in_thread(lambda: step(network))
+        assert not isinstance(found, BaseException), found
+        assert_same(found, expected)
 
 
 def test_steps_in_threads_of_their_own() -> None:
@@ -956,12 +978,6 @@ def test_what_frames_hold_is_freed_after_its_last_reader() -> None:
     assert found == [True, True, False, False]
 
 
-OLD_FRAMES = pytest.mark.xfail(
-    sys.version_info < (3, 13), strict=True, reason="locals() is the frame's own mapping, which held_by_frames clears"
-)
-
-
-@OLD_FRAMES
 def test_a_caller_that_keeps_its_locals_may_localize() -> None:
     """``config = locals()`` is how many scripts begin."""
 
@@ -973,7 +989,6 @@ def test_a_caller_that_keeps_its_locals_may_localize() -> None:
     script()
 
 
-@OLD_FRAMES
 def test_a_forward_may_keep_its_locals() -> None:
     class Keeping(Net):
         def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
@@ -984,28 +999,19 @@ def test_a_forward_may_keep_its_locals() -> None:
     step(localized(Keeping()))
 
 
-@pytest.mark.xfail(strict=True, reason="localize looks into the frames that call it too")
 def test_localize_looks_into_no_frame_outside_the_model() -> None:
-    """What the caller holds is not found in training either; and it may hold lists of millions."""
-
-    class Counting(list[Any]):
-        looked = 0
-
-        def __iter__(self) -> Iterator[Any]:
-            Counting.looked += 1
-            return super().__iter__()
-
-    history = Counting([1, 2, 3])
-    nest = [history]
-    localized(Net())
-    assert len(nest) == 1
+    """What only the caller holds is not found in training either; and it may hold lists of millions."""
     outside: list[Tensor] = []
 
     class Outside(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.outside = outside
+
         def forward(self, x: Tensor) -> Tensor:
-            outside[:] = [torch.sin(self.a(x))]
-            x = self.b(torch.tanh(outside[0] * 2))
-            return self.c(torch.tanh(x)) + outside[0].mean()
+            self.outside[:] = [torch.sin(self.a(x))]
+            x = self.b(torch.tanh(self.outside[0] * 2))
+            return self.c(torch.tanh(x)) + self.outside[0].mean()
 
     with pytest.raises(PartitionError, match=r"cuts: 'b' is no cut point: a tensor made by SinBackward0 crosses"):
         localized(Outside())
@@ -1084,9 +1090,6 @@ def test_layer_drop_at_random_under_windows() -> None:
         assert network.model.stem.weight.grad is not None and network.model.head.weight.grad is not None
 
 
-@pytest.mark.xfail(
-    strict=True, reason="in joined blocks a tensor is taken for one of the same module in the later block"
-)
 def test_layer_drop_frees_nothing_that_is_read_later() -> None:
     """One activation serves everywhere: what it made first is read last, what it made second is not."""
 
@@ -1200,7 +1203,6 @@ def test_a_block_may_begin_at_a_later_call_of_a_module() -> None:
     assert_same(found, gradients(reference))
 
 
-@pytest.mark.xfail(strict=True, reason="the door of the older step counts calls in the newer one too")
 def test_calls_are_counted_once_while_somebody_holds_another_step() -> None:
     network = second_calls()
     expected = step(copy.deepcopy(network))
@@ -1292,7 +1294,6 @@ def test_outputs_of_any_kind(kind: str, method: str) -> None:
     assert type(answer) is type(observed[0]) and torch.equal(unwrap(answer), unwrap(network(data()[0])))
 
 
-@pytest.mark.xfail(strict=True, reason="what the model returns besides is freed after its last reader in the forward")
 def test_a_loss_may_read_what_the_model_returns_from_early_blocks() -> None:
     """Hidden states, attention maps, gates of experts."""
 

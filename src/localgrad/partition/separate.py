@@ -75,15 +75,20 @@ class SeparateBlocks(nn.Module):
     Args:
         blocks: in the order they run; a part of them where others run elsewhere.
         elsewhere: those that others run afterwards, on what is kept for them.
+        several: whether a batch is a tuple of inputs.
 
     Attributes:
         again: indices of blocks to run again in the backward pass; set for each step.
     """
 
     def __init__(
-        self, blocks: Sequence[Block | RecomputedBlock], elsewhere: Sequence[Block | RecomputedBlock] = ()
+        self,
+        blocks: Sequence[Block | RecomputedBlock],
+        elsewhere: Sequence[Block | RecomputedBlock] = (),
+        several: bool = False,
     ) -> None:
         super().__init__()
+        self.several = several
         self.elsewhere = tuple(elsewhere)  # no children
         self.parts = list(blocks)
         self.blocks = nn.ModuleList(blocks)
@@ -96,7 +101,7 @@ class SeparateBlocks(nn.Module):
         return tuple(Point(f"doors.{k}") for k in range(1, len(self.blocks)))
 
     def forward(self, *inputs: Any) -> Any:
-        return self.run({INPUTS: inputs[0] if len(inputs) == 1 else inputs})[OUTPUT]
+        return self.run({INPUTS: inputs if self.several else inputs[0]})[OUTPUT]
 
     def run(self, values: dict[str, Any]) -> dict[str, Any]:
         """Run the blocks on ``values``; what none of them reads any more is let go of."""
@@ -157,7 +162,8 @@ def separate_blocks(
         _check_separable(model, points, taps, example, why)
         parts = split(model, example, [cut.point.name for cut in points], taps or "auto")
     blocks = join(model, parts, sizes)
-    _compare(SeparateBlocks(blocks), model, example, f"{why}: the blocks that torch.fx makes")
+    several = isinstance(example, (tuple, list))
+    _compare(SeparateBlocks(blocks, several=several), model, example, f"{why}: the blocks that torch.fx makes")
     return blocks
 
 

@@ -232,6 +232,7 @@ class _Ways:
         self.plain: Predicted | None = None
         self.options: list[Option] = []
         self.skipped: list[str] = []
+        self.separable = True  # whether blocks can be called one by one, as those must that are recomputed
 
     def all(self) -> tuple[list[Option], list[str]]:
         """Every way, plain training first, and what was left out with the reason."""
@@ -246,8 +247,9 @@ class _Ways:
             names = [cut.name for cut in self.planner.cuts(k, self.e2e)]
             try:
                 by_blocks[k] = self.planner.network(checkpointing, names)
-            except PartitionError as error:  # its blocks cannot be called one by one
-                self.skipped.append(f"checkpointing K={k}: {error}")
+            except PartitionError as error:
+                self.separable = False
+                self.skipped.append(f"checkpointing, and units recomputed: {error}")
                 break
             self.add(f"checkpointing K={k}", "checkpointing", by_blocks[k], checkpointing, recomputing)
         if by_blocks:
@@ -287,7 +289,7 @@ class _Ways:
             if not same:
                 network = planner.network(self.local, by_block)
                 self.add(label, "local", network, self.local, self.text, per_block=(True,))
-            if several := planner.several_units(at_the_end):
+            if self.separable and (several := planner.several_units(at_the_end)):
                 label += ", units recomputed"
                 network = planner.network(self.local, at_the_end, several)
                 self.add(label, "local", network, self.local, self.text, recompute=several)
