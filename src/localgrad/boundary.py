@@ -44,16 +44,16 @@ def becomes(tensor: Tensor, value: Tensor) -> None:
 class Released(Tensor):
     """The form of a tensor without its data. Swapped with a tensor, every operation on that one is an error.
 
-    Shape, type and device stay what they were. A tensor on the meta device would be taken by many operations in silence.
+    Shape, type and device stay what they were. (Many operations take a tensor on the meta device in silence.)
     """
 
     @staticmethod
     def __new__(cls, tensor: Tensor) -> Released:
-        form = {"strides": tensor.stride(), "dtype": tensor.dtype, "device": tensor.device}
-        return Tensor._make_wrapper_subclass(cls, tensor.shape, **form)  # type: ignore[attr-defined,no-any-return]
+        make: Any = Tensor._make_wrapper_subclass
+        return make(cls, tensor.shape, strides=tensor.stride(), dtype=tensor.dtype, device=tensor.device)  # type: ignore[no-any-return]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError("the data of a tensor was let go of")
 
 

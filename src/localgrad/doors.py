@@ -13,11 +13,18 @@ from collections.abc import Callable
 from typing import Any
 
 import greenlet
+import torch
+import torch.utils.checkpoint
 from torch import nn
+
+from localgrad.errors import PartitionError
 
 
 class Suspended(greenlet.greenlet):
     """A forward that can be suspended; see `localgrad.forward.SuspendedForward`."""
+
+    training: bool
+    boundary: int
 
     @abstractmethod
     def arrived(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -44,6 +51,43 @@ class _Door:
         output = inner(*args, **kwargs)
         forward.left(self.module, output)
         return output
+
+
+def refuse_reentrant() -> Callable[[], None]:
+    """Refuse, in a suspended forward, what torch only warns of: that a checkpointed region will get no gradient.
+
+    Returns what ends it.
+    """
+    _watched.append(True)
+    torch.utils.checkpoint.check_backward_validity = _check_reentrant
+
+    def remove() -> None:
+        _watched.pop()
+        if not _watched:
+            torch.utils.checkpoint.check_backward_validity = _warn
+
+    return remove
+
+
+_watched: list[bool] = []  # one for each step under way
+_warn = torch.utils.checkpoint.check_backward_validity
+
+
+def _check_reentrant(inputs: Any) -> None:
+    forward = greenlet.getcurrent()
+    cut = isinstance(forward, Suspended) and forward.training and forward.boundary > 0
+    if cut and not any(value.requires_grad for value in inputs if isinstance(value, torch.Tensor)):
+        raise PartitionError(
+            "a region under torch.utils.checkpoint with use_reentrant=True takes features that were cut from their "
+            "graph, and would train nothing: write use_reentrant=False, or switch it on before localize"
+        )
+    _warn(inputs)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    impl = module.__dict__.get("_compiled_call_impl")
+    return (impl.compiled if isinstance(impl, _Door) else impl) is not None
 
 
 def put_door(module: nn.Module) -> Callable[[], None]:

@@ -105,9 +105,9 @@ def require_network(network: Any, caller: str) -> None:
 
     if not isinstance(network, LocalNetwork):
         raise TrainingError(
-            f"{caller} got a {type(network).__name__}; it takes what localize returns. Around a network neither "
-            "DistributedDataParallel nor torch.compile has an effect: write "
-            "localgrad.distributed.data_parallel(network, mesh), or network.compile_blocks()"
+            f"{caller} got a {type(network).__name__}; it takes what localgrad.localize(model, method, ...) returns, "
+            "no model and no wrapper: instead of DistributedDataParallel or torch.compile around a network write "
+            "localgrad.distributed.data_parallel(network, mesh) or network.compile_blocks()"
         )
 
 
@@ -197,6 +197,7 @@ def local_outputs(
 @torch.no_grad()
 def features(network: LocalNetwork, inputs: Any) -> Iterator[Any]:
     """The features behind each block, then the model's output; mode is the caller's business."""
+    require_network(network, "features")
     with network.opened(()) as opened:
         one = Pass(network, opened, (), Batch(inputs, None, 0))
         for block in one.blocks:

@@ -31,9 +31,9 @@ from torch.utils._pytree import tree_leaves
 
 from localgrad import thread_state
 from localgrad.batches import tensors_in
-from localgrad.doors import Suspended, put_door
+from localgrad.doors import Suspended, put_door, refuse_reentrant
 from localgrad.errors import PartitionError
-from localgrad.frames import Tag, held_by_frames, outermost
+from localgrad.frames import Tag, depth_of, held_by_frames, outermost
 from localgrad.points import Arguments, Point, Watch
 
 
@@ -50,7 +50,7 @@ class SuspendedForward(Suspended):
 
     def __init__(self, opened: OpenModel, call: Callable[[], Any]) -> None:
         super().__init__(call)
-        self._opened = opened
+        self._opened, self.training = opened, opened.training
         self._calls: dict[nn.Module, int] = {}
         self._made: list[tuple[Tag, weakref.ref[Tensor]]] = []
         self._base: thread_state.Heights | None = None
@@ -76,11 +76,16 @@ class SuspendedForward(Suspended):
             self.hooked = False
 
     def made(self, known: Callable[[Tensor], bool]) -> dict[int, tuple[Tag, Tensor]]:
-        """What has been made since the last cut and is still held, each tensor once under its first tag."""
+        """What has been made since the last cut and is still held, each tensor once.
+
+        Under the tag of the outermost module that returned or took it: what lies inside may get compiled.
+        """
         found: dict[int, tuple[Tag, Tensor]] = {}
         for tag, ref in self._made:
             if (tensor := ref()) is not None and tensor.grad_fn is not None and not known(tensor):
-                found.setdefault(id(tensor), (tag, tensor))
+                before = found.get(id(tensor))
+                if before is None or depth_of(tag) < depth_of(before[0]):
+                    found[id(tensor)] = (tag, tensor)
         self._made = []
         for place, tensor in enumerate(tensors_in(self.features)):
             if tensor.grad_fn is not None and not known(tensor):
@@ -188,6 +193,7 @@ class OpenModel:
             forward.close()
         for module in dict.fromkeys((*self.watched, *(module for module, _ in self.points))):
             self._exits.callback(put_door(module))
+        self._exits.callback(refuse_reentrant())
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -15,6 +15,11 @@ Tag = tuple[
 ]  # who holds a tensor: ("returns", module, place), ("takes", ...) or ("frame", function, name, place)
 
 
+def depth_of(tag: Tag) -> int:
+    """How deep in the model the module of a tag lies; local variables come after every module."""
+    return 1 << 30 if tag[0] == "frame" else tag[1].count(".")
+
+
 def outermost(model: Any, inputs: Any) -> Any:
     """``model`` on a batch; the frames within this call are the model's."""
     return call_model(model, inputs)

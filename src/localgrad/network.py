@@ -32,6 +32,7 @@ from localgrad.rules import Rule
 from localgrad.spans import Span, check
 from localgrad.twins import Twin
 from localgrad.untouched import untouched
+from localgrad.wrapped import check_holder, check_network, check_wrapped
 
 if TYPE_CHECKING:
     from localgrad.distributed.block_parallel import Stage
@@ -68,6 +69,8 @@ class LocalNetwork(nn.Module):
         self._partition = (chosen.partition,)
         self._separate = (blocks,)
         self._early_twins: dict[int, list[Twin]] = {}
+        # Such a region trains only if what it takes carries a gradient.
+        self.reentrant = "CheckpointFunctionBackward" in chosen.partition.graph.kinds
 
     @property
     def num_blocks(self) -> int:
@@ -108,7 +111,7 @@ class LocalNetwork(nn.Module):
             # Through the network, so that what a trainer wraps around its forward holds.
             runs = self if self.running is self.model else self.running
             opened = OpenModel(runs, self.running, [cut.point for cut in self.cuts], self.watch, device)
-        with opened, _without_cache(self.model):
+        with opened, _without_cache(self.model), _buffers_kept(spans, self.num_blocks):
             yield opened
 
     def check_ready(self) -> None:
@@ -125,11 +128,14 @@ class LocalNetwork(nn.Module):
             raise PartitionError(
                 f"{changed[0]!r} was added to the model or taken from it after it was cut: call localize again"
             )
-        if any(kind.__name__ == "FSDPModule" for kind in type(self).__mro__):
-            raise PartitionError(
-                "fully_shard was applied to the network as a whole, which gathers every block at once: apply it to "
-                "modules inside the blocks, or write localgrad.distributed.data_parallel(network, mesh, shard=True)"
-            )
+        check_network(self)
+        self._check_holders()
+
+    def _check_holders(self) -> None:
+        check_holder(self)
+        paths = [cut.point.name.split(".") for cut in self.cuts]
+        for name in dict.fromkeys(".".join(path[:depth]) for path in paths for depth in range(len(path))):
+            check_holder(self.running.get_submodule(name))
 
     @property
     def device(self) -> torch.device:
@@ -157,8 +163,13 @@ class LocalNetwork(nn.Module):
 
     def parameters_of(self, block: int) -> list[nn.Parameter]:
         """The model's parameters that a block uses; a shared one belongs to the last block that does."""
+        found, last = [], 0
         named = dict(self.running.named_parameters())
-        return [named[name] for name, blocks in self.home.items() if blocks and blocks[-1] == block]
+        for name, blocks in self.home.items():
+            last = blocks[-1] if blocks else last  # one that the example did not use goes with its neighbour
+            if last == block:
+                found.append(named[name])
+        return found
 
     def block_parameters(self, block: int) -> list[nn.Parameter]:
         """What is trained with one block: its parameters and those of the auxiliary networks on its output."""
@@ -232,6 +243,15 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
+def _buffers_kept(spans: Sequence[Span], num_blocks: int) -> contextlib.AbstractContextManager[Any]:
+    """Inside it, what gets compiled may go back more than once, if a block does: else torch gives its buffers away."""
+    if all(len({span.start for span in spans if span.covers(block)}) < 2 for block in range(num_blocks)):
+        return contextlib.nullcontext()
+    from torch._functorch import config
+
+    return config.patch(donated_buffer=False)
+
+
 def _twins(module: nn.Module) -> list[Twin]:
     return [twin for part in module.modules() for twin in getattr(part, "twins", ())]
 
@@ -288,6 +308,7 @@ def localize(model: nn.Module, method: Method, cutting: Any, *, example: Any, sh
         several = isinstance(example, (tuple, list))
         blocks = SeparateBlocks(separate.separate_blocks(partition, cuts, chosen.recompute, why), several=several)
     network = LocalNetwork(model, method, chosen, blocks)
+    network._check_holders()
     features, network.watch = rehearse(network, example)
     inputs = tensors_in(example)[0]
     for stop, start in sorted({(s.stop, s.start) for pattern in patterns for s in pattern if s.stop < count}):
@@ -296,8 +317,9 @@ def localize(model: nn.Module, method: Method, cutting: Any, *, example: Any, sh
     copies = [module for module in network.auxiliary.modules() if isinstance(module, Called) and module.sources]
     if blocks is not None and copies:
         raise MethodError(
-            f"{method.name} copies {type(copies[0].module).__name__}, which takes more tensors than the features (a mask, "
-            "say), and runs blocks one by one, which does not have them at hand; leave out the bridge or the recomputation"
+            f"{method.name} copies {type(copies[0].module).__name__}, which takes more tensors than the features (a "
+            "mask, say), and runs blocks one by one, which does not have them at hand; leave out the bridge or the "
+            "recomputation"
         )
     network._early_twins = {
         b: [twin for twin in network.twins_at(b) if twin.exchange == "before"] for b in range(1, count)
@@ -325,18 +347,7 @@ def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise PartitionError(f"model is a {type(model).__name__}; localize(model, ...) takes a torch.nn.Module")
     kind = type(model).__name__
-    instead = {
-        "DistributedDataParallel": "localize(model.module, ...) and then localgrad.distributed.data_parallel(network, "
-        "mesh): its own reduction waits for one backward pass through everything",
-        "DataParallel": "localize(model.module, ...), and localgrad.distributed.data_parallel(network, mesh) with a "
-        "process for each device",
-        "FullyShardedDataParallel": "localize the plain model, after fully_shard (FSDP2) on its submodules, or "
-        "localgrad.distributed.data_parallel(network, mesh, shard=True)",
-        "OptimizedModule": "localize(model._orig_mod, ...) and then network.compile_blocks(): a graph is never "
-        "suspended",
-    }
-    if kind in instead:
-        raise PartitionError(f"model is wrapped in {kind}; write {instead[kind]}")
+    check_wrapped(model)
     if not any(True for _ in model.parameters()):
         raise PartitionError(f"{kind} has no parameters, so no block of it can be trained")
 

@@ -97,8 +97,9 @@ class Pass:
             except (RuntimeError, SystemError) as error:
                 if any(held.released for held in self.held) and _is_internal(error):
                     raise TrainingError(
-                        f"block {block} read a tensor that no block reads so late in a forward over the example of localize, so "
-                        "its data was let go of. Call localize with an example that takes the same branches, or cut behind it"
+                        f"block {block} read a tensor that no block reads so late in a forward over the example of "
+                        "localize, so its data was let go of. Call localize with an example that takes the same "
+                        "branches, or cut behind it"
                     ) from error
                 raise
         if not self.training:
@@ -128,7 +129,7 @@ class Pass:
                 continue
             held.captured = any(span.start <= held.maker and span.stop > block for span in self.spans)
             if not held.captured:
-                value = stopped(tensor, differentiable=self.forward.hooked)
+                value = stopped(tensor, differentiable=self.forward.hooked or self.network.reentrant)
                 for one in self.observers if id(tensor) in features else ():
                     value = one.enter(value)
                 becomes(tensor, value)

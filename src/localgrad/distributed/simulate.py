@@ -273,7 +273,8 @@ def measured(network: LocalNetwork, inputs: Any, targets: Any, rounds: int = 3) 
     def ran(one: Pass, block: int) -> None:
         sent = {id(tensor): tensor for tensor in tensors_in(one.forward.features)}
         for held in one.held:
-            if one.watch.last.get((held.maker, held.tag), block) > block and (tensor := held.ref()) is not None:
+            last, _ = one.watch.last.get((held.maker, held.tag), (block, 0))
+            if last > block and (tensor := held.ref()) is not None:
                 sent[id(tensor)] = tensor
         sizes[block] = sum(tensor.numel() * tensor.element_size() for tensor in sent.values())
 

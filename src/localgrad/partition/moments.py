@@ -387,6 +387,11 @@ class Partition:
         call = next((c for c in self.calls if c.name == name), None)
         if call is None:
             raise PartitionError(f"cuts: module {name!r} exists but is not called in training mode; {valid}")
+        if not call.differentiable:
+            raise PartitionError(
+                f"cuts: {name!r} runs under torch.no_grad(), or under torch.utils.checkpoint with use_reentrant=True; "
+                f"write use_reentrant=False; {valid}"
+            )
         if not call.taken:
             raise PartitionError(f"cuts: {name!r} takes nothing that was computed from parameters before it; {valid}")
         (crossing,) = self._crossing([call.enter])

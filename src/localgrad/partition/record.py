@@ -37,6 +37,7 @@ class Call:
     overwritten: frozenset[int] = frozenset()
     structured: bool = False
     stray: bool = False
+    differentiable: bool = True  # whether it ran with gradients
 
 
 def clock() -> int:
@@ -67,7 +68,7 @@ class Listener:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             torch.clear_autocast_cache()  # as at every cut; a weight that several calls read would cross as its cast
             number = self.numbers[name] = self.numbers.get(name, -1) + 1
-            call = Call(name, number, clock())
+            call = Call(name, number, clock(), differentiable=torch.is_grad_enabled())
             # A module that is called where its path does not lead is shared by several others.
             call.stray = bool(self.running) and not name.startswith(self.running[-1].name + ".")
             given: list[tuple[Key, Any]] = [*enumerate(args), *kwargs.items()]
