@@ -48,13 +48,16 @@ class BuffersKept:
         self.owned = []
 
 
-def recomputed(module: nn.Module, *arguments: Any) -> Any:
-    """``module(*arguments)``, run again in the backward pass instead of kept; draws are repeated."""
+def recomputed(module: nn.Module, *arguments: Any, owner: nn.Module | None = None) -> Any:
+    """``module(*arguments)``, run again in the backward pass instead of kept; draws are repeated.
+
+    The second time the buffers of ``owner``, by default of the module, are left alone.
+    """
     return checkpoint(
         module,
         *arguments,
         use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), BuffersKept(module)),
+        context_fn=lambda: (contextlib.nullcontext(), BuffersKept(owner or module)),
     )
 
 

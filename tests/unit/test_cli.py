@@ -155,7 +155,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "blocks and cuts": ([*DIGITS, "blocks.cuts=[layer2]"], ["blocks.num_blocks=4", "exactly one"]),
     "neither": ([*DIGITS, "blocks.num_blocks=null"], ["exactly one", "--num-blocks 4"]),
     "cut": ([*DIGITS, "blocks={num_blocks: null, cuts: [layer9]}"], ["layer9"]),
-    "cut in a branch": ([*DIGITS, "blocks={num_blocks: null, cuts: [layer2.0.shortcut]}"], ["'layer2.0.shortcut' is no cut point", "branch"]),
+    "cut in a branch": (
+        [*DIGITS, "blocks={num_blocks: null, cuts: [layer2.0.shortcut]}"],
+        ["'layer2.0.shortcut' is no cut point", "branch"],
+    ),
     "device": ([*DIGITS, "--device", "gpu"], ["train.device='gpu'", "auto, cpu, cuda"]),
     "device kind": ([*DIGITS, "--device", "meta"], ["train.device='meta'", "cpu and cuda"]),
     "clip per block": ([*DIGITS, "-m", "dgl+windows", "optim.per_block=true", "optim.clip_grad=1"], ["drop one"]),

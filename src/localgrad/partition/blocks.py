@@ -38,6 +38,11 @@ class _Named(nn.Module):
         return self.names(self._model[0].training)[0]
 
     @property
+    def owner(self) -> nn.Module:
+        """The module whose buffers it moves: the whole model, of which it may read some by name."""
+        return self._model[0]
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the values it makes, in the order ``forward`` returns them; the first are the features."""
         return self.names(self._model[0].training)[1]
@@ -108,7 +113,9 @@ class RecomputedBlock(_Named):
         for index, part in enumerate(self.parts):
             arguments = [known[name] for name in part.inputs]
             again = torch.is_grad_enabled() and index < len(self.parts) - 1
-            known |= zip(part.outputs, recomputed(part, *arguments) if again else part(*arguments), strict=True)
+            known |= zip(
+                part.outputs, recomputed(part, *arguments, owner=part.owner) if again else part(*arguments), strict=True
+            )
         return tuple(known[name] for name in self.outputs)
 
     def compile_graphs(self, **options: Any) -> None:

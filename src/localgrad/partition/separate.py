@@ -6,6 +6,7 @@ the model's own forward computes. Chained they are a module like any other, whic
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from localgrad.partition.blocks import (
     split,
 )
 from localgrad.partition.moments import Cut, Partition
+from localgrad.partition.trace import Taps
 from localgrad.points import Point
 from localgrad.recompute import recomputed
 from localgrad.untouched import untouched
@@ -114,7 +116,7 @@ class SeparateBlocks(nn.Module):
                 if not any(name in other.inputs for other in later):
                     del values[name]
             again = index in self.again and torch.is_grad_enabled()
-            outputs = recomputed(block, *arguments) if again else block(*arguments)
+            outputs = recomputed(block, *arguments, owner=block.owner) if again else block(*arguments)
             del arguments
             values |= zip(block.outputs, outputs, strict=True)
             del outputs
@@ -158,13 +160,24 @@ def separate_blocks(
     if isinstance(model, Chain):
         parts = _from_list(model, [int(cut.name.split(".")[1]) for cut in points])
     else:
-        taps = tuple(dict.fromkeys(name for cut in points for name in partition.holders(cut)))
-        _check_separable(model, points, taps, example, why)
-        parts = split(model, example, [cut.point.name for cut in points], taps or "auto")
+        parts = _by_tracing(partition, points, example, why)
     blocks = join(model, parts, sizes)
     several = isinstance(example, (tuple, list))
     _compare(SeparateBlocks(blocks, several=several), model, example, f"{why}: the blocks that torch.fx makes")
     return blocks
+
+
+def _by_tracing(partition: Partition, cuts: Sequence[Cut], example: Any, why: str) -> list[Block]:
+    """The blocks that torch.fx makes, with no taps if it can do without; naming them, it looks inside more modules."""
+    named = tuple(dict.fromkeys(name for cut in cuts for name in partition.holders(cut)))
+    points = [cut.point.name for cut in cuts]
+    _check_separable(partition.model, cuts, (), example, why)
+    fewer: tuple[Taps, ...] = ((), "auto")
+    for taps in fewer:
+        with contextlib.suppress(PartitionError):
+            return split(partition.model, example, points, taps)
+    _check_separable(partition.model, cuts, named, example, why)
+    return split(partition.model, example, points, named)
 
 
 def _as_by_now(model: nn.Module, example: Any) -> Any:
