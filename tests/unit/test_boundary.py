@@ -296,7 +296,7 @@ def test_a_forward_that_reads_later_than_in_the_rehearsal_fails_loudly(name: str
     network = localized(Late())
     expected = step(network)
     network.model.late = LATE[name]
-    with pytest.raises(TrainingError, match=r"block 3 read a tensor that no block reads so late.*let go of"):
+    with pytest.raises(TrainingError, match=r"block 2 read a tensor that no block reads so late.*let go of"):
         step(network)
     assert not any("_compiled_call_impl" in vars(module) for module in network.model.modules())
     network.model.late = None

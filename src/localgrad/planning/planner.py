@@ -7,6 +7,7 @@ attention falls back to the form that keeps the attention matrix, and autocast d
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -161,7 +162,8 @@ class Planner:
         """The model cut up, without data; raises `PartitionError` if it has no separate blocks to recompute."""
         where: Any = tuple(cuts) or 1
         where = cutting.recomputed(where, tuple(recompute)) if recompute else where
-        with _Shapes(), torch.device("meta"):
+        with _Shapes(), torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of blocks that are cut badly: others are tried beside them
             return localize(self.model, method, where, example=self.example)
 
     def step(self, network: LocalNetwork, method: Method) -> Predicted:
