@@ -31,6 +31,8 @@ def becomes(tensor: Tensor, value: Tensor) -> None:
     """Everybody who holds ``tensor`` holds ``value`` from now on; no version counter moves, views are tensors too."""
     try:
         torch._C._swap_tensor_impl(tensor, value)
+        if isinstance(value, Released):
+            tensor.__class__, value.__class__ = Released, type(tensor)  # type: ignore[assignment]
     except RuntimeError as error:  # `retain_grad` has left a weak reference to it in C++
         if value.requires_grad or tensor._is_view() or isinstance(value, Released):
             raise PartitionError(
@@ -46,6 +48,8 @@ class Released(Tensor):
 
     Shape, type and device stay what they were. (Many operations take a tensor on the meta device in silence.)
     """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, tensor: Tensor) -> Released:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ def local_losses(
     autocast: torch.dtype | None = None,
     on_output: OnOutput | None = None,
     on_block_done: Callable[[int], None] | None = None,
-) -> Iterator[tuple[Span, Tensor]]:
+) -> Generator[tuple[Span, Tensor], None, None]:
     """Run one step and yield each local loss as soon as its features exist; call ``loss.backward()`` on each.
 
     ``loss = span.weight * sum_i weight_i * term_i.loss(head_i(features), batch)``, and the task's loss of the model's
@@ -130,6 +130,7 @@ def execute(
     """Do what the rows say; yields (span, loss) at each row ``loss``."""
     wait = network.method.accumulate.wait
     current: Pass | None = None
+    late: list[int] = []  # blocks that a forward joined to later ones
     for row in table:
         one = passes[row.part]
         if one is not current:
@@ -147,7 +148,11 @@ def execute(
         elif row.do == "twins":
             network.exchange_before_step(row.block + 1)
         else:
-            done(row.block)
+            late.append(row.block)
+        complete = [block for block in late if not any(each.covers(block) for each in passes)]
+        late = [block for block in late if block not in complete]
+        for block in complete:
+            done(block)
 
 
 def backward(

@@ -16,13 +16,11 @@ because it is plain training. The cut is taken in ``Module.__call__``, outside t
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import greenlet
 import torch
@@ -31,10 +29,13 @@ from torch.utils._pytree import tree_leaves
 
 from localgrad import thread_state
 from localgrad.batches import tensors_in
-from localgrad.doors import Suspended, put_door, refuse_reentrant
+from localgrad.doors import Suspended
 from localgrad.errors import PartitionError
-from localgrad.frames import Tag, depth_of, held_by_frames, outermost
-from localgrad.points import Arguments, Point, Watch
+from localgrad.frames import Tag, depth_of, held_by_frames
+from localgrad.points import Arguments, Point
+
+if TYPE_CHECKING:
+    from localgrad.opened import OpenModel
 
 
 class SuspendedForward(Suspended):
@@ -54,6 +55,7 @@ class SuspendedForward(Suspended):
         self._calls: dict[nn.Module, int] = {}
         self._made: list[tuple[Tag, weakref.ref[Tensor]]] = []
         self._base: thread_state.Heights | None = None
+        self._inference = False
         self._closing = False
         self.boundary = 0
         self.features: Any = None
@@ -66,6 +68,7 @@ class SuspendedForward(Suspended):
         """Run the forward to the next cut, or to its end."""
         self.parent = greenlet.getcurrent()
         callers, self._base = thread_state.values(), thread_state.heights()
+        self._inference = torch.is_inference_mode_enabled()
         self.features, self.arguments = None, Arguments((), {})
         try:
             output = self.switch() if error is None else self.throw(error)
@@ -122,6 +125,11 @@ class SuspendedForward(Suspended):
                 f"the forward runs {point.name!r}, with which a block begins, under torch.no_grad(), or under "
                 "torch.utils.checkpoint with use_reentrant=True. Cut elsewhere, or write use_reentrant=False"
             )
+        if torch.is_inference_mode_enabled() and not self._inference:
+            raise PartitionError(
+                f"the forward runs {point.name!r}, with which a block begins, under torch.inference_mode(), which "
+                "cannot be set aside: write torch.no_grad() there, or cut elsewhere"
+            )
         if self._opened.watch.frames:
             self._made += [(tag, weakref.ref(tensor)) for tag, tensor in held_by_frames(sys._getframe(2))]
         self.boundary, self.features, self.arguments = boundary, features, Arguments(args, kwargs)
@@ -159,55 +167,3 @@ def _leaf(leaves: Sequence[Any], point: Point) -> Tensor:
             "example that is called as in training"
         )
     return features
-
-
-class OpenModel:
-    """A model with doors at its cuts: as a context, for the length of a step; ``call`` begins a forward.
-
-    Args:
-        model: what is called; its parts are looked up in ``root`` by name.
-        points: where blocks 1 .. K-1 begin, in the order they run.
-        watch: how to find what else crosses.
-        device_type: of the parameters.
-    """
-
-    def __init__(
-        self, model: nn.Module, root: nn.Module, points: Sequence[Point], watch: Watch, device_type: str
-    ) -> None:
-        self.model, self.watch, self.device_type = model, watch, device_type
-        self.points = [(root.get_submodule(point.name), point) for point in points]
-        self.watched = {root.get_submodule(name): name for name in watch.modules}
-        self.training = torch.is_grad_enabled()
-        self._thread = threading.get_ident()
-        self._open: list[SuspendedForward] = []
-        self._exits = contextlib.ExitStack()
-
-    def call(self, inputs: Any) -> SuspendedForward:
-        """A forward that has not begun."""
-        forward = SuspendedForward(self, lambda: outermost(self.model, inputs))
-        self._open.append(forward)
-        return forward
-
-    def __enter__(self) -> OpenModel:
-        for forward in _LEFT.pop(threading.get_ident(), ()):
-            forward.close()
-        for module in dict.fromkeys((*self.watched, *(module for module, _ in self.points))):
-            self._exits.callback(put_door(module))
-        self._exits.callback(refuse_reentrant())
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for forward in self._open:
-            self._exits.callback(self._close, forward)
-        self._open.clear()
-        self._exits.close()  # every one of them, whatever one of them raises
-
-    def _close(self, forward: SuspendedForward) -> None:
-        try:
-            forward.close()
-        except (greenlet.error, ValueError):  # in another thread: the forward's own closes it at its next step
-            _LEFT.setdefault(self._thread, []).append(forward)
-            raise
-
-
-_LEFT: dict[int, list[SuspendedForward]] = {}  # forwards that could not be closed, by thread

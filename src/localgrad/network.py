@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from localgrad.batches import tensors_in
 from localgrad.cuts import Chosen, as_cutting
 from localgrad.errors import MethodError, PartitionError, TrainingError
-from localgrad.forward import OpenModel
 from localgrad.method import Auxiliary, Method, Site
+from localgrad.opened import OpenModel
 from localgrad.partition import (
     AuxiliaryBytes,
     Block,

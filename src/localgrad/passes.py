@@ -15,10 +15,10 @@ from torch import Tensor
 from localgrad.batches import map_tensors, tensors_in
 from localgrad.boundary import BlockGraph, Gradients, Released, becomes, stopped
 from localgrad.errors import TrainingError
-from localgrad.forward import OpenModel
 from localgrad.frames import Tag
 from localgrad.isolation import check_isolation
 from localgrad.method import Batch, Term
+from localgrad.opened import OpenModel
 from localgrad.partition.units import called_as
 from localgrad.pointwise import pointwise_recomputed
 from localgrad.randomness import draws_of
@@ -37,6 +37,7 @@ class Held:
         self.tag, self.ref, self.maker, self.slot = tag, weakref.ref(tensor), maker, slot
         self.attached = self.captured = True  # to the graph it came from; so that its gradient is caught, at least
         self.released = False
+        self.kept: bool | None = None  # by somebody beside frames; None until its last reader has run
 
 
 class Pass:
@@ -148,7 +149,9 @@ class Pass:
             if self.counts is not None:
                 self.counts.setdefault((held.maker, held.tag, block), []).append(references)
             last, known = self.watch.last.get((held.maker, held.tag), (block, 0))
-            if last < block and references <= known and self._over(held.maker, last):
+            if last < block and held.kept is None:  # counted where the rehearsal did: later, frames hold less
+                held.kept = references > known
+            if held.kept is False and self._over(held.maker, last):
                 becomes(tensor, Released(tensor))
                 held.captured, held.released = False, True
 
@@ -256,6 +259,10 @@ class Pass:
                 "local_losses, or run it under torch.no_grad() to evaluate only"
             )
         self._add_waiting(span.start, last, gradients)
+
+    def covers(self, block: int) -> bool:
+        """Whether a graph that still waits for a way back goes through a block."""
+        return any(graph.first <= block <= maker for maker, graph in self.graphs.items())
 
     def back(self, start: int, block: int, free: bool) -> None:
         """Push the gradients at the end of a block, of the spans from ``start``, back through it."""

@@ -14,19 +14,20 @@ from torch.utils._pytree import tree_leaves
 from localgrad.batches import tensors_in
 from localgrad.bench.memory import saved_storages
 from localgrad.errors import PartitionError
-from localgrad.forward import OpenModel
 from localgrad.frames import Tag
 from localgrad.method import Batch
+from localgrad.opened import OpenModel
 from localgrad.passes import Pass
 from localgrad.points import Watch
 from localgrad.spans import Span
-from localgrad.untouched import untouched
+from localgrad.untouched import random_state, untouched
 
 if TYPE_CHECKING:
     from localgrad.network import LocalNetwork
 
 MOST = 0.95  # of what all blocks keep, in one block, is worth a warning
-TRIES = 8  # forwards that may skip the module a block begins with (layer drop) before that is an error
+DRAWS = 3  # forwards of a model that draws: each may take other branches
+TRIES = 10  # forwards that may skip the module a block begins with (layer drop) before that is an error
 
 
 class _Reads(TorchDispatchMode):
@@ -63,15 +64,24 @@ def rehearse(network: LocalNetwork, example: Any) -> tuple[list[Tensor], Watch]:
         PartitionError: the forward does not come by every cut.
     """
     watch = Watch(tuple(name for name, _ in network.suspended.named_modules() if name), frames=True)
+    found: list[Places] = []
+    features: list[Tensor] = []
     for turn in range(TRIES):
         with untouched(network.model, training=True), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(turn)
+            before = random_state()
             network.watch = watch
             with network.opened(()) as opened:
-                features, places, kept = _walk(network, opened, example)
-        if len(features) == network.num_blocks - 1:
+                seen, places, kept = _walk(network, opened, example)
+            drawn = random_state() != before
+        if len(seen) < network.num_blocks - 1:
+            continue  # it skipped a module that a block begins with
+        if not found:
+            features = seen
             _warn_of_one_block(network, kept)
-            return features, _watch(places)
+        found.append(places)
+        if not drawn or len(found) == DRAWS:
+            return features, _watch(_latest(found))
     raise PartitionError(
         f"{type(network.model).__name__} did not come by every cut in {TRIES} forwards over the example: a module that "
         "a block begins with is skipped at random; cut before one that always runs"
@@ -111,6 +121,7 @@ def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[
                     tensor = held.ref()
                     if tensor is not None and held.maker == one.boundary - 1 and (s := _storage(tensor)) is not None:
                         found.setdefault((held.maker, held.tag), set()).add(s._cdata)
+                    del tensor  # or it would count as a holder
     for tensor in tensors_in(one.forward.features):  # whoever gets the model's output may read all of it
         if (storage := _storage(tensor)) is not None:
             reads.last[storage._cdata] = network.num_blocks - 1
@@ -119,8 +130,18 @@ def _walk(network: LocalNetwork, opened: OpenModel, example: Any) -> tuple[list[
         for (maker, tag), storages in found.items()
         if maker < network.num_blocks - 1
     }
+    for held in one.held:  # the frames are gone: a hook or an attribute keeps it
+        if held.ref() is not None:
+            places.pop((held.maker, held.tag), None)
     counts = {(maker, tag): one.counts.get((maker, tag, last + 1), [0]) for (maker, tag), last in places.items()}
     return features, {key: (last, min(counts[key])) for key, last in places.items()}, kept
+
+
+def _latest(found: list[Places]) -> Places:
+    """Of several forwards that drew, the last block that reads what is held in any of them."""
+    keys = dict.fromkeys(key for places in found for key in places)
+    seen = {key: [places[key] for places in found if key in places] for key in keys}
+    return {key: (max(last for last, _ in ones), min(count for _, count in ones)) for key, ones in seen.items()}
 
 
 def _warn_of_one_block(network: LocalNetwork, kept: list[int]) -> None:

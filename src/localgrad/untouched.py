@@ -11,6 +11,12 @@ import torch
 from torch import nn
 
 
+def random_state() -> tuple[bytes, object, str]:
+    """What the generators of torch (on the CPU), ``random`` and numpy will draw next, to be compared."""
+    numbers = np.random.get_state(legacy=False)["state"]
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), f"{numbers['key'].tobytes()!r}{numbers['pos']}"
+
+
 @contextmanager
 def untouched(model: nn.Module, training: bool) -> Iterator[None]:
     """Put every module in one mode; on exit modes, buffers and random generators are as they were before."""

@@ -186,7 +186,6 @@ def test_features_whose_gradient_is_retained() -> None:
     assert not network.model.kept[0].requires_grad
 
 
-@pytest.mark.xfail(strict=True, reason="they are let go of, and their gradient with them")
 def test_the_gradient_of_features_that_is_retained_can_be_read_after_the_step() -> None:
     network = localized(Retaining())
     network.model.retain = True
@@ -305,7 +304,6 @@ def test_a_forward_that_reads_later_than_in_the_rehearsal_fails_loudly(name: str
     assert all(gradient is not None for gradient in step(localized(network.model)).values())
 
 
-@pytest.mark.xfail(strict=True, reason="what somebody besides the forward's frames holds is let go of too")
 @pytest.mark.parametrize("keeper", ["hook", "attribute"])
 def test_what_hooks_and_attributes_keep_is_there_after_the_step(keeper: str) -> None:
     """Activations for a log, attention maps for a figure."""

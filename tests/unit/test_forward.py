@@ -255,7 +255,6 @@ def test_a_cut_without_gradients_is_refused(name: str) -> None:
     assert name == "reentrant checkpointing" or net.left == net.begun
 
 
-@pytest.mark.xfail(strict=True, reason="inference mode is not set aside, nor refused")
 def test_inference_mode_inside_an_evaluated_forward_stays_there_or_is_refused() -> None:
     net = Net()
     network = localized(net).eval()
@@ -772,7 +771,6 @@ def test_a_forward_that_another_thread_could_not_close_ends_by_the_next_step(way
     assert network.model.left == network.model.begun
 
 
-@pytest.mark.xfail(strict=True, reason="a forward of a thread that has ended is tried to be closed, and kept for ever")
 def test_a_step_whose_thread_has_ended_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its forward died with the thread; a later thread, which may have the same identity, is not disturbed."""
     monkeypatch.setattr("localgrad.forward._LEFT", {}, raising=False)  # what is left there is this test's own
@@ -1071,6 +1069,29 @@ def test_layer_drop_joins_blocks(skipped: set[int], parts: int) -> None:
                 made = made + torch.tanh(model.layers[boundary - 1](made))
         (F.cross_entropy(model.head(made), ys) / parts).backward()
     assert_same(gradients(network), gradients(reference))
+
+
+@pytest.mark.parametrize("skipped", [{0}, {1, 3}, {0, 1, 2, 3}], ids=str)
+def test_joined_blocks_step_when_their_graph_has_gone_back(skipped: set[int]) -> None:
+    """A step per block ends at the weights that one step at the end of the loop gives."""
+    network = localized(Dropping(), DGL, DROPPED)
+    reference = copy.deepcopy(network)
+    network.model.skipped = reference.model.skipped = skipped
+    optimizers = [torch.optim.SGD(network.block_parameters(k), 0.1) for k in range(network.num_blocks)]
+    done: list[int] = []
+
+    def move(block: int) -> None:
+        done.append(block)
+        optimizers[block].step()
+        optimizers[block].zero_grad(set_to_none=True)
+
+    for _, loss in localgrad.local_losses(network, *data(), on_block_done=move):
+        loss.backward()
+    assert sorted(done) == list(range(network.num_blocks))
+    step(reference)
+    torch.optim.SGD(reference.parameters(), 0.1).step()
+    for found, expected in zip(network.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_layer_drop_at_random_under_windows() -> None:

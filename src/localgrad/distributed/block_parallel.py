@@ -28,9 +28,9 @@ from localgrad.distributed.timeline import Timeline
 from localgrad.distributed.trees import decoded, encoded
 from localgrad.engine import in_context
 from localgrad.errors import ConfigError, MethodError, TrainingError, nearest
-from localgrad.forward import OpenModel
 from localgrad.method import Batch, Term, alone
 from localgrad.network import LocalNetwork
+from localgrad.opened import OpenModel
 from localgrad.partition import INPUTS
 from localgrad.passes import OnOutput, Pass, answers_at
 from localgrad.points import Watch

@@ -135,7 +135,8 @@ def create(
         if library == "smp":
             settings = {"encoder_weights": None, "in_channels": in_channels, "classes": num_classes, **options}
             model = _smp().create_model(short, **settings)
-            # The check compares sizes with numbers, which tracing cannot; sizes that do not fit fail all the same.
+            # The check compares sizes with numbers, which torch.fx cannot where separate blocks are made; sizes that do
+            # not fit fail all the same.
             model.requires_divisible_input_shape = False
             return model
         return OWN[short](num_classes=num_classes, in_channels=in_channels, **options)

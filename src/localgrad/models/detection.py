@@ -27,7 +27,7 @@ class Detector(nn.Module):
     the detector is trained.
 
     Args:
-        detector: ``torchvision.models.detection.RetinaNet`` or ``FCOS``, with any backbone that torch.fx can trace.
+        detector: ``torchvision.models.detection.RetinaNet`` or ``FCOS``, with any backbone.
 
     Raises:
         ConfigError: another kind of detector.

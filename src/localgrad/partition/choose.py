@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from localgrad.batches import tensors_in
 from localgrad.bench.memory import saved_storages
 from localgrad.errors import PartitionError
-from localgrad.forward import OpenModel
+from localgrad.opened import OpenModel
 from localgrad.partition.moments import Cut, Partition
 from localgrad.points import Watch
 from localgrad.untouched import untouched
