@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict
-from torch.utils._pytree import tree_leaves
 
 from localgrad.errors import PartitionError
 from localgrad.untouched import untouched
@@ -67,7 +66,6 @@ class _Tracer(fx.Tracer):
         self.left: dict[str, int] = {}
         self.returned: dict[str, fx.Node] = {}
         self.structured: set[str] = set()
-        self.calls: dict[str, tuple[Any, Any]] = {}
         self.inside: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -79,7 +77,6 @@ class _Tracer(fx.Tracer):
         caller = self.inside[-1] if self.inside else ""
         if not caller or path.startswith(caller + "."):  # else it is shared, and called where its path does not lead
             self.entered.setdefault(path, len(self.graph.nodes))
-            self.calls.setdefault(path, fx.node.map_aggregate((args, kwargs), _node_of))  # type: ignore[arg-type]
         if self.is_leaf_module(m, name):
             result = super().call_module(m, forward, args, kwargs)
         else:
@@ -95,10 +92,6 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def _node_of(value: Any) -> Any:
-    return value.node if isinstance(value, fx.Proxy) else value
-
-
 @dataclass
 class Trace:
     """A traced model.
@@ -108,10 +101,7 @@ class Trace:
         entered: module path -> number of nodes before its first call began; ``left`` before it had ended.
         returned: module path -> the node it returned.
         structured: paths of modules that returned several values; torch.fx must see each, so they are never kept whole.
-        calls: module path -> positional and keyword arguments of its first call, nodes for computed ones.
-        opaque: modules that cannot be traced and are kept whole -> the line and the reason.
         differentiable: nodes whose values carry gradient, once `note_values` has run.
-        plain: values of nodes that hold no tensor (sizes, say), once `note_values` has run.
     """
 
     root: nn.Module
@@ -120,10 +110,7 @@ class Trace:
     left: dict[str, int]
     returned: dict[str, fx.Node]
     structured: set[str] = field(default_factory=set)
-    calls: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    opaque: dict[str, str] = field(default_factory=dict)
     differentiable: set[fx.Node] = field(default_factory=set)
-    plain: dict[fx.Node, Any] = field(default_factory=dict)
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -217,7 +204,7 @@ def trace(
     """
     library_modules, library_functions = _library_leaves()
     default = fx.Tracer()
-    opaque: dict[str, str] = {}
+    opaque: set[str] = set()  # modules that cannot be traced and are kept whole
     # What is computed from buffers alone is recorded; frozen into the graph only where a forward branches on buffers.
     record_buffers = True
 
@@ -245,7 +232,7 @@ def trace(
                     record_buffers = False
                     continue
                 raise PartitionError(_untraceable(model, culprit, error)) from error
-            opaque[culprit] = _where(error)
+            opaque.add(culprit)
             continue
         if drawn and through is not None:
             raise PartitionError(
@@ -253,7 +240,7 @@ def trace(
                 "has to be traced, so every step would see the same draw. Move the draw into a module of its own, or "
                 "pass a list of modules that run one after the other."
             )
-        return Trace(root, graph, tracer.entered, tracer.left, tracer.returned, tracer.structured, tracer.calls, opaque)
+        return Trace(root, graph, tracer.entered, tracer.left, tracer.returned, tracer.structured)
 
 
 def _where(error: Exception) -> str:
@@ -297,8 +284,6 @@ class _Values(fx.Interpreter):
         result = super().run_node(n)
         if isinstance(result, Tensor):
             n.meta["shape"] = tuple(result.shape)
-        elif not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
-            self.traced.plain[n] = result
         floating = any(
             isinstance(t, Tensor) and t.is_floating_point()
             for t in (result if isinstance(result, (tuple, list)) else [result])
@@ -337,15 +322,6 @@ def note_values(traced: Trace, model: nn.Module, example: Any) -> None:
     """Fill in shapes and ``differentiable`` by running ``example`` in eval mode."""
     with untouched(model, False), torch.no_grad():
         _Values(traced).run(example)
-
-
-def writes_in_place(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a node is known to overwrite its first argument."""
-    if node.op == "call_module":
-        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place_name = (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "imul", "isub", "itruediv")
-    return bool(node.kwargs.get("inplace", False)) or in_place_name
 
 
 def channels_hint(node: fx.Node, traced: Trace, limit: int = 12) -> Literal["first", "last"] | None:
