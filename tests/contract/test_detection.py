@@ -442,6 +442,7 @@ def test_reconstruction_reads_the_pixels() -> None:
     assert len(spans) == 4 and all(loss.isfinite() for loss in spans.values())
 
 
+@pytest.mark.filterwarnings("ignore:block 1, from .1. on, keeps")
 def test_what_is_no_detector_is_refused() -> None:
     with pytest.raises(localgrad.ConfigError, match="takes torchvision's RetinaNet and FCOS"):
         Detector(nn.Linear(1, 1))
