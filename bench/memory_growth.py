@@ -1,7 +1,8 @@
 """How the peak of a step grows with the batch and with the depth: local learning against what is exact.
 
-Bytes of live tensors above weights and optimizer state (SGD without momentum has none), gradients included; exact, so one
-run tells. ``dgl`` with linear heads steps each block as soon as its micro-batches have passed it. Prints two tables.
+Bytes of live tensors above weights and optimizer state (SGD without momentum has none), gradients included. They are
+exact, so one run tells. ``dgl`` with linear heads steps each block as soon as its micro-batches have passed it.
+Prints two tables.
 
     python bench/memory_growth.py
 """
