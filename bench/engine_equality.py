@@ -1,7 +1,7 @@
 """Does a new engine compute the gradients of the one before it, bit for bit? Many networks, five methods, one machine.
 
-PYTHONPATH=/work/old/src python bench/engine_equality.py save DIR --old   # the traced engine of 4d59f19
-python bench/engine_equality.py compare DIR                               # this one: a table, and exit status 1 if not
+PYTHONPATH=OLD/src python bench/engine_equality.py save DIR --old   # the traced engine of 4d59f19
+python bench/engine_equality.py compare DIR                         # this one: a table, and exit status 1 if not
 python bench/engine_equality.py compare DIR --only 'vit*' --only resnet20 --method dgl
 
 ``save`` cuts each network into blocks of equally many units and writes DIR/NETWORK-METHOD.safetensors for each method:
