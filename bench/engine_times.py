@@ -51,8 +51,8 @@ TIMED: dict[str, tuple[Any, ...]] = {
 }
 WEIGHED: dict[str, tuple[Any, ...]] = {
     "ResNet-32, 64, `dgl` 16 blocks": (resnet32, 32, 64, DGL, 16, "count"),
-    "ResNet-101, 4, `dgl` 4 blocks by bytes": (resnet101, 224, 4, DGL, 4, "bytes"),
-    "ViT-S/16, 4, `dgl` 4 blocks by bytes": (vit, 224, 4, DGL, 4, "bytes"),
+    "ResNet-101, 16, `dgl` 4 blocks by bytes": (resnet101, 224, 16, DGL, 4, "bytes"),
+    "ViT-S/16, 16, `dgl` 4 blocks by bytes": (vit, 224, 16, DGL, 4, "bytes"),
 }
 
 

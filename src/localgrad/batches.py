@@ -51,7 +51,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
             return instance
         return leaf
 
-    return tree_map(mapped, value)
+    return function(value) if isinstance(value, Tensor) else tree_map(mapped, value)
 
 
 def num_samples(values: Any) -> int | None:

@@ -62,6 +62,7 @@ class Pass:
         self.network, self.spans, self.batch, self.part, self.share = network, spans, batch, part, share
         self.blocks = range(network.num_blocks) if blocks is None else blocks
         self.forward = opened.call(batch.inputs if values is None else values)
+        self.device = network.device
         self.watch, self.autocast, self.training = opened.watch, autocast, torch.is_grad_enabled()
         self.graphs: dict[int, BlockGraph] = {}
         self.held: list[Held] = []
@@ -87,8 +88,8 @@ class Pass:
             return
         self.go_on(block)
         with contextlib.ExitStack() as around:
-            around.enter_context(draws_of("block", self.batch.step, self.part, block, self.network.device))
-            around.enter_context(precision(self.network.device, self.autocast))
+            around.enter_context(draws_of("block", self.batch.step, self.part, block, self.device))
+            around.enter_context(precision(self.device, self.autocast))
             around.enter_context(self._lean(block))
             for one in self.observers:
                 around.enter_context(one.during(block))
@@ -180,7 +181,7 @@ class Pass:
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """The autocast that the forward was under where it is suspended, else the one that was asked for."""
         enabled, dtype = self.forward.autocast
-        return precision(self.network.device, dtype if enabled else self.autocast)
+        return precision(self.device, dtype if enabled else self.autocast)
 
     def loss(self, span: Span, on_output: OnOutput | None) -> Tensor | None:
         """The weighted loss of a span, whose backward pass stops at the boundary; None if no cut was reached there."""
@@ -192,7 +193,7 @@ class Pass:
         observed: list[tuple[Term | None, Any]] = []
         losses: dict[int, Tensor] = {}
         with (
-            draws_of("auxiliary", batch.step, self.part, str(span), network.device),
+            draws_of("auxiliary", batch.step, self.part, str(span), self.device),
             self.precision(),
             self._lean(boundary - 1),
             called_as(self.forward.arguments),

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import MODELS, TASK, batch
 
 import localgrad
+from gradients import gradients
 from localgrad import PartitionError, TrainingError, methods
 from localgrad.partition import Partition
 
@@ -42,10 +43,6 @@ class Net(nn.Module):
         for k in range(4):
             x = self.between(self, k, x)
         return self.head(x.mean((2, 3)))
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
 def assert_is_plain_training(model: nn.Module, inputs: Any = X, cutting: Any = 3, targets: Tensor = Y) -> None:

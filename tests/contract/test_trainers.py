@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad
+from gradients import assert_same
 from localgrad import local_losses, localize, methods
 
 CLASSES, BF16 = 4, torch.bfloat16
@@ -50,11 +51,6 @@ def dtypes_of(module: nn.Module) -> list[torch.dtype]:
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-
-
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def blocks_by_hand(network: localgrad.LocalNetwork, x: Tensor, y: Tensor, autocast: bool = True) -> dict[str, Tensor]:

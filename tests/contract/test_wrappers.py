@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import localgrad
+from gradients import assert_same
 from localgrad import PartitionError, TrainingError, localize, methods
 from localgrad.network import LocalNetwork
 from localgrad.testing import assert_isolated
@@ -93,11 +94,6 @@ def trained(network: LocalNetwork, x: Tensor = X, y: Tensor = Y) -> dict[str, Te
     random.seed(2)
     localgrad.backward(network, x, y)
     return gradients(network)
-
-
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 # Around the model, around the network: refused

@@ -53,7 +53,7 @@ def test_too_many_blocks(resnet32: Partition) -> None:
     expected = (
         "40 blocks, but this CifarResNet has 16 cut points; use 1 to 17 blocks or name modules that blocks begin "
     )
-    expected += "with, ('layer2', 'layer3')"
+    expected += "with, ('layer1', 'layer1.1')"
     for choose in (by_count, by_bytes):
         with pytest.raises(PartitionError) as caught:
             choose(resnet32, 40)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad
+from gradients import assert_same, gradients
 from localgrad.bench.memory import LiveBytes
 from localgrad.boundary import BlockGraph, Released, becomes, stopped
 from localgrad.errors import PartitionError, TrainingError
@@ -30,18 +31,6 @@ DGL = dgl(TASK, head="linear")
 def data(size: int = 12) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(size, 6, generator=generator), torch.arange(size) % 3
-
-
-def gradients(network: nn.Module) -> dict[str, Tensor | None]:
-    return {name: None if p.grad is None else p.grad.clone() for name, p in network.named_parameters()}
-
-
-def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        other = found[name]
-        assert (other is None) == (gradient is None), name
-        assert gradient is None or (other is not None and torch.equal(other, gradient)), name
 
 
 def step(network: localgrad.LocalNetwork) -> dict[str, Tensor | None]:

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import localgrad
+from gradients import assert_same, gradients
 from localgrad import thread_state
 from localgrad.errors import PartitionError, TrainingError
 from localgrad.forward import SuspendedForward
@@ -63,18 +64,6 @@ def left_on(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if "_compiled_call_impl" in vars(module) or module._forward_hooks or module._forward_pre_hooks
     ]
-
-
-def gradients(network: nn.Module) -> dict[str, Tensor | None]:
-    return {name: None if p.grad is None else p.grad.clone() for name, p in network.named_parameters()}
-
-
-def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        other = found[name]
-        assert (other is None) == (gradient is None), name
-        assert gradient is None or (other is not None and torch.equal(other, gradient)), name
 
 
 def step(network: localgrad.LocalNetwork, seed: int = 5, inputs: Any = None) -> dict[str, Tensor | None]:

@@ -51,6 +51,28 @@ def test_values_that_do_not_say_where_to_cut(cutting: Any, message: str) -> None
     assert "\n" not in str(caught.value)
 
 
+class _Bare(nn.Module):
+    """Parameters of its own, and no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(4, 3), _Bare, lambda: nn.Sequential(nn.Linear(4, 3))])
+def test_a_model_without_cut_points_is_one_block(build: Any) -> None:
+    model, x, y = build(), torch.randn(6, 4), torch.arange(6) % 3
+    with pytest.raises(PartitionError, match=f"2 blocks, but this {type(model).__name__} has no cut points; it stays"):
+        localize(model, DGL, 2, example=x)
+    localgrad.backward(localize(model, DGL, 1, example=x), x, y)
+    found = [p.grad for p in model.parameters()]
+    expected = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_an_unknown_way_to_count_the_stem() -> None:
     with pytest.raises(PartitionError, match="unknown stem 'own '; did you mean 'own'"):
         localize(mlp(), DGL, localgrad.cuts.by_count(2, stem="own "), example=X)  # type: ignore[arg-type]

@@ -28,14 +28,15 @@ def _available(partition: Partition, num_blocks: int) -> tuple[Cut, ...]:
     """
     cuts = partition.cuts if num_blocks <= len(partition.cuts) + 1 else partition.finest
     if not 1 <= num_blocks <= len(cuts) + 1:
-        most = len(partition.finest)
+        count = len(partition.finest)
         tied = next((name for cut, _ in partition.all for name in cut.shared), None)
-        way_out = ""
+        ways = f"use 1 to {count + 1} blocks" if count else "it stays one block"
+        if named := tuple(cut.name for cut in partition.finest or [cut for cut, _ in partition.all])[:2]:
+            ways += f" or name modules that blocks begin with, {named}"
         if not cuts and tied is not None and not partition.shared:
-            way_out = f". {tied!r} is used at both ends; localize(..., shared=True) lets both train it"
+            ways += f". {tied!r} is used at both ends; localize(..., shared=True) lets both train it"
         raise PartitionError(
-            f"{num_blocks} blocks, but this {type(partition.model).__name__} has {most} cut points; use 1 to "
-            f"{most + 1} blocks or name modules that blocks begin with, ('layer2', 'layer3'){way_out}"
+            f"{num_blocks} blocks, but this {type(partition.model).__name__} has {count or 'no'} cut points; {ways}"
         )
     return cuts
 

@@ -150,8 +150,8 @@ class Partition:
         """Calls of layers with weight matrices, in order; what contains others is none."""
         own = {n for n, m in self.modules.items() if any(_is_matrix(p) for p in m.parameters(recurse=False))}
         calls = [call for call in self.calls if call.exit and call.name in own]
-        inner = [later.enter for later in calls[1:]] + [1 << 62]
-        return [call for call, following in zip(calls, inner, strict=True) if following > call.exit]
+        begins = [*(call.enter for call in calls), 1 << 62]
+        return [call for call, following in zip(calls, begins[1:], strict=True) if following > call.exit]
 
     def _crossing(self, times: Sequence[int]) -> list[list[Value]]:
         """For each moment, in order: what is made before and read after it."""
