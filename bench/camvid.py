@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from localgrad.bench.cost import cost
 from localgrad.config import Config, override, parse_method, read_recipe, validate
+from localgrad.costs import cost
 from localgrad.train.experiment import build
 from localgrad.train.loop import train
 from localgrad.train.meters import evaluate

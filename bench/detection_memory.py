@@ -6,7 +6,7 @@
 
 Without --cuts blocks are balanced by bytes, which knows nothing of the loss of the model's own head. What heads need is
 what autograd saves in the auxiliary network of the boundary where that is most, and their parameters beside the
-model's. Bytes are exact (`localgrad.bench.cost`), so one step is enough.
+model's. Bytes are exact (`localgrad.costs`), so one step is enough.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 import localgrad
-from localgrad.bench.contest import read_methods
-from localgrad.bench.cost import cost
 from localgrad.config import build_method
+from localgrad.costs import cost
 from localgrad.partition.choose import module_bytes
+from localgrad.study.contest import read_methods
 
 METHODS = ("e2e", "e2e+checkpointing", "dgl", "dgl+man_pp")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from localgrad.bench.diagnosis import diagnose
 from localgrad.config import method_name
-from localgrad.train.folder import read_config
+from localgrad.study.diagnosis import diagnose
+from localgrad.train.finished import read_config
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("runs", type=Path, nargs="+")

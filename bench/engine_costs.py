@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from localgrad import LocalNetwork, localize, methods, models, separate_blocks, tasks
-from localgrad.bench.contest import Way, contest
-from localgrad.bench.cost import run_step
+from localgrad.costs import run_step
+from localgrad.study.contest import Way, contest
 
 TASK = tasks.classification(10)
 

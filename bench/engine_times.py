@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import localgrad
-from localgrad.bench.cost import cost, step_seconds
+from localgrad.costs import cost, step_seconds
 
 TASK = localgrad.tasks.classification(10)
 DGL = localgrad.methods.dgl(TASK)

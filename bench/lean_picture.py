@@ -11,8 +11,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from localgrad.bench.compare_report import KINDS
-from localgrad.bench.plots import new_figure, save_figure
+from localgrad.measure.plots import new_figure, save_figure
+from localgrad.study.compare_report import KINDS
 
 FIRST = "{checkpointing: {where: pointwise, first: 1}}"
 

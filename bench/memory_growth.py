@@ -18,7 +18,7 @@ from torch import nn
 
 import localgrad
 from localgrad import methods
-from localgrad.bench.memory import LiveBytes
+from localgrad.measure.memory import LiveBytes
 from localgrad.method import Method
 
 TASK = localgrad.tasks.classification(10)

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from localgrad.bench.cost import Cost, cost, random_targets
 from localgrad.config import COSTS, Config, read_recipe, recipe_costs, recipes, validate
+from localgrad.costs import Cost, cost, random_targets
 from localgrad.data import kind_of
 from localgrad.data.sources import SOURCES
 from localgrad.train.experiment import build_network, build_task

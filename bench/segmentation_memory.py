@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 import localgrad
-from localgrad.bench.memory import measure
-from localgrad.method import Method, Site, Term
+from localgrad.measure.memory import measure
+from localgrad.method import Method, Term
 from localgrad.methods import checkpointing, dgl, e2e, infopro, man_pp, mlaan, pooled
+from localgrad.site import Site
 
 STAGES = ("backbone.layer2", "backbone.layer3", "backbone.layer4")
 CLASSES = 11

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.utils import save_image
 
 import localgrad
-from localgrad.predict import overlay
+from localgrad.train.predict import overlay
 
 CLASSES = ("sky", "building", "road", "car")
 COLOURS = torch.tensor([[0.55, 0.75, 0.95], [0.6, 0.45, 0.4], [0.4, 0.4, 0.42], [0.8, 0.15, 0.15]])

@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 
 from localgrad import models, tasks
-from localgrad.bench.contest import REFERENCE, Way, contest, read_methods
 from localgrad.config import build_method
+from localgrad.study.contest import REFERENCE, Way, contest, read_methods
 
 MAN_PP_HEAD = "{dgl: {head: {mlp: {grid: 8, width: 128, pooled: 1, hidden: 512}}}}"
 # Name in the table -> method; what differs from the defaults is how the released code was configured.

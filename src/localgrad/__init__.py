@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from localgrad.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from localgrad import cuts, data, heads, losses, methods, models, spans, tasks, testing
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
         PartitionError,
         TrainingError,
     )
-    from localgrad.method import Batch, Method, Ramp, Site, Term
-    from localgrad.network import LocalNetwork, localize, separate_blocks
+    from localgrad.localization import localize, separate_blocks
+    from localgrad.method import Method, Term
+    from localgrad.network import LocalNetwork, exchange
     from localgrad.planning import plan
     from localgrad.randomness import keyed_randomness
-    from localgrad.twins import exchange
+    from localgrad.site import Ramp, Site
+    from localgrad.task import Batch
 
 # Imported on first use: the command line answers `--help` without waiting for torch.
 _HOME = {
@@ -40,9 +42,11 @@ _HOME = {
         ),
         "localgrad.errors",
     ),
-    "exchange": "localgrad.twins",
-    **dict.fromkeys(("Batch", "Method", "Ramp", "Site", "Term"), "localgrad.method"),
-    **dict.fromkeys(("LocalNetwork", "localize", "separate_blocks"), "localgrad.network"),
+    "Batch": "localgrad.task",
+    **dict.fromkeys(("Ramp", "Site"), "localgrad.site"),
+    **dict.fromkeys(("Method", "Term"), "localgrad.method"),
+    **dict.fromkeys(("LocalNetwork", "exchange"), "localgrad.network"),
+    **dict.fromkeys(("localize", "separate_blocks"), "localgrad.localization"),
     "keyed_randomness": "localgrad.randomness",
     "plan": "localgrad.planning",
 }

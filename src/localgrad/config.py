@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from torch import nn
 
-    from localgrad.method import Method, Task
+    from localgrad.method import Method
+    from localgrad.task import Task
 
 # What a YAML file may hold for one method: a name, or {name: {option: value}}; from the base to the outermost plug-in.
 MethodSpec = list[str | dict[str, dict[str, Any] | None]]

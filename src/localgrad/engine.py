@@ -13,10 +13,11 @@ from torch import Tensor
 from localgrad.batches import num_samples, parts_of
 from localgrad.boundary import stopped
 from localgrad.errors import TrainingError
-from localgrad.method import Batch, Term, alone
+from localgrad.method import Term
 from localgrad.passes import OnOutput, Pass, answers_at, precision
 from localgrad.randomness import draws_of
 from localgrad.spans import Span
+from localgrad.task import Batch, alone
 from localgrad.timetable import Row, timetable
 
 if TYPE_CHECKING:

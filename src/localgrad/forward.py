@@ -20,22 +20,19 @@ import contextvars
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import greenlet
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from localgrad import thread_state
 from localgrad.batches import tensors_in
-from localgrad.doors import Suspended
 from localgrad.errors import PartitionError
-from localgrad.frames import Tag, depth_of, held_by_frames
-from localgrad.points import Arguments, Point
-
-if TYPE_CHECKING:
-    from localgrad.opened import OpenModel
+from localgrad.suspension import thread_state
+from localgrad.suspension.doors import Suspended
+from localgrad.suspension.frames import Tag, depth_of, held_by_frames
+from localgrad.suspension.points import Arguments, Opening, Point
 
 
 class SuspendedForward(Suspended):
@@ -49,9 +46,9 @@ class SuspendedForward(Suspended):
         hooked: whether it was suspended under saved-tensor hooks, inside a checkpointed region most likely.
     """
 
-    def __init__(self, opened: OpenModel, call: Callable[[], Any]) -> None:
+    def __init__(self, opening: Opening, call: Callable[[], Any]) -> None:
         super().__init__(call)
-        self._opened, self.training = opened, opened.training
+        self._opening, self.training = opening, opening.training
         self._calls: dict[nn.Module, int] = {}
         self._made: list[tuple[Tag, weakref.ref[Tensor]]] = []
         self._base: thread_state.Heights | None = None
@@ -75,7 +72,7 @@ class SuspendedForward(Suspended):
         finally:
             thread_state.set_values(callers)
         if self.dead:
-            self.boundary, self.features, self.autocast = len(self._opened.points) + 1, output, (False, torch.float32)
+            self.boundary, self.features, self.autocast = len(self._opening.points) + 1, output, (False, torch.float32)
             self.hooked = False
 
     def made(self, known: Callable[[Tensor], bool]) -> dict[int, tuple[Tag, Tensor]]:
@@ -97,7 +94,7 @@ class SuspendedForward(Suspended):
 
     def _saw(self, kind: str, module: nn.Module, values: Any) -> None:
         """A module takes or returns ``values``."""
-        if (name := self._opened.watched.get(module)) is not None:
+        if (name := self._opening.watched.get(module)) is not None:
             self._made += [
                 ((kind, name, str(place)), weakref.ref(tensor))
                 for place, tensor in enumerate(tensors_in(values))
@@ -105,22 +102,22 @@ class SuspendedForward(Suspended):
             ]
 
     def left(self, module: nn.Module, output: Any) -> None:
-        """See `localgrad.doors.Suspended`."""
+        """See `localgrad.suspension.doors.Suspended`."""
         self._saw("returns", module, output)
 
     def arrived(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """``module`` is about to run, inside this forward; suspended if a cut lies here."""
         self._saw("takes", module, (args, kwargs))
         number = self._calls[module] = self._calls.get(module, -1) + 1
-        later = enumerate(self._opened.points[self.boundary :], start=self.boundary + 1)
+        later = enumerate(self._opening.points[self.boundary :], start=self.boundary + 1)
         boundary = next((b for b, (other, point) in later if other is module and point.call == number), None)
         if boundary is None:
             return
         if self._closing:
             raise greenlet.GreenletExit
-        point = self._opened.points[boundary - 1][1]
+        point = self._opening.points[boundary - 1][1]
         features = _leaf(tree_leaves((args, kwargs)), point)
-        if self._opened.training and not torch.is_grad_enabled():
+        if self._opening.training and not torch.is_grad_enabled():
             raise PartitionError(
                 f"the forward runs {point.name!r}, with which a block begins, under torch.no_grad(), or under "
                 "torch.utils.checkpoint with use_reentrant=True. Cut elsewhere, or write use_reentrant=False"
@@ -130,7 +127,7 @@ class SuspendedForward(Suspended):
                 f"the forward runs {point.name!r}, with which a block begins, under torch.inference_mode(), which "
                 "cannot be set aside: write torch.no_grad() there, or cut elsewhere"
             )
-        if self._opened.watch.frames:
+        if self._opening.frames:
             self._made += [(tag, weakref.ref(tensor)) for tag, tensor in held_by_frames(sys._getframe(2))]
         self.boundary, self.features, self.arguments = boundary, features, Arguments(args, kwargs)
         self._suspend()
@@ -138,7 +135,7 @@ class SuspendedForward(Suspended):
     def _suspend(self) -> None:
         assert self._base is not None and self.parent is not None
         own = thread_state.values()
-        device = self._opened.device_type
+        device = self._opening.device_type
         if torch.amp.is_autocast_available(device):  # on meta, where models are planned, there is none
             self.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         stacked = thread_state.lift_off(self._base)

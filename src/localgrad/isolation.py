@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from localgrad.boundary import BlockGraph
 from localgrad.errors import PartitionError
+from localgrad.network import LocalNetwork
 from localgrad.spans import Span
-
-if TYPE_CHECKING:
-    from localgrad.network import LocalNetwork
 
 
 def check_isolation(network: LocalNetwork, span: Span, loss: Tensor, graph: BlockGraph) -> None:

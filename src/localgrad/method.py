@@ -1,54 +1,48 @@
-"""A method is a value: which losses sit on a boundary, what they look through, which blocks they train, and when."""
+"""A method is a value: which losses sit on a boundary, what they look through, which blocks they train, and when.
+
+A `Rule` is what single methods need beyond spans, terms and bridges; implementations live in their method's file. For
+each micro-batch it begins an `Observer`, which the engine tells what happens, in this order for each block: ``enter``
+the features, ``during`` the block, ``measured``, then for each span that ends there ``answer`` and ``term_loss`` for
+each head, and ``total``.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+import contextlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from localgrad.errors import MethodError, nearest
-from localgrad.layout import Layout, layout_of
-from localgrad.recompute import Recompute, recompute_parts
-from localgrad.rules import Rule
+from localgrad.partition import Cut, Partition
+from localgrad.recompute.parts import Recompute, recompute_parts
+from localgrad.site import BridgeBuilder, HeadBuilder, Site
 from localgrad.spans import EndToEnd, Local, Schedule, Span
-
-if TYPE_CHECKING:
-    from localgrad.network import LocalNetwork
-    from localgrad.partition import Cut, Partition, Unit
+from localgrad.task import Batch, Loss, Task
 
 
-def alone(rows: Tensor) -> Tensor:
-    """The rows of a batch that no other process has a share of."""
-    return rows
+class Network(Protocol):
+    """What rules and contexts may read of a `localgrad.network.LocalNetwork`."""
 
+    model: nn.Module
 
-@dataclass(frozen=True)
-class Batch:
-    """What a loss may read besides the output of its head.
+    @property
+    def running(self) -> nn.Module:
+        """What was analysed: the model, or the list of modules given for it."""
 
-    Args:
-        inputs: what the network was given, ``(B, C, H, W)`` for images, normalised; a tuple or mapping for a model with
-            several inputs.
-        targets: what the task expects: ``(B,)`` class indices or ``(B, num_classes)`` probabilities for classification,
-            ``(B, H, W)`` class indices for segmentation; any nest of tensors with B rows and of lists with B entries.
-        step: optimizer steps done so far.
-        boundary: the one whose loss is computed, counted from 1; K for the model's own.
-        context: what each of the method's `Context` made of this batch, by the context itself.
-        joined: the rows (B, ...) of all replicas that share this batch, in order; the gradient reaches those of this
-            one. A loss that compares samples with one another calls it on what it compares.
-    """
+    @property
+    def num_blocks(self) -> int:
+        """K."""
 
-    inputs: Any
-    targets: Any
-    step: int
-    boundary: int = 0
-    context: Mapping[Context, Any] = field(default_factory=dict)
-    joined: Callable[[Tensor], Tensor] = alone
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+
+    def spans(self, step: int) -> tuple[Span, ...]:
+        """The spans of one step."""
 
 
 class Context(Hashable, Protocol):
@@ -57,162 +51,8 @@ class Context(Hashable, Protocol):
     One that has nothing to do at some steps says so by a method ``rests(step)``.
     """
 
-    def __call__(self, network: LocalNetwork, batch: Batch) -> Any:
+    def __call__(self, network: Network, batch: Batch) -> Any:
         """What losses find in ``batch.context[self]``."""
-
-
-class Metric(Protocol):
-    """Scores a whole split: one object for each head, fed batch by batch."""
-
-    def update(self, output: Any, targets: Any) -> None:
-        """Count one batch: what the head answered in eval mode, and the targets as the loader gave them."""
-
-    def compute(self) -> dict[str, float]:
-        """Figures by name; the first, in [0, 1], is the score that is reported and selects the best epoch."""
-
-
-class Task(Protocol):
-    """What the network is trained to do. Methods and engine know a task by these members only.
-
-    An output is what the model, or an auxiliary head, answers to a batch: a tensor, or a nest of them.
-    """
-
-    @property
-    def num_outputs(self) -> int:
-        """Width of what an auxiliary head answers: classes."""
-
-    def head(self, proposed: HeadBuilder) -> HeadBuilder:
-        """The auxiliary head for this task, given the classifier that a method would put there.
-
-        Its output is one that ``loss``, ``score`` and ``metric`` read as they read the model's own.
-        """
-
-    def loss(self, output: Any, batch: Batch) -> Tensor:
-        """The scalar loss of an output, averaged over the batch."""
-
-    def score(self, output: Any, targets: Any) -> Tensor:
-        """What is shown while training: the score of each sample, ``(B,)`` float32 in [0, 1]."""
-
-    def metric(self) -> Metric:
-        """A fresh evaluator of a split."""
-
-    def pixels(self, inputs: Tensor) -> Tensor:
-        """The images behind normalised ``inputs``, ``(B, C, H, W)`` in [0, 1]."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """A boundary at which an auxiliary network is to be built.
-
-    Args:
-        span: the span whose loss it serves; the features are those at boundary ``span.stop``.
-        num_blocks: K.
-        features: an example of them, as the model produced it.
-        inputs: the first tensor of the example given to the model, ``(B, C, H, W)`` for images.
-        cut: the cut point, and ``partition`` the model it belongs to.
-        patches: how many of these features lie side by side along each side of the whole ones.
-    """
-
-    span: Span
-    num_blocks: int
-    features: Tensor
-    inputs: Tensor
-    cut: Cut
-    partition: Partition
-    patches: int = 1
-
-    @cached_property
-    def layout(self) -> Layout:
-        """Where channels, positions and prefix tokens lie in the features."""
-        alike = self.features.dim() == len(self.cut.shape)  # a bridge may have made tokens of maps
-        return layout_of(self.features, self.inputs, self.cut.channels_hint if alike else None)
-
-    @property
-    def channels(self) -> int:
-        """Width of the features."""
-        return self.layout.channels
-
-    @property
-    def final_channels(self) -> int:
-        """Width of the last features of the model that still have positions."""
-        return self.partition.final_layout.channels
-
-    @property
-    def in_last_stage(self) -> bool:
-        """Whether the features are at the model's last resolution, or below it."""
-        final = self.partition.final_layout.grid
-        return all(self.patches * a <= b for a, b in zip(self.layout.grid, final, strict=False))
-
-    @cached_property
-    def next_units(self) -> tuple[Unit, ...]:
-        """The model's own modules that run next, from the first one that reads features of this width on.
-
-        That is the one right after the boundary, unless a bridge has already led past it. None where what runs next
-        also reads earlier features (a decoder with skips): a copy would need those too. They end where they cannot run
-        one behind the other.
-
-        Raises:
-            MethodError: no later unit reads features of this width.
-        """
-        units = self.partition.units_after(self.cut)
-        form = (self.layout.kind, self.layout.channels)
-        start = next((k for k, unit in enumerate(units) if (unit.reads.kind, unit.reads.channels) == form), None)
-        if units[0].reads_taps:
-            return ()
-        if start is None:
-            raise MethodError(
-                f"after block {self.span.stop - 1} a copy of a later unit should read features of shape "
-                f"{tuple(self.features.shape)}, but none of {', '.join(unit.name for unit in units)} reads "
-                f"{self.layout.channels} channels; leave out one of the plug-ins that look through later units"
-            )
-        alone = tuple(itertools.takewhile(lambda unit: not unit.reads_taps, units[start:]))
-        return alone[: next((k for k, unit in enumerate(alone, start=1) if not unit.whole), len(alone))]
-
-    @property
-    def units_passed(self) -> int:
-        """Units of the model that run before the boundary, the stem counted as one."""
-        return self.partition.num_units - len(self.partition.units_after(self.cut))
-
-    def beyond(self, bridge: nn.Module) -> Site:
-        """The same site, seen through a bridge.
-
-        Raises:
-            MethodError: the bridge does not run on the features.
-        """
-        bridge.to(self.features).eval()
-        try:
-            with torch.no_grad():
-                return replace(self, features=bridge(self.features))
-        except Exception as error:  # a copied unit may fail in any way outside its place
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            raise MethodError(
-                f"after block {self.span.stop - 1} copies of the model's own units (from {self.cut.name!r} on) "
-                f"do not run on features of shape {tuple(self.features.shape)}: {reason}. Cut elsewhere, or "
-                "use a method without a bridge"
-            ) from error
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """A weight that runs linearly over the boundaries, from ``first`` at the first to ``last`` at the last one.
-
-    ``first + (last - first) * k / (K - 2)`` at the boundary after block ``k``; ``first`` if there is only one.
-    """
-
-    first: float
-    last: float
-
-    def __call__(self, site: Site) -> float:
-        inner = site.num_blocks - 2
-        share = (site.span.stop - 1) / inner if inner > 0 else 0.0
-        return self.first * (1.0 - share) + self.last * share
-
-
-HeadBuilder = Callable[[Site], nn.Module]
-BridgeBuilder = Callable[[Site], nn.Module | None]
-# One that reads `Batch.inputs` says so by an attribute ``reads_inputs``: they have to be sent where blocks run on
-# several ranks.
-Loss = Callable[[Any, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -268,6 +108,81 @@ class Accumulate:
             raise MethodError(nearest(self.wait, get_args(Wait), "wait"))
 
 
+class Observer:
+    """What a rule does in one micro-batch; by default nothing.
+
+    Attributes:
+        joins: keep block and head in one graph, so that the loss can be differentiated by the block's input, twice.
+    """
+
+    joins = False
+
+    def enter(self, features: Tensor) -> Tensor:
+        """The features, cut from their graph, as the next block is to read them."""
+        return features
+
+    def during(self, block: int) -> contextlib.AbstractContextManager[Any]:
+        """Around the forward of a block."""
+        return contextlib.nullcontext()
+
+    def measured(self, block: int) -> Tensor | None:
+        """A scalar found inside a block, which is added to every loss at its end."""
+        return None
+
+    def answer(self, boundary: int, term: Term, weight: float, output: Any, batch: Batch) -> Any:
+        """What a head answered, as its loss and whoever watches are to read it."""
+        return output
+
+    def term_loss(self, boundary: int, term: Term | None, loss: Tensor, output: Any, batch: Batch) -> Tensor:
+        """The loss of one head, or of the model's own output (``term`` None)."""
+        return loss
+
+    def total(self, boundary: int, total: Tensor, losses: Mapping[int, Tensor], features: Any, batch: Batch) -> Tensor:
+        """The loss of a span; ``losses`` are those of its terms, by the identity of the term."""
+        return total
+
+    def reached(self) -> bool | None:
+        """Whether the caller's backward pass came through the last loss; None if the boundary tells."""
+        return None
+
+
+class Rule:
+    """What a method needs besides; subclasses are frozen dataclasses.
+
+    Attributes:
+        travels: whether it works where blocks run on several ranks; ``reason`` says why not.
+        late: whether some heads get their gradients from the losses at the next boundary.
+        joins: whether its observers may join block and head, and differentiate them twice.
+    """
+
+    travels: ClassVar[bool] = False
+    late: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
+    reason: ClassVar[str] = ""
+
+    def check(self, method: Method, num_blocks: int) -> None:
+        """Raise `MethodError` if the rule does not go with the method's spans."""
+
+    def bound(self, partition: Partition, cuts: Sequence[Cut]) -> Rule:
+        """The rule for one network; raises `MethodError` if the network lacks what it needs."""
+        return self
+
+    def observe(self, network: Network, batch: Batch) -> Observer:
+        """What follows one micro-batch."""
+        raise NotImplementedError
+
+    def built(self, term: Term, head: nn.Module) -> nn.Module:
+        """A head as it is to stand in an auxiliary network."""
+        return head
+
+    def tried(self, network: Network, example: Any) -> None:
+        """Raise `MethodError` if a step on the example, in training mode, shows that the network does not allow it."""
+
+    def late_parameters(self, auxiliary: Auxiliary) -> Iterable[nn.Parameter]:
+        """Parameters of an auxiliary network that the losses at the next boundary train."""
+        return ()
+
+
 @dataclass(frozen=True)
 class Method:
     """How a network is trained. ``print(method)`` is the experiment.
@@ -282,7 +197,7 @@ class Method:
         accumulate: the parts in which a batch is run.
         final_loss: of the model's own output; None for the task's.
         contexts: what is computed once for each batch.
-        rules: what the method needs besides, see `localgrad.rules`.
+        rules: what the method needs besides, see `Rule`.
     """
 
     name: str

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from localgrad.batches import tensors_in
-from localgrad.cuts import Chosen, as_cutting
+from localgrad.cutting import Chosen
 from localgrad.errors import MethodError, PartitionError, TrainingError
-from localgrad.method import Auxiliary, Method, Site
+from localgrad.method import Auxiliary, Method, Rule
 from localgrad.opened import OpenModel
-from localgrad.partition import (
-    AuxiliaryBytes,
-    Block,
-    Cut,
-    Partition,
-    RecomputedBlock,
-    SeparateBlocks,
-    separate,
-)
-from localgrad.partition.choose import features_at, module_bytes
-from localgrad.partition.units import Called
-from localgrad.points import Watch
-from localgrad.rehearsal import rehearse
-from localgrad.rules import Rule
-from localgrad.spans import Span, check
+from localgrad.partition import Partition, SeparateBlocks
+from localgrad.spans import Span
+from localgrad.suspension.points import Watch
+from localgrad.suspension.wrapped import check_holder, check_network
 from localgrad.twins import Twin
-from localgrad.untouched import untouched
-from localgrad.wrapped import check_holder, check_network, check_wrapped
 
 if TYPE_CHECKING:
     from localgrad.distributed.block_parallel import Stage
@@ -152,7 +138,7 @@ class LocalNetwork(nn.Module):
 
     def auxiliary_of(self, span: Span) -> Auxiliary:
         """The auxiliary network whose loss trains ``span``."""
-        module = self.auxiliary[_key(span)]
+        module = self.auxiliary[span_key(span)]
         assert isinstance(module, Auxiliary)
         return module
 
@@ -252,139 +238,26 @@ def _buffers_kept(spans: Sequence[Span], num_blocks: int) -> contextlib.Abstract
     return config.patch(donated_buffer=False)
 
 
+def exchange(network: LocalNetwork) -> None:
+    """Move every twin of ``network`` once; call it after the optimizer step.
+
+    Does nothing for methods without twins, and for twins that move before the step.
+    """
+    if network.stage is not None:
+        network.stage.exchange()
+        return
+    for twin in network.twins:
+        if twin.exchange == "after":
+            twin.update()
+
+
 def _twins(module: nn.Module) -> list[Twin]:
     return [twin for part in module.modules() for twin in getattr(part, "twins", ())]
 
 
-def _key(span: Span) -> str:
+def span_key(span: Span) -> str:
+    """What the auxiliary network of a span is called in ``state_dict``."""
     return f"{span.start}-{span.stop}"
-
-
-def localize(model: nn.Module, method: Method, cutting: Any, *, example: Any, shared: bool = False) -> LocalNetwork:
-    """Cut ``model`` into blocks and put the auxiliary networks of ``method`` on the boundaries.
-
-    The model is neither copied nor edited: its own forward runs, suspended at the cuts.
-
-    Args:
-        model: any module whose outputs carry a gradient; run a few times in training mode, and left as it was.
-        method: from `localgrad.methods`.
-        cutting: where to cut: a number of blocks; names of the modules that blocks 1 .. K-1 begin with,
-            ``("layer2", "layer3")``; a list of modules that run one after the other and together are the model; or a
-            value of `localgrad.cuts`.
-        example: a small batch shaped as in training, on the model's device, of at least 2 samples: a tensor,
-            (B, C, H, W) for images; a tuple for several inputs; a mapping of keyword arguments.
-        shared: let blocks share parameters (tied embeddings): each loss trains them, and they step with the last block
-            that uses them. By default a cut between two uses is refused.
-
-    Raises:
-        PartitionError: the model cannot be cut so; the message says where it can.
-        MethodError: the method trains nothing on some block.
-        ConfigError: nothing fits in the memory of ``cuts.fits``.
-
-    Example:
-        >>> import torch, localgrad
-        >>> model = localgrad.models.resnet32(num_classes=10)
-        >>> method = localgrad.methods.dgl(localgrad.tasks.classification(10))
-        >>> network = localgrad.localize(model, method, 4, example=torch.randn(2, 3, 32, 32))
-        >>> [cut.name for cut in network.cuts]
-        ['layer1.3', 'layer2.2', 'layer3.1']
-    """
-    _check_model(model)
-    if not isinstance(method, Method):
-        raise MethodError(f"method is {method!r}; pass a value such as localgrad.methods.dgl(task)")
-    chosen = as_cutting(cutting).choose(model, method, example, shared)
-    partition, cuts = chosen.partition, chosen.cuts
-    count = len(cuts) + 1
-    patterns = method.spans.patterns(count)
-    for pattern in patterns:
-        check(pattern, count)
-    method.check_rules(count)
-    _check_overwritten(method, cuts, patterns)
-    blocks = None
-    if chosen.recompute or method.recompute.blocks:
-        why = (
-            f"{method.name} runs blocks again in the backward pass" if method.recompute.blocks else "recomputed blocks"
-        )
-        several = isinstance(example, (tuple, list))
-        blocks = SeparateBlocks(separate.separate_blocks(partition, cuts, chosen.recompute, why), several=several)
-    network = LocalNetwork(model, method, chosen, blocks)
-    network._check_holders()
-    features, network.watch = rehearse(network, example)
-    inputs = tensors_in(example)[0]
-    for stop, start in sorted({(s.stop, s.start) for pattern in patterns for s in pattern if s.stop < count}):
-        site = Site(Span(start, stop), count, features[stop - 1], inputs, cuts[stop - 1], partition)
-        network.auxiliary[_key(site.span)] = Auxiliary(method, site).train(model.training)
-    copies = [module for module in network.auxiliary.modules() if isinstance(module, Called) and module.sources]
-    if blocks is not None and copies:
-        raise MethodError(
-            f"{method.name} copies {type(copies[0].module).__name__}, which takes more tensors than the features (a "
-            "mask, say), and runs blocks one by one, which does not have them at hand; leave out the bridge or the "
-            "recomputation"
-        )
-    network._early_twins = {
-        b: [twin for twin in network.twins_at(b) if twin.exchange == "before"] for b in range(1, count)
-    }
-    network.training = network.auxiliary.training = model.training
-    network.rules = tuple(rule.bound(partition, cuts) for rule in method.rules)
-    with untouched(network, training=True), torch.enable_grad():
-        for rule in network.rules:
-            rule.tried(network, example)
-    return network
-
-
-def separate_blocks(network: LocalNetwork) -> list[Block | RecomputedBlock]:
-    """The blocks of a network as modules that can be called one by one and share its parameters.
-
-    Raises:
-        PartitionError: the model does not allow it, or they would not compute what its own forward does.
-    """
-    blocks = network._separate[0]
-    return separate.separate_blocks(network.partition, network.cuts) if blocks is None else blocks.parts
-
-
-def _check_model(model: nn.Module) -> None:
-    """Raise `PartitionError` unless ``model`` is one that can be cut, and no wrapper that would be passed by."""
-    if not isinstance(model, nn.Module):
-        raise PartitionError(f"model is a {type(model).__name__}; localize(model, ...) takes a torch.nn.Module")
-    kind = type(model).__name__
-    check_wrapped(model)
-    if not any(True for _ in model.parameters()):
-        raise PartitionError(f"{kind} has no parameters, so no block of it can be trained")
-
-
-def _check_overwritten(method: Method, cuts: Sequence[Cut], patterns: Sequence[Sequence[Span]]) -> None:
-    """Raise `PartitionError` if features that are read twice are overwritten in place by the next block."""
-    for boundary, cut in enumerate(cuts, start=1):
-        if not cut.overwritten:
-            continue
-        crossed = any(span.start < boundary < span.stop for pattern in patterns for span in pattern)
-        if crossed or method.bridge is not None or method.rules:
-            raise PartitionError(
-                f"cuts: {cut.name!r} overwrites the features at this boundary in place, but {method.name} reads them a "
-                "second time; cut after it, or build that layer with inplace=False"
-            )
-
-
-def auxiliary_bytes(method: Method, partition: Partition, num_blocks: int) -> Callable[[Cut], AuxiliaryBytes]:
-    """What the auxiliary network that ``method`` would put on a cut point saves, and its gradients."""
-    features: dict[Cut, Tensor] = {}
-    inputs = tensors_in(partition.example)[0]
-
-    def measured(cut: Cut) -> AuxiliaryBytes:
-        if all(span.stop == num_blocks for span in method.spans(num_blocks, 0)):
-            return AuxiliaryBytes(0, 0)
-        if cut not in features:
-            cuts = partition.cuts if cut in partition.cuts else partition.finest
-            features.update(zip(cuts, features_at(partition, cuts), strict=True))
-        # As behind the first block, where auxiliary networks are largest. Where the others are much smaller, counting
-        # them as they are would leave the first block next to nothing to train (docs/lean.md, "Few blocks").
-        site = Site(Span(0, 1), 3, features[cut], inputs, cut, partition)
-        with torch.random.fork_rng():
-            auxiliary = Auxiliary(method, site)
-        trained = sum(p.numel() * p.element_size() for p in auxiliary.parameters() if p.requires_grad)
-        return AuxiliaryBytes(module_bytes(auxiliary, features[cut]), trained)
-
-    return measured
 
 
 @dataclass(frozen=True)

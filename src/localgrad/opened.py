@@ -12,10 +12,10 @@ import greenlet
 import torch
 from torch import nn
 
-from localgrad.doors import put_door, refuse_reentrant
 from localgrad.forward import SuspendedForward
-from localgrad.frames import outermost
-from localgrad.points import Point, Watch
+from localgrad.suspension.doors import put_door, refuse_reentrant
+from localgrad.suspension.frames import outermost
+from localgrad.suspension.points import Opening, Point, Watch
 
 
 class OpenModel:
@@ -31,24 +31,28 @@ class OpenModel:
     def __init__(
         self, model: nn.Module, root: nn.Module, points: Sequence[Point], watch: Watch, device_type: str
     ) -> None:
-        self.model, self.watch, self.device_type = model, watch, device_type
-        self.points = [(root.get_submodule(point.name), point) for point in points]
-        self.watched = {root.get_submodule(name): name for name in watch.modules}
-        self.training = torch.is_grad_enabled()
+        self.model, self.watch = model, watch
+        self.opening = Opening(
+            [(root.get_submodule(point.name), point) for point in points],
+            {root.get_submodule(name): name for name in watch.modules},
+            watch.frames,
+            device_type,
+            torch.is_grad_enabled(),
+        )
         self._thread = threading.current_thread()
         self._open: list[SuspendedForward] = []
         self._exits = contextlib.ExitStack()
 
     def call(self, inputs: Any) -> SuspendedForward:
         """A forward that has not begun."""
-        forward = SuspendedForward(self, lambda: outermost(self.model, inputs))
+        forward = SuspendedForward(self.opening, lambda: outermost(self.model, inputs))
         self._open.append(forward)
         return forward
 
     def __enter__(self) -> OpenModel:
         for forward in _LEFT.pop(threading.current_thread(), ()):
             forward.close()
-        for module in dict.fromkeys((*self.watched, *(module for module, _ in self.points))):
+        for module in dict.fromkeys((*self.opening.watched, *(module for module, _ in self.opening.points))):
             self._exits.callback(put_door(module))
         self._exits.callback(refuse_reentrant())
         return self

@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +15,16 @@ from torch import Tensor
 from localgrad.batches import map_tensors, tensors_in
 from localgrad.boundary import BlockGraph, Gradients, Released, becomes, stopped
 from localgrad.errors import TrainingError
-from localgrad.frames import Tag
 from localgrad.isolation import check_isolation
-from localgrad.method import Batch, Term
+from localgrad.method import Term
+from localgrad.network import LocalNetwork
 from localgrad.opened import OpenModel
 from localgrad.partition.units import called_as
-from localgrad.pointwise import pointwise_recomputed
 from localgrad.randomness import draws_of
+from localgrad.recompute.pointwise import pointwise_recomputed
 from localgrad.spans import Span
-
-if TYPE_CHECKING:
-    from localgrad.network import LocalNetwork
+from localgrad.suspension.frames import Tag
+from localgrad.task import Batch
 
 OnOutput = Callable[[Span, Term | None, Any], None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from localgrad.batches import tensors_in
-from localgrad.bench.memory import saved_storages
 from localgrad.errors import PartitionError
-from localgrad.frames import Tag
-from localgrad.method import Batch
+from localgrad.measure.memory import saved_storages
+from localgrad.network import LocalNetwork
 from localgrad.opened import OpenModel
 from localgrad.passes import Pass
-from localgrad.points import Watch
 from localgrad.spans import Span
-from localgrad.untouched import random_state, untouched
-
-if TYPE_CHECKING:
-    from localgrad.network import LocalNetwork
+from localgrad.suspension.frames import Tag
+from localgrad.suspension.points import Watch
+from localgrad.suspension.untouched import random_state, untouched
+from localgrad.task import Batch
 
 MOST = 0.95  # of what all blocks keep, in one block, is worth a warning
 DRAWS = 3  # forwards of a model that draws: each may take other branches

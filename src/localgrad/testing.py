@@ -37,7 +37,7 @@ def assert_isolated(network: LocalNetwork, inputs: Any, targets: Any, step: int 
 
     Two steps are run for each span of ``step``: one in which its loss is the only one, which must leave a gradient on
     every parameter of the span and on no other; and one in which the other losses are multiplied by 0, which must leave
-    a gradient of exactly 0 everywhere else. Heads that a rule trains late (`localgrad.rules.Rule`) are trained by the
+    a gradient of exactly 0 everywhere else. Heads that a rule trains late (`localgrad.method.Rule`) are trained by the
     loss at the next boundary instead of by their own. The first step also walks the graphs, as any first step does.
     Every step begins with the same buffers and generators (torch's, ``random`` and NumPy's), which are put back in the
     end, as gradients are.

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from localgrad.errors import MethodError, nearest
-
-if TYPE_CHECKING:
-    from localgrad.network import LocalNetwork
-
 
 When = Literal["after", "before"]
 Buffers = Literal["none", "copy", "ema"]
@@ -67,16 +63,3 @@ class Twin:
                     ours.copy_(theirs)
         if copies:
             get_ema_multi_avg_fn(self.decay)(copies, sources, 0)
-
-
-def exchange(network: LocalNetwork) -> None:
-    """Move every twin of ``network`` once; call it after the optimizer step.
-
-    Does nothing for methods without twins, and for twins that move before the step.
-    """
-    if network.stage is not None:
-        network.stage.exchange()
-        return
-    for twin in network.twins:
-        if twin.exchange == "after":
-            twin.update()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo import METHODS, MODELS, batch, build, steps, widest
 
 import localgrad
-from localgrad.bench.memory import LiveBytes
+from localgrad.measure.memory import LiveBytes
 from localgrad.method import Accumulate, Method
 from localgrad.spans import groups
 

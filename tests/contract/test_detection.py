@@ -14,10 +14,11 @@ from zoo import ResidualUnit, bases, composed, steps
 
 import localgrad
 from localgrad import heads
-from localgrad.bench.memory import measure
-from localgrad.method import Batch, Method
+from localgrad.measure.memory import measure
+from localgrad.method import Method
 from localgrad.methods import checkpointing, dgl, e2e, hpff, infopro, man_pp, pgl
 from localgrad.models import Detector, freeze_batchnorm
+from localgrad.task import Batch
 from localgrad.tasks.detection import anchors_of
 from localgrad.testing import assert_isolated, assert_transparent
 

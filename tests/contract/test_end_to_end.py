@@ -167,7 +167,7 @@ def test_a_frozen_first_block_is_left_alone() -> None:
 def test_recomputing_pointwise_operations_changes_no_bit_of_any_method(
     base: str, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(localgrad.pointwise, "LEAST_BYTES", 0)
+    monkeypatch.setattr(localgrad.recompute.pointwise, "LEAST_BYTES", 0)
     kept = build(model, METHODS[base], 4)
     again = build(model, checkpointing(METHODS[base], where="pointwise"), 4)
     inputs, targets = batch()

@@ -9,8 +9,8 @@ import torch
 
 import localgrad
 from localgrad import cuts
-from localgrad.bench.memory import LiveBytes, Memory, measure
 from localgrad.config import OptimConfig
+from localgrad.measure.memory import LiveBytes, Memory, measure
 from localgrad.method import Method
 from localgrad.train.optim import Stepper
 

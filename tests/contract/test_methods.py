@@ -13,7 +13,7 @@ from torch import nn
 from zoo import BASES, METHODS, MODELS, REFUSED, TASK, PlainCNN, Residual, batch, build, is_base, steps, widest
 
 import localgrad
-from localgrad.bench.memory import LiveBytes, measure
+from localgrad.measure.memory import LiveBytes, measure
 from localgrad.spans import Local
 from localgrad.testing import assert_isolated, assert_transparent
 

@@ -17,7 +17,8 @@ import localgrad
 from localgrad import methods
 from localgrad.batches import call_model
 from localgrad.partition import Partition
-from localgrad.reach import REACH, Candidate
+from localgrad.study.survey import Candidate
+from reach import REACH
 
 # The batch is not the first dimension of what crosses, so no head can answer for each sample.
 REFUSED = {"gru_stack", "packed_lstm_chain"}

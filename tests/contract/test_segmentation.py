@@ -15,7 +15,7 @@ from zoo import Layer, ResidualUnit, bases, composed, steps
 
 import localgrad
 from localgrad import heads
-from localgrad.bench.memory import measure
+from localgrad.measure.memory import measure
 from localgrad.method import Method
 from localgrad.methods import accumulation, checkpointing, dgl, e2e, man_pp, pgl
 from localgrad.testing import assert_isolated, assert_transparent

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad
-from localgrad.method import Method, Task
+from localgrad.method import Method
+from localgrad.task import Task
 
 CLASSES = 4
 TASK = localgrad.tasks.classification(CLASSES, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))

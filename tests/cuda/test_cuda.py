@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import localgrad
 from localgrad import methods
-from localgrad.bench.contest import Way, contest
 from localgrad.data import load
 from localgrad.method import Method
+from localgrad.study.contest import Way, contest
 
 DEVICE = torch.device(os.environ.get("LOCALGRAD_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 TASK = localgrad.tasks.classification(10)

@@ -15,12 +15,12 @@ from zoo import METHODS, batch, build
 
 import localgrad
 from localgrad import methods
-from localgrad.bench.memory import LiveBytes
 from localgrad.config import OptimConfig
 from localgrad.distributed import block_parallel, device_mesh
 from localgrad.distributed.block_parallel import VALUES
 from localgrad.distributed.link import Inlet, Outlet
 from localgrad.distributed.placement import balanced, seconds_of_blocks
+from localgrad.measure.memory import LiveBytes
 from localgrad.train.meters import evaluate
 from localgrad.train.optim import Stepper
 

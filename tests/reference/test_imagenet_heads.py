@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import localgrad
 from localgrad.errors import MethodError
 from localgrad.heads import imagenet
-from localgrad.method import Method, Site, Term
+from localgrad.method import Method, Term
+from localgrad.site import Site
 from localgrad.spans import Local
 
 TASK = localgrad.tasks.classification(1000, mean=(0.5,) * 3, std=(0.25,) * 3)

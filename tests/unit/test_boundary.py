@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 import localgrad
 from gradients import assert_same, gradients
-from localgrad.bench.memory import LiveBytes
 from localgrad.boundary import BlockGraph, Released, becomes, stopped
 from localgrad.errors import PartitionError, TrainingError
 from localgrad.isolation import parameters_reached
+from localgrad.measure.memory import LiveBytes
 from localgrad.methods import accumulation, dgl, windows
 from localgrad.spans import Span
 

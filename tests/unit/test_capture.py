@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import localgrad
-from localgrad.capture import Captured
 from localgrad.config import validate
 from localgrad.errors import ConfigError
 from localgrad.train import loop
+from localgrad.train.capture import Captured
 from localgrad.train.experiment import Experiment, build
 
 SETTINGS: dict[str, Any] = {

@@ -285,7 +285,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(call: Call, copy: Path, monke
         patch.setattr(os, "replace", no_room)
         refused(call("train", "--resume", str(copy)), "cannot write", "No space left")
     assert before == {path.name: path.read_bytes() for path in copy.glob("*.safetensors")}
-    from localgrad.bench import plots
+    from localgrad.measure import plots
 
     with monkeypatch.context() as patch:
         patch.setattr(plots, "save_figure", no_room)

@@ -15,9 +15,9 @@ from rich.console import Console
 
 import localgrad
 from localgrad import ConfigError
-from localgrad.bench import compare, compare_command, compare_report
-from localgrad.bench.cost import cost
 from localgrad.config import Config, validate
+from localgrad.costs import cost
+from localgrad.study import compare, compare_command, compare_report
 from localgrad.train import run as run_module
 from localgrad.train.experiment import build
 from localgrad.train.run import Interrupted

@@ -14,7 +14,11 @@ from torch import nn
 
 import localgrad
 from localgrad import ConfigError, methods
-from localgrad.bench.contest import (
+from localgrad.costs import cost
+from localgrad.errors import LocalgradError
+from localgrad.measure.memory import measure
+from localgrad.measure.process_memory import resident_growth, storages_mapped
+from localgrad.study.contest import (
     Contest,
     Row,
     Way,
@@ -24,11 +28,7 @@ from localgrad.bench.contest import (
     read_methods,
     standard_ways,
 )
-from localgrad.bench.contest_plots import pareto_picture, read_accuracies, timeline_picture, timeline_rows
-from localgrad.bench.cost import cost
-from localgrad.bench.memory import measure
-from localgrad.bench.process_memory import resident_growth, storages_mapped
-from localgrad.errors import LocalgradError
+from localgrad.study.contest_plots import pareto_picture, read_accuracies, timeline_picture, timeline_rows
 
 TASK = localgrad.tasks.classification(10)
 SETTINGS: dict[str, Any] = {"batch_size": 8, "image_size": 16, "num_classes": 10}

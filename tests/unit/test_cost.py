@@ -10,8 +10,8 @@ import torch
 
 import localgrad
 from localgrad import methods
-from localgrad.bench.cost import cost, step_seconds
-from localgrad.bench.plots import comparison_picture, curves_picture
+from localgrad.costs import cost, step_seconds
+from localgrad.measure.plots import comparison_picture, curves_picture
 
 TASK = localgrad.tasks.classification(10)
 X, Y = torch.randn(8, 1, 16, 16), torch.arange(8)

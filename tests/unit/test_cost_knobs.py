@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 import localgrad
 from localgrad import bridges, heads, methods
-from localgrad.bench.cost import Cost, cost
 from localgrad.bridges.momentum import MomentumBridge
-from localgrad.method import Method, Site
-from localgrad.recompute import Recomputed
+from localgrad.costs import Cost, cost
+from localgrad.method import Method
+from localgrad.recompute.parts import Recomputed
+from localgrad.site import Site
 
 TASK = localgrad.tasks.classification(10, mean=(0.5,) * 3, std=(0.25,) * 3)
 

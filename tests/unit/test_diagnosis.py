@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import localgrad
 from localgrad import methods
-from localgrad.bench.compare import identity, key_of, train_all
-from localgrad.bench.diagnosis import diagnose, features_of, gradient_cosines, linear_cka, linear_probe
 from localgrad.config import validate
+from localgrad.study.compare import identity, key_of, train_all
+from localgrad.study.diagnosis import diagnose, features_of, gradient_cosines, linear_cka, linear_probe
 
 TASK = localgrad.tasks.classification(10)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import localgrad
-from localgrad.bench.memory import LiveBytes
 from localgrad.errors import PartitionError, TrainingError
+from localgrad.measure.memory import LiveBytes
 from localgrad.methods import accumulation, deep_supervision, dgl, e2e, infopro, windows
 from localgrad.spans import Constant, Span
 

@@ -30,12 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import localgrad
 from gradients import assert_same, gradients
-from localgrad import thread_state
 from localgrad.errors import PartitionError, TrainingError
 from localgrad.forward import SuspendedForward
-from localgrad.frames import held_by_frames
 from localgrad.methods import accumulation, dgl, e2e, windows
 from localgrad.spans import Span
+from localgrad.suspension import thread_state
+from localgrad.suspension.frames import held_by_frames
 
 TASK = localgrad.tasks.classification(3)
 DGL = dgl(TASK, head="linear")

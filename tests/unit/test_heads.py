@@ -13,7 +13,8 @@ import localgrad
 from localgrad import heads
 from localgrad.errors import MethodError, PartitionError
 from localgrad.layout import Layout, Pool, ToMaps, layout_of
-from localgrad.method import Auxiliary, Method, Site, Term
+from localgrad.method import Auxiliary, Method, Term
+from localgrad.site import Site
 from localgrad.spans import Local, Span
 
 OUTPUTS = 5

@@ -20,9 +20,9 @@ from localgrad import Batch, ConfigError, DataError, TrainingError, models
 from localgrad.cli import main
 from localgrad.data import masks
 from localgrad.partition import Partition
-from localgrad.predict import overlay, palette
 from localgrad.tasks import segmentation
 from localgrad.train.optim import Stepper, learning_rate
+from localgrad.train.predict import overlay, palette
 
 
 def given(targets: Tensor) -> Batch:

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from localgrad.bench.memory import LiveBytes, Memory, measure, saved_storages
+from localgrad.measure.memory import LiveBytes, Memory, measure, saved_storages
 
 
 @pytest.fixture(autouse=True, scope="module")

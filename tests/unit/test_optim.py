@@ -12,9 +12,9 @@ from torch import Tensor
 
 import localgrad
 from localgrad import methods
-from localgrad.bench.memory import measure
 from localgrad.config import OptimConfig
 from localgrad.errors import ConfigError
+from localgrad.measure.memory import measure
 from localgrad.methods import dgl, e2e, windows
 from localgrad.train.optim import Stepper, build, learning_rate
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import localgrad
 from localgrad import ConfigError, localize, methods, tasks
-from localgrad.bench.cost import run_step
-from localgrad.bench.memory import measure
+from localgrad.costs import run_step
+from localgrad.measure.memory import measure
 from localgrad.method import Method
 from localgrad.partition import RecomputedBlock
 from localgrad.planning import EXACT, LOCAL, MICRO, Plan, Planner, Rates, Work, read_memory

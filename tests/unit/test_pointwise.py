@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import localgrad
 from localgrad import methods, pointwise
-from localgrad.bench.memory import LiveBytes, measure, saved_storages
-from localgrad.pointwise import pointwise_recomputed
+from localgrad.measure.memory import LiveBytes, measure, saved_storages
+from localgrad.recompute.pointwise import pointwise_recomputed
 
 TASK = localgrad.tasks.classification(10)
 

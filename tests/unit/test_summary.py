@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import localgrad
-from localgrad.bench.summary import summarize
 from localgrad.config import validate
+from localgrad.study.summary import summarize
 
 
 def summary_of(model: str, method: Any, num_blocks: int) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def test_parameters_add_up(method: Any) -> None:
 def test_flops_and_bytes_add_up_to_the_models_own() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from localgrad.bench.memory import saved_storages
+    from localgrad.measure.memory import saved_storages
 
     found = summary_of("resnet32", ["dgl"], 4)
     model = localgrad.models.create("resnet32").train()

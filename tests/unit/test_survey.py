@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from localgrad import ConfigError, MethodError, survey
+from localgrad import ConfigError, MethodError
 from localgrad.cli import app
 from localgrad.method import Method
-from localgrad.reach import REACH
-from localgrad.survey import CHECKS, examine, examine_candidate, in_processes, read, select
+from localgrad.study import survey
+from localgrad.study.survey import CHECKS, examine, examine_candidate, in_processes, read, select
+from reach import REACH
 
 
 class Net(nn.Module):
@@ -161,10 +162,16 @@ def test_selection(tmp_path: Path) -> None:
     for _ in range(2):  # counted, then remembered
         assert select("timm", "gmlp_*", cache=cache) == {"gmlp_ti16_224": "mlp_mixer"}
     assert select("timm", "gmlp_*", every=True).keys() == {"gmlp_ti16_224", "gmlp_s16_224", "gmlp_b16_224"}
-    assert select("reach", "conv*") == {"conv1d": "conv1d", "convnext": "convnext"}
-    for library, where in (("timm", "localgrad list models --library timm"), ("reach", "localgrad.reach.REACH")):
-        with pytest.raises(ConfigError, match=f"no model of {library} is called like 'nothing_like_it'; see {where}"):
+    assert select("reach:REACH", "conv*") == {"conv1d": "conv1d", "convnext": "convnext"}
+    for library, where in (("timm", "see localgrad list models --library timm"), ("reach:REACH", "it has transformer")):
+        with pytest.raises(ConfigError, match=f"no model of {library} is called like 'nothing_like_it'; {where}"):
             select(library, "nothing_like_it")
+
+
+@pytest.mark.parametrize("source", ["no_such_module:X", "reach:NO_SUCH_NAME", "reach:Candidate", ":X"])
+def test_own_models_that_are_none_are_refused(source: str) -> None:
+    with pytest.raises(ConfigError, match="map"):
+        select(source)
 
 
 def test_the_command(tmp_path: Path) -> None:

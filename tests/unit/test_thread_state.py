@@ -1,6 +1,6 @@
 """Every private or little used name of torch that the suspended forward rests on, and the state that it sets aside.
 
-The first part holds torch to what `localgrad.thread_state`, `localgrad.boundary`, `localgrad.forward` and
+The first part holds torch to what `localgrad.suspension.thread_state`, `localgrad.boundary`, `localgrad.forward` and
 `localgrad.partition.moments` believe of it: a new torch that changes one of these fails here, by name.
 """
 
@@ -24,8 +24,8 @@ from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from localgrad import thread_state
 from localgrad.partition.record import clock
+from localgrad.suspension import thread_state
 
 BF16 = torch.bfloat16
 

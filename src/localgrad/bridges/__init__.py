@@ -1,4 +1,4 @@
-"""What an auxiliary head looks through. A bridge builder is a value; called with a `localgrad.method.Site` it returns a
+"""What an auxiliary head looks through. A bridge builder is a value; called with a `localgrad.site.Site` it returns a
 module from features to features, whose ``twins``, if it has any, `localgrad.exchange` moves, or None for nothing.
 """
 

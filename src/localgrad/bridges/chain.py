@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from localgrad.method import BridgeBuilder, Site
-from localgrad.recompute import Parts
+from localgrad.recompute.parts import Parts
+from localgrad.site import BridgeBuilder, Site
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch import nn
 
 from localgrad.bridges.momentum import Momentum, MomentumBridge
 from localgrad.errors import MethodError, nearest
-from localgrad.method import Site
 from localgrad.partition import Unit
-from localgrad.recompute import Parts
+from localgrad.recompute.parts import Parts
+from localgrad.site import Site
 
 Twins = Literal["first", "all"]
 Where = Literal["cascade", "independent", "both"]
@@ -55,7 +55,7 @@ class Leap:
     The chain is the published one where there is one for this network, number of blocks and boundary. Otherwise: every
     later unit that changes width or resolution, since the others would not fit without them, then of the units after
     the last of those the middle one and the last one. Nothing is built where no later unit can be copied
-    (`localgrad.method.Site.next_units`).
+    (`localgrad.site.Site.next_units`).
 
     Args:
         decay: of the moving average.

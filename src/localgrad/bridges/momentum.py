@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from localgrad.bridges.copies import Init, copied
 from localgrad.errors import MethodError, nearest
-from localgrad.method import Site
-from localgrad.recompute import Parts
+from localgrad.recompute.parts import Parts
+from localgrad.site import Site
 from localgrad.twins import Buffers, Twin, When
 
 Mix = Literal["sum", "scaled", "ema", "learnable", "pair"]
@@ -34,7 +34,7 @@ class Momentum:
         companion_init: the same for the learnable copies.
         exchange, buffers: see `localgrad.twins.Twin`.
         every: build it on boundaries every, 2 * every, ... only; and only where the next unit can be copied
-            (`localgrad.method.Site.next_units`).
+            (`localgrad.site.Site.next_units`).
 
     Source: Su et al., MAN, ECCV 2024, arXiv:2407.05623; MAN++, arXiv:2507.16279.
     """

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from localgrad.errors import MethodError
 from localgrad.layout import Layout
-from localgrad.method import Site
+from localgrad.site import Site
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def bench(
 
     [bold]localgrad bench resnet32 --batch-size 64 --image-size 32 --num-classes 10 -m dgl -k 4 -k 16[/bold]
     """
-    from localgrad.bench import contest_command
+    from localgrad.study import contest_command
 
     console = new_console(stderr=True)
     found = contest_command.run(

@@ -58,7 +58,7 @@ def compare(
     A finished run is never run again, a stopped one continues, and several processes may share one --out.
     """
     recipe, overrides = positional(recipe, overrides)
-    from localgrad.bench import compare_command as command
+    from localgrad.study import compare_command as command
 
     if recipe is None and not (model and data) and not (table and out):
         raise ConfigError("nothing to compare: name a recipe, a YAML file, or both --model and --data")

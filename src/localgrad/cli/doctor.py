@@ -10,7 +10,7 @@ from localgrad.cli.options import DataRoot, Json
 
 def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
     """Show versions, devices and the data found, and say what is wrong with them."""
-    from localgrad.bench.doctor import findings
+    from localgrad.study.doctor import findings
 
     rows = findings(data_root)
     if as_json:

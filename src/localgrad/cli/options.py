@@ -75,7 +75,7 @@ def settings_of(recipe: str | None, overrides: list[str] | None, **flags: Any) -
 
 def settings_of_run(folder: Path, data_root: str | None) -> Any:
     """The settings of the run in a directory; its data may have moved."""
-    from localgrad.train.folder import read_config
+    from localgrad.train.finished import read_config
 
     settings = read_config(folder)
     if data_root is not None:

@@ -27,7 +27,7 @@ def predict(
     [bold]localgrad predict runs/RUN street.jpg --out predictions[/bold]
     """
     from localgrad.data.masks import IMAGE_SUFFIXES
-    from localgrad.predict import load_trained, predict, write
+    from localgrad.train.predict import load_trained, predict, write
 
     files = []
     for path in images:

@@ -34,7 +34,7 @@ def simulate(
 
     from localgrad import methods, models, tasks
     from localgrad.distributed import simulate as simulator
-    from localgrad.network import localize
+    from localgrad.localization import localize
 
     torch.set_num_threads(threads)
     built = models.create(model, num_classes=num_classes, in_channels=3, image_size=image_size)

@@ -49,8 +49,8 @@ def summary(
             "nothing to summarise: name a recipe or a --model, for instance --model resnet32 --num-blocks 8"
         )
     settings = settings_of(recipe, overrides, method=method, blocks__num_blocks=num_blocks, model__name=model)
-    from localgrad.bench.summary import summarize
     from localgrad.data.sources import SOURCES
+    from localgrad.study.summary import summarize
 
     known = SOURCES.get(settings.data.name if recipe is not None else "")
     sides = settings.data.crop_size or settings.data.image_size or (known.shape[1] if known else 32)

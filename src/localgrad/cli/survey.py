@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -14,8 +14,7 @@ from localgrad.cli.options import Json
 
 def survey(
     library: Annotated[
-        Literal["timm", "torchvision", "reach"],
-        typer.Argument(help="Whose models; reach are small ones of many kinds, from text to volumes."),
+        str, typer.Argument(help="timm, torchvision, or module:name of your own; see localgrad.study.survey.Candidate.")
     ],
     pattern: Annotated[str, typer.Option("--filter", help="Shell pattern of names, for instance 'vit_*'.")] = "*",
     every: Annotated[
@@ -35,10 +34,10 @@ def survey(
 
     Models whose rows are in the file already are not run again.
     """
-    from localgrad import survey
+    from localgrad.study import survey
 
     console, progress = new_console(), new_console(stderr=True)
-    out = out or Path(f"survey-{library}.jsonl")
+    out = out or Path(f"survey-{library.replace(':', '-')}.jsonl")
     selection = survey.select(library, pattern, every=every, cache=out.with_suffix(".families.json"))
     rows = []
     for row, new in survey.survey(library, selection, out, workers=workers, timeout=timeout, retry=retry):

@@ -9,7 +9,8 @@ Order and augmentation are functions of (seed, epoch, batch or image), so an epo
 """
 
 from localgrad.data import boxes, masks
-from localgrad.data.catalogue import Data, Found, available, default_root, load
+from localgrad.data.catalogue import available, load
+from localgrad.data.dataset import Data, Found, default_root
 from localgrad.data.loaders import Loader
 
 __all__ = ["Data", "Found", "Loader", "available", "boxes", "default_root", "kind_of", "load", "masks"]

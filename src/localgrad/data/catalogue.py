@@ -2,59 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from localgrad import randomness
-from localgrad.data import folders
+from localgrad.data import boxes, folders, masks
 from localgrad.data.augment import Normalise, resize
-from localgrad.data.loaders import Files, Loader, Order, Resident
+from localgrad.data.dataset import Data, Found, default_root, hold_out
+from localgrad.data.loaders import Files, Order, Resident
 from localgrad.data.sources import SOURCES, Layout, Source
 from localgrad.errors import ConfigError, DataError, nearest
 
 _LARGEST = 16 * 2**30  # bytes that the resized copy of a resident set may take
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set ready to train on.
-
-    ``image_shape`` is (C, H, W) of a training batch; ``mean`` and ``std`` (C floats, units of [0, 1]) are what inputs
-    were normalised by; ``validation`` is None where none was asked for; ``kind`` names the task its targets are for, as
-    `localgrad.tasks` does.
-    """
-
-    name: str
-    title: str
-    num_classes: int
-    classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    train: Loader
-    validation: Loader | None
-    test: Loader
-    kind: str = "classification"
-
-
-class Found(NamedTuple):
-    """One line of `available`; ``where`` is the folder of a set that was found, else what is missing."""
-
-    name: str
-    title: str
-    found: bool
-    where: str
-
-
-def default_root() -> Path:
-    """The environment variable ``LOCALGRAD_DATA``, or else ``../shared/data`` from the current folder."""
-    return Path(os.environ.get("LOCALGRAD_DATA") or "../shared/data")
 
 
 def available(root: str | Path | None = None) -> list[Found]:
@@ -73,8 +35,6 @@ def available(root: str | Path | None = None) -> list[Found]:
             lines.append(Found(name, found[0].title or source.title, True, str(found[1].resolve())))
         else:
             lines.append(Found(name, source.title, False, "not in " + "; ".join(found)))
-    from localgrad.data import boxes, masks
-
     return [*lines, *masks.available(base), *boxes.available(base)]
 
 
@@ -209,18 +169,6 @@ def _files(
 
     train, test = folders.scan(folder)
     return split(train, limit), split(test, None), source.classes or train.classes
-
-
-def hold_out(indices: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """``indices`` cut into a held-out ``fraction`` and the rest, both in their old order."""
-    count = round(len(indices) * fraction)
-    if (fraction > 0 and count == 0) or count == len(indices):
-        raise ConfigError(
-            f"validation={fraction} of {len(indices)} training images leaves an empty split; "
-            "use validation=0, another fraction or a larger limit"
-        )
-    order = torch.randperm(len(indices), generator=randomness.generator("validation"))
-    return indices[order[:count].sort().values], indices[order[count:].sort().values]
 
 
 def _check_whole(name: str, value: object, least: int, most: int | None = None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from localgrad import randomness
 from localgrad.data import cache
 from localgrad.data.augment import Normalise
-from localgrad.data.catalogue import Data, Found, default_root, hold_out
+from localgrad.data.dataset import Data, Found, default_root, hold_out
 from localgrad.data.loaders import Batch, OnDamage, Order, decoded_batches, sound
 from localgrad.data.readers import torchvision
 from localgrad.errors import ConfigError, DataError

@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import localgrad
 from localgrad.errors import ConfigError, TrainingError
 from localgrad.network import LocalNetwork
+from localgrad.version import __version__
 
 
 @cache
 def source_digest() -> str:
     """sha256 over localgrad's own source files: ranks that run different code are found by it."""
-    root = Path(localgrad.__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
@@ -33,7 +33,7 @@ def facts_about(network: LocalNetwork) -> dict[str, str]:
     shapes = "; ".join(f"{name} {tuple(p.shape)} {p.dtype}" for name, p in network.named_parameters())
     return {
         "version of torch": str(torch.__version__),
-        "version of localgrad": localgrad.__version__,
+        "version of localgrad": __version__,
         "source code of localgrad": source_digest(),
         "method": network.method.name,
         "blocks": f"{network.num_blocks}, beginning at {', '.join(cut.name for cut in network.cuts) or 'the input'}",

@@ -28,13 +28,14 @@ from localgrad.distributed.timeline import Timeline
 from localgrad.distributed.trees import decoded, encoded
 from localgrad.engine import in_context
 from localgrad.errors import ConfigError, MethodError, TrainingError, nearest
-from localgrad.method import Batch, Term, alone
+from localgrad.method import Term
 from localgrad.network import LocalNetwork
 from localgrad.opened import OpenModel
 from localgrad.partition import INPUTS
 from localgrad.passes import OnOutput, Pass, answers_at
-from localgrad.points import Watch
 from localgrad.spans import Span, groups
+from localgrad.suspension.points import Watch
+from localgrad.task import Batch, alone
 from localgrad.timetable import Row, timetable
 
 VALUES, GRADIENTS, WEIGHTS = range(3)  # channels between two ranks
@@ -55,7 +56,7 @@ def block_parallel(
     at; the others may pass None. Weights are bit for bit those of a single process with the same batches, under
     `localgrad.keyed_randomness` also with dropout:
 
-    - Each rank runs its blocks as modules of their own (`localgrad.network.separate_blocks`), which torch.fx or a list
+    - Each rank runs its blocks as modules of their own (`localgrad.separate_blocks`), which torch.fx or a list
       of modules must give; they compute what the model's own forward does.
     - What a rank does, and in which order, are the rows of `localgrad.distributed.rows.rank_table`. Features, and the
       targets, are sent as soon as the last block of a rank has run forward, before its loss and backward pass. Batches

@@ -14,11 +14,12 @@ from localgrad.boundary import BlockGraph
 from localgrad.distributed.compression import Wire
 from localgrad.distributed.trees import decoded, encoded
 from localgrad.errors import MethodError
-from localgrad.network import LocalNetwork, separate_blocks
+from localgrad.localization import separate_blocks
+from localgrad.network import LocalNetwork
 from localgrad.partition import INPUTS, OUTPUT, Block, RecomputedBlock, SeparateBlocks
 from localgrad.partition.units import Called
 from localgrad.passes import Held, Pass
-from localgrad.points import Point
+from localgrad.suspension.points import Point
 
 Blocks = Sequence[Block | RecomputedBlock]
 Place = tuple[int, int]  # of a tensor: the block that made it, and its place among the gradients there

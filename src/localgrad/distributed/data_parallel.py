@@ -208,7 +208,7 @@ class Replicas:
         return {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
 
     def joined(self, rows: Tensor) -> Tensor:
-        """See `localgrad.method.Batch`."""
+        """See `localgrad.task.Batch`."""
         with explained("gathering the rows of a loss over all samples"):
             gathered: Tensor = _Gather.apply(rows, self.group)
         return gathered

@@ -15,9 +15,9 @@ import torch
 from localgrad.batches import parts_of
 from localgrad.engine import execute, in_context
 from localgrad.errors import ConfigError
-from localgrad.method import Batch
 from localgrad.network import LocalNetwork
 from localgrad.passes import Pass
+from localgrad.task import Batch
 from localgrad.timetable import Do, Row, timetable
 
 

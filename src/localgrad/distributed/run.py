@@ -21,7 +21,6 @@ from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from localgrad.bench.plots import curves_picture
 from localgrad.config import Config, dump, method_name
 from localgrad.distributed.agreement import agree, everyone, explained, gather_text
 from localgrad.distributed.block_parallel import block_parallel
@@ -30,6 +29,7 @@ from localgrad.distributed.compression import Wire
 from localgrad.distributed.data_parallel import data_parallel, digest_of
 from localgrad.distributed.mesh import device_mesh
 from localgrad.errors import ConfigError, TrainingError
+from localgrad.measure.plots import curves_picture
 from localgrad.train import checkpoint
 from localgrad.train.experiment import Experiment, build, device_of
 from localgrad.train.folder import BEST, RunFolder, metrics_csv, write

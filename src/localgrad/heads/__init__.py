@@ -1,4 +1,4 @@
-"""Auxiliary networks. A head builder is a value; called with a `localgrad.method.Site` it measures the features there
+"""Auxiliary networks. A head builder is a value; called with a `localgrad.site.Site` it measures the features there
 and returns a module. Every head reads maps (B, C, H, W), channel-last maps (B, H, W, C), tokens (B, T, C) and vectors.
 """
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from localgrad.errors import MethodError
 from localgrad.layout import ToMaps
-from localgrad.method import Site
+from localgrad.site import Site
 
 
 @dataclass(frozen=True)

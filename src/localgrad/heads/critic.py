@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from localgrad.layout import ToMaps
-from localgrad.method import Site
+from localgrad.site import Site
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from localgrad.layout import ToMaps
-from localgrad.method import Site
+from localgrad.site import Site
 
 
 @dataclass(frozen=True)

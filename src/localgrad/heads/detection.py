@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from localgrad.errors import MethodError
 from localgrad.layout import ToMaps
-from localgrad.method import Site
 from localgrad.models.detection import DetectionHead, Detector
+from localgrad.site import Site
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from localgrad.heads.decoder import Resize
 from localgrad.layout import ToMaps
-from localgrad.method import Site
+from localgrad.site import Site
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, *, stride: int = 1, bias: bool = False) -> list[nn.Module]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from localgrad.layout import Pool, ToMaps
-from localgrad.method import Site
+from localgrad.site import Site
 
 
 @dataclass(frozen=True)

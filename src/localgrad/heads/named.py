@@ -10,7 +10,8 @@ from localgrad.errors import MethodError, nearest
 from localgrad.heads.conv import Conv
 from localgrad.heads.linear import Linear
 from localgrad.heads.mlp import MLP
-from localgrad.method import HeadBuilder, Task
+from localgrad.site import HeadBuilder
+from localgrad.task import Task
 
 # A name, or a name with options: "linear", "2c2f", {"mlp": {"hidden": 128}}.
 Spec = str | dict[str, dict[str, Any]]

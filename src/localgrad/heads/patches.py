@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from localgrad.errors import MethodError
 from localgrad.layout import ToMaps
-from localgrad.method import HeadBuilder, Site
+from localgrad.site import HeadBuilder, Site
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch import nn
 from localgrad.bridges.copies import copied
 from localgrad.errors import MethodError
 from localgrad.heads.linear import Linear
-from localgrad.method import HeadBuilder, Site
 from localgrad.partition import Unit
-from localgrad.recompute import Parts
+from localgrad.recompute.parts import Parts
+from localgrad.site import HeadBuilder, Site
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Remaining:
     weights are the head's own. Towards the output of the model heads become shallower, the pyramid:
     ``d = max(1, round(depth * (1 - pyramid * t) + pyramid * t))``, t from 0 at the first boundary to 1 at the last.
 
-    Where no later unit can be copied (`localgrad.method.Site.next_units`) the read-out stands alone.
+    Where no later unit can be copied (`localgrad.site.Site.next_units`) the read-out stands alone.
 
     Args:
         read_out: builds what stands behind the units, a linear layer in the paper.

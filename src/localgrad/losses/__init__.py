@@ -1,4 +1,4 @@
-"""Losses besides the task's own. A loss is called with the output of its head and a `localgrad.method.Batch`."""
+"""Losses besides the task's own. A loss is called with the output of its head and a `localgrad.task.Batch`."""
 
 from localgrad.losses.attention_transfer import AttentionTransfer
 from localgrad.losses.contrastive import Contrastive

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from localgrad.losses.precision import widened
-from localgrad.method import Batch, Context
+from localgrad.method import Context
+from localgrad.task import Batch
 
 
 @dataclass(frozen=True)

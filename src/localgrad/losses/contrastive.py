@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from localgrad.errors import TrainingError
 from localgrad.losses.precision import widened
-from localgrad.method import Batch
+from localgrad.task import Batch
 
 
 @dataclass(frozen=True)

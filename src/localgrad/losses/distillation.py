@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from localgrad.errors import TrainingError
 from localgrad.losses.precision import widened
-from localgrad.method import Batch, Context, Loss
+from localgrad.method import Context
+from localgrad.task import Batch, Loss
 
 
 def divergence(logits: Tensor, other: Tensor, temperature: float = 1.0, reverse: bool = False) -> Tensor:
@@ -51,7 +52,7 @@ class Distilled:
 
     Args:
         loss: of the labels.
-        teacher: the context whose answer, or None, `localgrad.method.Batch` holds; see `logits_of`.
+        teacher: the context whose answer, or None, `localgrad.task.Batch` holds; see `logits_of`.
         weight: of the soft targets.
         temperature: T.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from localgrad.losses.precision import widened
-from localgrad.method import Batch, Task
+from localgrad.task import Batch, Task
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from localgrad import heads
-from localgrad.method import Method, Task, Term
+from localgrad.method import Method, Term
 from localgrad.spans import Local
+from localgrad.task import Task
 
 
 def auglocal(task: Task, *, depth: int = 2, tail: int | None = None, pyramid: float = 0.5) -> Method:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from localgrad.errors import MethodError, nearest
 from localgrad.method import Method
-from localgrad.recompute import Recompute
+from localgrad.recompute.parts import Recompute
 
 Where = Literal["blocks", "auxiliary", "both", "pointwise"]
 
@@ -44,7 +44,7 @@ def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = 
         'checkpointing(e2e)'
 
     Source: Chen et al., 2016, arXiv:1604.06174, through ``torch.utils.checkpoint``; ``pointwise`` is what they propose
-    for convolution, BatchNorm and activation, done tensor by tensor (`localgrad.pointwise`).
+    for convolution, BatchNorm and activation, done tensor by tensor (`localgrad.recompute.pointwise`).
     """
     if where not in get_args(Where):
         raise MethodError(nearest(where, get_args(Where), "where"))

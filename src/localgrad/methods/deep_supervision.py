@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from localgrad import heads
 from localgrad.errors import MethodError
-from localgrad.method import Method, Task, Term
+from localgrad.method import Method, Term
 from localgrad.spans import FromInput
+from localgrad.task import Task
 
 
 def deep_supervision(task: Task, *, weight: float = 0.3) -> Method:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from localgrad import heads
-from localgrad.method import HeadBuilder, Method, Task, Term
+from localgrad.method import Method, Term
+from localgrad.site import HeadBuilder
 from localgrad.spans import Local
+from localgrad.task import Task
 
 
 def dgl(task: Task, *, head: heads.Spec | HeadBuilder = "mlp") -> Method:

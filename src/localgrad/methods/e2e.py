@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from localgrad.method import Method, Task
+from localgrad.method import Method
 from localgrad.spans import EndToEnd
+from localgrad.task import Task
 
 
 def e2e(task: Task) -> Method:

@@ -14,10 +14,10 @@ from localgrad.errors import MethodError, nearest
 from localgrad.heads.attention_map import Energy
 from localgrad.layout import ToMaps, layout_of
 from localgrad.losses import AttentionTransfer
-from localgrad.method import Batch, Method, Task, Term
-from localgrad.network import LocalNetwork
+from localgrad.method import Method, Network, Term
 from localgrad.partition import Partition, by_count
 from localgrad.spans import Local
+from localgrad.task import Batch, Task
 
 
 def feature_distillation(
@@ -69,7 +69,7 @@ class Teacher:
     layers: tuple[str, ...] | None
     chosen: dict[int, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
-    def __call__(self, network: LocalNetwork, batch: Batch) -> list[Tensor]:
+    def __call__(self, network: Network, batch: Batch) -> list[Tensor]:
         boundaries = network.num_blocks - 1
         model = self.model.to(network.device)
         model.eval()

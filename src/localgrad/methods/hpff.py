@@ -7,7 +7,8 @@ from typing import Literal
 
 from localgrad import heads
 from localgrad.errors import MethodError, nearest
-from localgrad.method import Method, Site, Term
+from localgrad.method import Method, Term
+from localgrad.site import Site
 from localgrad.spans import Overlapping
 
 

@@ -7,8 +7,10 @@ from typing import Literal
 from localgrad import heads, losses
 from localgrad.errors import MethodError
 from localgrad.heads import imagenet
-from localgrad.method import HeadBuilder, Method, Ramp, Task, Term
+from localgrad.method import Method, Term
+from localgrad.site import HeadBuilder, Ramp
 from localgrad.spans import Local
+from localgrad.task import Task
 
 
 def infopro(

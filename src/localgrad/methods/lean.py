@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from localgrad.method import Method, Task
+from localgrad.method import Method
 from localgrad.methods.auglocal import auglocal
 from localgrad.methods.pooled import pooled
+from localgrad.task import Task
 
 
 def lean(task: Task, *, depth: int = 2, tail: int = 1, factor: int = 2, least: int = 4, start: int = 1) -> Method:

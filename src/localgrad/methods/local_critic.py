@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from localgrad import heads
 from localgrad.batches import num_samples
-from localgrad.method import Auxiliary, Batch, HeadBuilder, Method, Task, Term, alone
-from localgrad.rules import Observer, Rule
+from localgrad.method import Auxiliary, Method, Network, Observer, Rule, Term
+from localgrad.site import HeadBuilder
 from localgrad.spans import Local
-
-if TYPE_CHECKING:
-    from localgrad.network import LocalNetwork
+from localgrad.task import Batch, Task, alone
 
 
 def local_critic(task: Task, *, head: heads.Spec | HeadBuilder | None = None) -> Method:
@@ -71,7 +69,7 @@ class _Following(Rule):
     def built(self, term: Term, head: nn.Module) -> nn.Module:
         return Critic(head) if term.scored else head
 
-    def observe(self, network: LocalNetwork, batch: Batch) -> _Critics:
+    def observe(self, network: Network, batch: Batch) -> _Critics:
         return _Critics()
 
     def late_parameters(self, auxiliary: Auxiliary) -> Iterable[nn.Parameter]:

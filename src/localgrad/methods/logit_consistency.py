@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,11 +11,8 @@ from torch.utils._pytree import tree_map_only
 
 from localgrad.errors import MethodError
 from localgrad.losses.distillation import divergence, logits_of
-from localgrad.method import Batch, Method, Term
-from localgrad.rules import Observer, Rule
-
-if TYPE_CHECKING:
-    from localgrad.network import LocalNetwork
+from localgrad.method import Method, Network, Observer, Rule, Term
+from localgrad.task import Batch
 
 
 def logit_consistency(base: Method, *, share: float = 0.5) -> Method:
@@ -51,7 +48,7 @@ class _Consistency(Rule):
     share: float
     reason: ClassVar[str] = "compares the answers of neighbouring heads"
 
-    def observe(self, network: LocalNetwork, batch: Batch) -> _Answers:
+    def observe(self, network: Network, batch: Batch) -> _Answers:
         return _Answers(self.share)
 
 

@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 from localgrad.batches import call_model
 from localgrad.errors import MethodError, nearest
 from localgrad.losses import Distilled
-from localgrad.method import Batch, Method
-from localgrad.network import LocalNetwork
-from localgrad.recompute import BuffersKept
+from localgrad.method import Method, Network
+from localgrad.recompute.parts import BuffersKept
 from localgrad.spans import Periodic
+from localgrad.task import Batch
 
 Guidance = Literal["backprop", "distill"]
 Unit = Literal["step", "epoch"]
@@ -108,7 +108,7 @@ class FinalLogits:
         """Whether the model answers nothing at ``step``."""
         return not self.schedule.guided(step)
 
-    def __call__(self, network: LocalNetwork, batch: Batch) -> Any:
+    def __call__(self, network: Network, batch: Batch) -> Any:
         if self.rests(batch.step):
             return None
         with BuffersKept(network.model):

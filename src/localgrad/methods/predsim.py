@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from localgrad import heads, losses
 from localgrad.errors import MethodError
-from localgrad.method import Method, Task, Term
+from localgrad.method import Method, Term
 from localgrad.spans import Local
+from localgrad.task import Task
 
 
 def predsim(task: Task, *, beta: float = 0.99, size: int = 1024) -> Method:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,13 +13,11 @@ from localgrad.batches import tensors_in
 from localgrad.errors import MethodError
 from localgrad.losses import Reconciliation
 from localgrad.losses.reconciliation import Distance
-from localgrad.method import Batch, Method
+from localgrad.method import Method, Network, Observer, Rule
+from localgrad.network import LocalNetwork
 from localgrad.partition.units import called_as
 from localgrad.passes import Pass
-from localgrad.rules import Observer, Rule
-
-if TYPE_CHECKING:
-    from localgrad.network import LocalNetwork
+from localgrad.task import Batch
 
 
 def sgr(base: Method, *, weight: float = 1.0, distance: Distance = "l2") -> Method:
@@ -66,11 +64,12 @@ class _Reconcile(Rule):
                 f"{num_blocks} blocks covers several; use a base whose spans are single blocks, such as dgl"
             )
 
-    def observe(self, network: LocalNetwork, batch: Batch) -> Observer:
+    def observe(self, network: Network, batch: Batch) -> Observer:
         alone = all(span.stop - span.start == 1 for span in network.spans(batch.step))
         return _Seam(self.penalty) if alone else Observer()
 
-    def tried(self, network: LocalNetwork, example: Any) -> None:
+    def tried(self, network: Network, example: Any) -> None:
+        assert isinstance(network, LocalNetwork)
         """Raise `MethodError` unless the gradient of each block by its input can be differentiated again."""
         with network.opened(()) as opened:
             one = Pass(network, opened, (), Batch(example, None, 0))

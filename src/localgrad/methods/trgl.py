@@ -5,20 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from localgrad.errors import MethodError
 from localgrad.losses.precision import widened
-from localgrad.method import Batch, Method
+from localgrad.method import Method, Network, Observer, Rule
 from localgrad.partition import Cut, Partition
 from localgrad.partition.residual import residual_branches
-from localgrad.rules import Observer, Rule
-
-if TYPE_CHECKING:
-    from localgrad.network import LocalNetwork
+from localgrad.task import Batch
 
 
 def trgl(base: Method, *, tau: float = 10.0, growing: bool = True) -> Method:
@@ -74,7 +71,7 @@ class _Transport(Rule):
             found.append((tuple(inside), 0.5 / tau))
         return replace(self, branches=tuple(found), overwritten={})
 
-    def observe(self, network: LocalNetwork, batch: Batch) -> _Energies:
+    def observe(self, network: Network, batch: Batch) -> _Energies:
         return _Energies(network.running, self)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from localgrad.errors import MethodError
-from localgrad.method import Method, Ramp, Site, Term
+from localgrad.method import Method, Term
+from localgrad.site import Ramp, Site
 
 
 def weighted(base: Method, *, first: float = 1.0, last: float = 1.0) -> Method:

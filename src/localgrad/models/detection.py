@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.errors import ConfigError
-from localgrad.untouched import untouched
+from localgrad.suspension.untouched import untouched
 
 PROBED_PIXELS = 256
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from localgrad.errors import PartitionError
 from localgrad.partition.trace import ROOT, Taps, Trace, note_values, trace
-from localgrad.recompute import recomputed
+from localgrad.recompute.parts import recomputed
 
 INPUTS = "inputs"
 OUTPUT = "output"

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.batches import tensors_in
-from localgrad.bench.memory import saved_storages
 from localgrad.errors import PartitionError
+from localgrad.measure.memory import saved_storages
 from localgrad.opened import OpenModel
 from localgrad.partition.moments import Cut, Partition
-from localgrad.points import Watch
-from localgrad.untouched import untouched
+from localgrad.suspension.points import Watch
+from localgrad.suspension.untouched import untouched
 
 Stem = Literal["unit", "own", "merged"]
 Held = Literal["none", "own", "earlier"]

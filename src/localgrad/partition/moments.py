@@ -28,12 +28,12 @@ from torch.utils._pytree import tree_leaves
 
 from localgrad.batches import num_samples, tensors_in
 from localgrad.errors import PartitionError, nearest
-from localgrad.frames import outermost
 from localgrad.layout import Layout, layout_of
 from localgrad.partition.record import Call, Graph, Listener, Value
 from localgrad.partition.units import Called, Key, Unit
-from localgrad.points import Point
-from localgrad.untouched import untouched
+from localgrad.suspension.frames import outermost
+from localgrad.suspension.points import Point
+from localgrad.suspension.untouched import untouched
 
 Hint = Literal["first", "last"] | None
 MOST_TAPS = 16

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from localgrad.batches import tensors_in
-from localgrad.frames import held_by_frames
 from localgrad.partition.units import Key, others_of
+from localgrad.suspension.frames import held_by_frames
 
 Value = tuple[int, int]  # an output of a node: (index of the node, number of the output)
 

@@ -28,9 +28,9 @@ from localgrad.partition.blocks import (
 )
 from localgrad.partition.moments import Cut, Partition
 from localgrad.partition.trace import Taps
-from localgrad.points import Point
-from localgrad.recompute import recomputed
-from localgrad.untouched import untouched
+from localgrad.recompute.parts import recomputed
+from localgrad.suspension.points import Point
+from localgrad.suspension.untouched import untouched
 
 
 class _Step(nn.Module):

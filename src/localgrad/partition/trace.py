@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict
 
 from localgrad.errors import PartitionError
-from localgrad.untouched import untouched
+from localgrad.suspension.untouched import untouched
 
 ROOT = "model"
 Taps = Sequence[str] | Literal["auto"]

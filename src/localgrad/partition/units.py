@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.layout import Layout
-from localgrad.points import Arguments
+from localgrad.suspension.points import Arguments
 
 _PLAIN = (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 _present: ContextVar[Arguments | None] = ContextVar("localgrad_arguments", default=None)

@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from localgrad import cuts as cutting
-from localgrad.bench.memory import LiveBytes
+from localgrad import cutting
+from localgrad.cutting import auxiliary_bytes
 from localgrad.engine import local_losses
 from localgrad.errors import ConfigError
+from localgrad.localization import localize
+from localgrad.measure.memory import LiveBytes
+from localgrad.measure.work import Rates, Work
 from localgrad.method import Accumulate, Method
-from localgrad.network import LocalNetwork, auxiliary_bytes, localize
+from localgrad.network import LocalNetwork
 from localgrad.partition import AuxiliaryBytes, Cut, Partition, by_bytes
 from localgrad.partition.choose import Held, unit_storages
-from localgrad.planning.work import Rates, Work
 from localgrad.spans import groups
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from localgrad import methods, models, tasks
 from localgrad.config import MethodSpec, build_method, parse_method
 from localgrad.errors import ConfigError, MethodError, PartitionError, nearest
+from localgrad.measure.sizes import read_memory, size
+from localgrad.measure.work import Rates, measure_rates
 from localgrad.method import Method
 from localgrad.network import LocalNetwork
 from localgrad.partition.choose import Held
 from localgrad.planning.planner import PRECISIONS, Planner, Predicted
 from localgrad.planning.report import EXACT, LOCAL, MICRO, Option, Plan
-from localgrad.planning.sizes import read_memory, size
-from localgrad.planning.work import Rates, measure_rates
 
 STATES = {"sgd": 1, "adamw": 2}  # copies of the trained parameters that the optimizer keeps; SGD with momentum
 MOST_PARTS = 64

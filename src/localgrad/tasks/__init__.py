@@ -1,4 +1,4 @@
-"""Tasks: what a network is trained to do, see `localgrad.method.Task`."""
+"""Tasks: what a network is trained to do, see `localgrad.task.Task`."""
 
 from localgrad.tasks.classification import Classification, classification
 from localgrad.tasks.detection import Detection, detection

@@ -9,13 +9,14 @@ from torch.nn import functional as F
 
 from localgrad.errors import ConfigError, TrainingError
 from localgrad.losses.precision import widened
-from localgrad.method import Batch, HeadBuilder
+from localgrad.site import HeadBuilder
+from localgrad.task import Batch
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
 
 
 @dataclass(frozen=True)
 class Classification:
-    """A `localgrad.method.Task`; see `classification`."""
+    """A `localgrad.task.Task`; see `classification`."""
 
     num_classes: int
     label_smoothing: float = 0.0
@@ -54,7 +55,7 @@ class Classification:
 
 
 class Accuracy:
-    """A `localgrad.method.Metric`: the share of images that are classified rightly."""
+    """A `localgrad.task.Metric`: the share of images that are classified rightly."""
 
     def __init__(self, task: Classification) -> None:
         self.task = task

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from localgrad import heads
 from localgrad.errors import ConfigError, TrainingError
 from localgrad.losses.precision import widened
-from localgrad.method import Batch, HeadBuilder
+from localgrad.site import HeadBuilder
+from localgrad.task import Batch
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
 
 CANDIDATES = 100
@@ -23,7 +24,7 @@ Target = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Detection:
-    """A `localgrad.method.Task`; see `detection`."""
+    """A `localgrad.task.Task`; see `detection`."""
 
     num_classes: int
     head_width: int | None = None
@@ -168,7 +169,7 @@ def image_sizes(answer: Mapping[str, Any], target: Target) -> tuple[tuple[int, i
 
 
 class AveragePrecision:
-    """A `localgrad.method.Metric`: COCO's mAP over IoU 0.50 to 0.95, in pixels of the original images.
+    """A `localgrad.task.Metric`: COCO's mAP over IoU 0.50 to 0.95, in pixels of the original images.
 
     Detections that fall on a crowd count neither way. Sizes (small, medium, large) go by ``area`` where there is one.
 

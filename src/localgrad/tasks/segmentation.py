@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from localgrad import heads
 from localgrad.errors import ConfigError, TrainingError
 from localgrad.losses.precision import widened
-from localgrad.method import Batch, HeadBuilder
+from localgrad.site import HeadBuilder
+from localgrad.task import Batch
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """A `localgrad.method.Task`; see `segmentation`."""
+    """A `localgrad.task.Task`; see `segmentation`."""
 
     num_classes: int
     ignore_index: int = 255
@@ -97,7 +98,7 @@ class Segmentation:
 
 
 class IntersectionOverUnion:
-    """A `localgrad.method.Metric`: from the confusion matrix of all pixels of the split that are not ignored.
+    """A `localgrad.task.Metric`: from the confusion matrix of all pixels of the split that are not ignored.
 
     ``IoU_c = TP_c / (TP_c + FP_c + FN_c)``. A class that occurs neither in the masks nor in the answers has none and is
     left out of the mean.

@@ -17,14 +17,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from localgrad import cuts, data, methods, models, tasks
 from localgrad.config import BlocksConfig, Config, MethodSpec, build_method
-from localgrad.cuts import Cutting
+from localgrad.cutting import Cutting
 from localgrad.errors import CheckpointError, ConfigError, TrainingError, nearest
-from localgrad.method import Method, Task
+from localgrad.localization import localize
+from localgrad.method import Method
 from localgrad.models import freeze_batchnorm, load_pretrained
-from localgrad.network import LocalNetwork, localize
+from localgrad.network import LocalNetwork
 from localgrad.randomness import seeded
 from localgrad.spans import Constant
+from localgrad.task import Task
 from localgrad.train import checkpoint
+from localgrad.train.finished import trained_model
 from localgrad.train.meters import Meter
 from localgrad.train.optim import Stepper
 
@@ -243,35 +246,6 @@ def build_task(
         return make(num_classes, **known, **config.task)  # type: ignore[no-any-return]
     except TypeError as error:
         raise ConfigError(f"task: {config.task} does not suit {kind}: {error}") from error
-
-
-def trained_model(path: Path, task: Task, image_shape: tuple[int, int, int]) -> nn.Module:
-    """The model that a finished run left in ``path``, for data of the same form.
-
-    Raises:
-        CheckpointError: no finished run there, or one for other data.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from localgrad.train.folder import WEIGHTS, read_config
-
-    config = read_config(path)
-    model = models.create(
-        config.model.name,
-        num_classes=task.num_outputs,
-        in_channels=image_shape[0],
-        image_size=image_shape[1],
-        **config.model.options,
-    )
-    try:
-        model.load_state_dict(load_file(path / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} holds no finished run for these data ({' '.join(str(error).split())[:200]}); give the directory "
-            "of a run that ended"
-        ) from error
-    return model
 
 
 def cutting_of(blocks: BlocksConfig) -> Cutting | tuple[str, ...]:

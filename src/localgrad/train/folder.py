@@ -10,12 +10,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from localgrad.config import Config, dump
+from localgrad.config import dump
 from localgrad.errors import CheckpointError, ConfigError
 from localgrad.train import checkpoint
 from localgrad.train.experiment import Experiment
+from localgrad.train.finished import WEIGHTS
 
-CHECKPOINT, BEST, WEIGHTS = "checkpoint.safetensors", "best.safetensors", "model.safetensors"
+CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 STATES = (CHECKPOINT, CHECKPOINT + ".previous", BEST, BEST + ".previous")
 WRITTEN = (
     *STATES,
@@ -181,29 +182,3 @@ def metrics_csv(history: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def read_config(path: Path) -> Config:
-    """The configuration a run directory was started with.
-
-    Raises:
-        CheckpointError: no run there.
-    """
-    import yaml
-
-    from localgrad.config import validate
-
-    file = path / "config.yaml"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{path} holds no run (no config.yaml); --resume takes a directory that `localgrad train` wrote"
-        )
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}; check its permissions") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is damaged: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{file} is damaged: expected settings, found {type(settings).__name__}")
-    return validate(settings, str(file))

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from localgrad.batches import num_samples, rows
-from localgrad.capture import Captured, Record
 from localgrad.engine import local_losses
 from localgrad.method import Term
 from localgrad.models import freeze_batchnorm
+from localgrad.network import exchange
 from localgrad.randomness import keyed_randomness, seeded
 from localgrad.spans import Span
+from localgrad.train.capture import Captured, Record
 from localgrad.train.experiment import Experiment, explained
 from localgrad.train.meters import evaluate, merged
 from localgrad.train.optim import learning_rate
-from localgrad.twins import exchange
 
 
 def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch: Callable[[Experiment], None]) -> None:
@@ -105,7 +105,7 @@ def step(run: Experiment, inputs: Tensor, targets: Any) -> None:
 
 
 def captured_step(run: Experiment, record: Record | None = None) -> Callable[[Tensor, Tensor], None]:
-    """`step` as a CUDA graph; ``record`` as in `localgrad.capture.Captured`."""
+    """`step` as a CUDA graph; ``record`` as in `localgrad.train.capture.Captured`."""
     counted: list[dict[str, int]] = []
 
     def work(inputs: Tensor, targets: Tensor) -> None:

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_map_only
 from localgrad.batches import num_samples
 from localgrad.engine import local_outputs
 from localgrad.errors import TrainingError
-from localgrad.method import Batch, Metric, Task, Term
+from localgrad.method import Term
 from localgrad.network import LocalNetwork
 from localgrad.spans import Span
+from localgrad.task import Batch, Metric, Task
 
 
 class Meter:

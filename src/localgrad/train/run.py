@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from torch.utils._pytree import tree_map_only
 
-from localgrad.bench.plots import comparison_picture, curves_picture
 from localgrad.config import Config, method_name, run_names
 from localgrad.errors import LocalgradError
+from localgrad.measure.plots import comparison_picture, curves_picture
 from localgrad.train.experiment import Experiment, build, with_method
 from localgrad.train.folder import RunFolder
 from localgrad.train.loop import train
@@ -167,7 +167,7 @@ def compare(
 
 def measure_costs(results: list[dict[str, Any]], experiments: list[Experiment]) -> None:
     """Add what a training step costs to each result; the contestants are timed in turn."""
-    from localgrad.bench.cost import cost, step_seconds  # counting FLOPs imports triton, which training does not need
+    from localgrad.costs import cost, step_seconds  # counting FLOPs imports triton, which training does not need
 
     inputs, targets = next(iter(experiments[0].data.train.epoch(0)))
     device, autocast = experiments[0].network.device, experiments[0].autocast

@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from localgrad import data, methods
-from localgrad.bench.cost import cost, random_targets
-from localgrad.bench.memory import saved_storages
 from localgrad.config import Config
+from localgrad.costs import cost, random_targets
 from localgrad.errors import PartitionError
 from localgrad.forward import SuspendedForward
-from localgrad.network import LocalNetwork, block_infos, localize
+from localgrad.localization import localize
+from localgrad.measure.memory import saved_storages
+from localgrad.network import LocalNetwork, block_infos
 from localgrad.partition.units import called_as
+from localgrad.suspension.untouched import untouched
 from localgrad.train.experiment import build_network, build_task, device_of, explained
-from localgrad.untouched import untouched
 
 
 def summarize(config: Config, image_shape: tuple[int, int, int], num_classes: int, batch_size: int) -> dict[str, Any]:

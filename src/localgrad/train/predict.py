@@ -20,7 +20,7 @@ from localgrad.errors import CheckpointError, DataError
 from localgrad.losses.distillation import logits_of
 from localgrad.tasks import detection
 from localgrad.train.experiment import device_of
-from localgrad.train.folder import WEIGHTS, read_config
+from localgrad.train.finished import WEIGHTS, read_config
 
 
 @dataclass(frozen=True)

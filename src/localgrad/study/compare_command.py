@@ -7,7 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from localgrad.bench.compare import (
+from localgrad.config import Config
+from localgrad.errors import ConfigError
+from localgrad.study.compare import (
     check_compared,
     check_same_task,
     in_the_same_time,
@@ -16,10 +18,8 @@ from localgrad.bench.compare import (
     update_costs,
     variants,
 )
-from localgrad.bench.compare_report import picture, table
-from localgrad.bench.contest import read_methods
-from localgrad.config import Config
-from localgrad.errors import ConfigError
+from localgrad.study.compare_report import picture, table
+from localgrad.study.contest import read_methods
 from localgrad.train.folder import write
 
 TABLE, PICTURE = "table.md", "picture.png"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from localgrad.bench.memory import measure
-from localgrad.bench.process_memory import allocated_growth
 from localgrad.engine import local_losses
+from localgrad.measure.memory import measure
+from localgrad.measure.process_memory import allocated_growth
 from localgrad.network import LocalNetwork
 
 

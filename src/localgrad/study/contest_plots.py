@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from localgrad.bench.contest import REFERENCE, Contest, Row
-from localgrad.bench.plots import INK, new_figure, save_figure
 from localgrad.errors import ConfigError
+from localgrad.measure.plots import INK, new_figure, save_figure
+from localgrad.study.contest import REFERENCE, Contest, Row
 
 COLORS = {REFERENCE: INK, "checkpointing": "#16a085", "accumulation": "#2980b9", "local": "#d35400"}
 MARKERS = {"": "o", "per-block step": "^", "checkpointing inside": "v", "micro-batches": "P"}

@@ -20,17 +20,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from localgrad import cuts, methods, models
-from localgrad.bench.memory import Memory, measure
-from localgrad.bench.process_memory import allocated_growth, resident_growth, storages_mapped
 from localgrad.config import MethodSpec, build_method, method_name, parse_method
+from localgrad.cutting import as_cutting
 from localgrad.engine import local_losses
 from localgrad.errors import ConfigError, MethodError, PartitionError, nearest
+from localgrad.localization import localize
+from localgrad.measure.memory import Memory, measure
+from localgrad.measure.process_memory import allocated_growth, resident_growth, storages_mapped
 from localgrad.method import Method
-from localgrad.network import LocalNetwork, localize
+from localgrad.network import LocalNetwork, exchange
 from localgrad.partition import Partition
 from localgrad.planning import EXACT, LOCAL, MICRO, Rates, Work
 from localgrad.planning.planner import several_units
-from localgrad.twins import exchange
 
 Balance = Literal["count", "bytes"]
 VARIANTS = {"fp32": None, "bf16": torch.bfloat16}
@@ -422,7 +423,7 @@ def _cut(way: Way, model: nn.Module, example: Tensor, balance: Balance, batch_si
     else:
         cutting = way.num_blocks
     if way.inside:
-        chosen = cuts.as_cutting(cutting).choose(model, way.method, example, shared=False)
+        chosen = as_cutting(cutting).choose(model, way.method, example, shared=False)
         several = several_units(chosen.partition, chosen.cuts)
         if not several:
             raise MethodError("every block is a single unit already, with nothing inside to recompute")

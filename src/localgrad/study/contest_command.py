@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from localgrad import tasks
-from localgrad.bench.contest import Balance, Contest, contest, read_methods, standard_ways
-from localgrad.bench.contest_plots import pareto_picture, read_accuracies, timeline_picture
 from localgrad.errors import ConfigError
+from localgrad.study.contest import Balance, Contest, contest, read_methods, standard_ways
+from localgrad.study.contest_plots import pareto_picture, read_accuracies, timeline_picture
 from localgrad.train.experiment import device_of
 
 

@@ -39,7 +39,7 @@ class Captured:
 
     Example:
         >>> import torch
-        >>> from localgrad.capture import Captured
+        >>> from localgrad.train.capture import Captured
         >>> step = Captured(lambda x: x + 1, record=lambda work: (lambda: None, work()))
         >>> step(torch.zeros(1)).item()
         1.0

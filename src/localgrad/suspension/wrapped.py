@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from localgrad.doors import is_compiled
 from localgrad.errors import PartitionError
+from localgrad.suspension.doors import is_compiled
 
 _SHARD = "localgrad.distributed.data_parallel(network, mesh, shard=True)"
 _INSTEAD = {

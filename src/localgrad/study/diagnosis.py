@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from localgrad import methods
 from localgrad.engine import backward, features
 from localgrad.layout import ToMaps, layout_of
-from localgrad.network import LocalNetwork, localize
+from localgrad.localization import localize
+from localgrad.network import LocalNetwork
 from localgrad.train.experiment import Experiment, build
-from localgrad.train.folder import RunFolder, read_config
+from localgrad.train.finished import read_config
+from localgrad.train.folder import RunFolder
 
 
 @torch.no_grad()

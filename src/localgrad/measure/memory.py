@@ -56,7 +56,7 @@ class LiveBytes(TorchDispatchMode):
 
     Example:
         >>> import torch
-        >>> from localgrad.bench.memory import LiveBytes
+        >>> from localgrad.measure.memory import LiveBytes
         >>> with LiveBytes() as tracker:
         ...     x = torch.zeros(10) + 1  # 2 tensors of 40 bytes, of which one is freed at once
         >>> tracker.peak, tracker.current

@@ -24,33 +24,14 @@ from localgrad import tasks
 from localgrad.errors import TrainingError
 from localgrad.layout import ToMaps
 from localgrad.losses.precision import widened
-from localgrad.method import Batch, HeadBuilder, Metric, Site, Task
+from localgrad.site import HeadBuilder, Site
+from localgrad.study.survey import Candidate
+from localgrad.task import Batch, Metric, Task
 from localgrad.tasks.normalisation import pixels_of
 
 CLASSES, BATCH, PIXELS, LENGTH, WORDS = 5, 4, 32, 12, 40
 IGNORED = -100  # targets that count neither in a loss nor in a score
 PAD, EOS, FIRST_WORD = 0, 1, 3
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model and all that is needed to train it.
-
-    Args:
-        model: fresh, in training mode.
-        inputs: a tensor, a tuple of arguments or a dict of keyword arguments, 4 samples.
-        targets: what the task's loss reads.
-        task: reads the model's own output.
-        num_blocks: into which it is to be cut.
-        shared: whether modules far apart in the model have a parameter in common.
-    """
-
-    model: nn.Module
-    inputs: Any
-    targets: Any
-    task: Task
-    num_blocks: int = 4
-    shared: bool = False
 
 
 REACH: dict[str, Callable[[], Candidate]] = {}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from localgrad.frames import Tag
+from torch import nn
+
+from localgrad.suspension.frames import Tag
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,25 @@ class Watch:
     modules: tuple[str, ...] = ()
     frames: bool = False
     last: Mapping[tuple[int, Tag], tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Points and a watch, found on the modules of one model.
+
+    Attributes:
+        points: where blocks 1 .. K-1 begin, in the order they run.
+        watched: the modules whose inputs and outputs are looked at, with their names.
+        frames: whether local variables are looked at.
+        device_type: of the parameters.
+        training: whether gradients are recorded.
+    """
+
+    points: Sequence[tuple[nn.Module, Point]]
+    watched: Mapping[nn.Module, str]
+    frames: bool
+    device_type: str
+    training: bool
 
 
 @dataclass(frozen=True)

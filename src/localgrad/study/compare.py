@@ -28,20 +28,19 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-import localgrad
-from localgrad.bench.contest import described, timed
-from localgrad.bench.memory import measure
 from localgrad.config import BlocksConfig, Config, MethodSpec
 from localgrad.engine import local_losses
 from localgrad.errors import ConfigError, TrainingError
-from localgrad.network import LocalNetwork
+from localgrad.measure.memory import measure
+from localgrad.network import LocalNetwork, exchange
 from localgrad.planning import Rates, Work
 from localgrad.randomness import keyed_randomness
+from localgrad.study.contest import described, timed
 from localgrad.train.experiment import DTYPES, FREE, build_network, build_task, load_data, set_up_torch
 from localgrad.train.folder import RunFolder, write
 from localgrad.train.optim import Stepper
 from localgrad.train.run import run
-from localgrad.twins import exchange
+from localgrad.version import __version__
 
 ROWS, COSTS, RUNS = "rows.jsonl", "costs.json", "runs"
 REFERENCE: MethodSpec = ["e2e"]
@@ -310,7 +309,7 @@ def circumstances(config: Config) -> dict[str, Any]:
     """Where and with what something was measured."""
     device = set_up_torch(config)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    package = Path(localgrad.__file__).parent
+    package = Path(__file__).parents[1]
     command = ["git", "-C", str(package), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -320,7 +319,7 @@ def circumstances(config: Config) -> dict[str, Any]:
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "localgrad": localgrad.__version__,
+        "localgrad": __version__,
         "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
     }

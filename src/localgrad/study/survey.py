@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import importlib
 import importlib.metadata
 import json
 import multiprocessing
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -29,13 +32,37 @@ from localgrad import methods, models, tasks
 from localgrad.batches import call_model, tensors_in
 from localgrad.engine import backward, local_losses, local_outputs
 from localgrad.errors import ConfigError, LocalgradError, MethodError, TrainingError
-from localgrad.method import Batch, Method
-from localgrad.network import LocalNetwork, localize
+from localgrad.localization import localize
+from localgrad.method import Method
+from localgrad.network import LocalNetwork, exchange
 from localgrad.randomness import keyed_randomness, seeded, seeded_everywhere
-from localgrad.reach import REACH, Candidate
+from localgrad.suspension.untouched import untouched
+from localgrad.task import Batch, Task
 from localgrad.testing import assert_isolated
-from localgrad.twins import exchange
-from localgrad.untouched import untouched
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model and all that is needed to train it.
+
+    Args:
+        model: fresh, in training mode.
+        inputs: a tensor, a tuple of arguments or a dict of keyword arguments, 4 samples.
+        targets: what the task's loss reads.
+        task: reads the model's own output.
+        num_blocks: into which it is to be cut.
+        shared: whether modules far apart in the model have a parameter in common.
+    """
+
+    model: nn.Module
+    inputs: Any
+    targets: Any
+    task: Task
+    num_blocks: int = 4
+    shared: bool = False
+
+
+Candidates = Mapping[str, Callable[[], Candidate]]
 
 NUM_BLOCKS, NUM_CLASSES, STEPS = 4, 10, 5
 SIZES = (64, 96, 112, 128)
@@ -44,7 +71,7 @@ LEARNING_RATES = (0.05, 0.005, 0.0005, 0.000005)
 ROUNDING = 1e-5  # of float32 gradients, relative to the largest
 
 CHECKS = {
-    "cut": f"cut into {NUM_BLOCKS} blocks, or as many as a model of reach asks for",
+    "cut": f"cut into {NUM_BLOCKS} blocks, or as many as a `Candidate` asks for",
     "eval": "the suspended forward returns what the model does in eval mode, bit for bit",
     "gradients": "gradients of e2e on the blocks, and buffers after it, equal those of loss.backward(), bit for bit",
     "isolated": "each local loss of dgl trains its own block and head only, and all of them",
@@ -62,7 +89,7 @@ def select(library: str, pattern: str = "*", *, every: bool = False, cache: Path
     Args:
         library: ``torchvision`` (each model is its own family), ``timm`` (a family is one of its modules; the
             classifier with fewest parameters stands for it, those that timm made for its own tests left out), or
-            ``reach``, the models of `localgrad.reach` (each its own family).
+            ``module:name`` of a mapping from names to functions that return a `Candidate` (each its own family).
         pattern: shell pattern that names must match.
         every: all variants of timm's families.
         cache: a JSON file that remembers the answer, since counting parameters takes minutes.
@@ -70,11 +97,12 @@ def select(library: str, pattern: str = "*", *, every: bool = False, cache: Path
     Raises:
         ConfigError: the library is unknown or not installed, or no name matches.
     """
-    names = list(REACH) if library == "reach" else [name.partition(":")[2] for name in models.available(library)]
-    names = [name for name in names if fnmatch.fnmatch(name, pattern)]
+    own = ":" in library
+    known = list(candidates(library)) if own else [name.partition(":")[2] for name in models.available(library)]
+    names = [name for name in known if fnmatch.fnmatch(name, pattern)]
     if not names:
-        where = "localgrad.reach.REACH" if library == "reach" else f"localgrad list models --library {library}"
-        raise ConfigError(f"no model of {library} is called like {pattern!r}; see {where}")
+        where = f"it has {', '.join(known)}" if own else f"see localgrad list models --library {library}"
+        raise ConfigError(f"no model of {library} is called like {pattern!r}; {where}")
     if library != "timm":
         return {name: name for name in names}
     import timm
@@ -88,8 +116,8 @@ def select(library: str, pattern: str = "*", *, every: bool = False, cache: Path
     if every:
         return {name: family for family, chosen in families.items() for name in chosen}
     asked = {"timm": timm.__version__, "pattern": pattern}
-    if cache is not None and cache.exists() and (known := json.loads(cache.read_text())).items() >= asked.items():
-        return dict(known["models"])
+    if cache is not None and cache.exists() and (counted := json.loads(cache.read_text())).items() >= asked.items():
+        return dict(counted["models"])
     selection = {
         min(chosen, key=_parameters) if len(chosen) > 1 else chosen[0]: family for family, chosen in families.items()
     }
@@ -97,6 +125,26 @@ def select(library: str, pattern: str = "*", *, every: bool = False, cache: Path
         cache.parent.mkdir(parents=True, exist_ok=True)
         cache.write_text(json.dumps(asked | {"models": selection}, indent=2) + "\n")
     return selection
+
+
+def candidates(source: str) -> Candidates:
+    """The mapping that ``module:name`` says; modules are looked for in the working directory too.
+
+    Raises:
+        ConfigError: there is no such module or name, or it is no mapping.
+    """
+    module, _, name = source.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{source!r}: {error}; write module:name of a mapping from names to candidates") from error
+    if not isinstance(found, Mapping):
+        raise ConfigError(
+            f"{source!r} is a {type(found).__name__}; it must map names to functions that return candidates"
+        )
+    return found
 
 
 def _parameters(name: str) -> tuple[bool, float]:
@@ -380,15 +428,20 @@ def _one_line(error: BaseException) -> str:
 
 
 def examine_library(library: str, name: str) -> Row:
-    """The row of one model of ``timm``, ``torchvision`` or ``reach``, random weights, on one CPU thread."""
+    """The row of one model of ``timm``, ``torchvision`` or ``module:name``, random weights, on one CPU thread."""
     torch.set_num_threads(1)
-    full = f"{library}:{name}"
+    full = named(library, name)
 
     def build(size: int | None) -> nn.Module:
         return models.create(full, num_classes=NUM_CLASSES, image_size=size)
 
-    row = examine_candidate(full, REACH[name]) if library == "reach" else examine(full, build)
+    row = examine_candidate(full, candidates(library)[name]) if ":" in library else examine(full, build)
     return row | {"versions": dict(_versions())}
+
+
+def named(library: str, name: str) -> str:
+    """What a model is called in its row: ``timm:resnet18``, ``reach:bert`` for one of ``tests.reach:REACH``."""
+    return f"{library.partition(':')[0].rpartition('.')[2]}:{name}"
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -409,7 +462,7 @@ def survey(
     """The row of each selected model, those in the file first, and whether it is new; new ones are appended to it.
 
     Args:
-        library: ``timm``, ``torchvision`` or ``reach``; ``selection`` from `select`.
+        library: ``timm``, ``torchvision`` or ``module:name``; ``selection`` from `select`.
         out: a JSON-lines file, made if it is not there.
         workers: processes at a time.
         timeout: of one model, in seconds.
@@ -418,15 +471,15 @@ def survey(
     known = {row["model"]: row for row in read(out) if row["ok"] or not retry}
     jobs = {}
     for name, family in selection.items():
-        if (row := known.get(f"{library}:{name}")) is not None:
+        if (row := known.get(named(library, name))) is not None:
             yield row, False
         else:
-            jobs[f"{library}:{name}"] = (partial(examine_library, library, name), family)
+            jobs[named(library, name)] = (partial(examine_library, library, name), family)
     out.parent.mkdir(parents=True, exist_ok=True)
     torn = out.exists() and not out.read_bytes().endswith(b"\n") and out.stat().st_size > 0
     with out.open("a") as file:
         file.write("\n" * torn)
-        imported = ("timm", "torchvision", "transformers") if library == "reach" else (library,)
+        imported = () if ":" in library else (library,)
         for row in in_processes({name: job for name, (job, _) in jobs.items()}, workers, timeout, imported):
             row["family"] = jobs[row["model"]][1]
             file.write(json.dumps(row) + "\n")

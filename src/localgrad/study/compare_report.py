@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from localgrad.bench.compare import (
+from localgrad.errors import ConfigError
+from localgrad.measure.plots import INK, new_figure
+from localgrad.study.compare import (
     REFERENCE,
     Settings,
     costing,
@@ -20,9 +22,7 @@ from localgrad.bench.compare import (
     trained_as,
     without,
 )
-from localgrad.bench.contest import described
-from localgrad.bench.plots import INK, new_figure
-from localgrad.errors import ConfigError
+from localgrad.study.contest import described
 
 KINDS = {"end-to-end": INK, "checkpointing": "#16a085", "accumulation": "#2980b9"}
 

@@ -1,0 +1,62 @@
+"""What a data set is once it is loaded, and where data sets are looked for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from localgrad import randomness
+from localgrad.data.loaders import Loader
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set ready to train on.
+
+    ``image_shape`` is (C, H, W) of a training batch; ``mean`` and ``std`` (C floats, units of [0, 1]) are what inputs
+    were normalised by; ``validation`` is None where none was asked for; ``kind`` names the task its targets are for, as
+    `localgrad.tasks` does.
+    """
+
+    name: str
+    title: str
+    num_classes: int
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Loader
+    validation: Loader | None
+    test: Loader
+    kind: str = "classification"
+
+
+class Found(NamedTuple):
+    """One line of `available`; ``where`` is the folder of a set that was found, else what is missing."""
+
+    name: str
+    title: str
+    found: bool
+    where: str
+
+
+def default_root() -> Path:
+    """The environment variable ``LOCALGRAD_DATA``, or else ``../shared/data`` from the current folder."""
+    return Path(os.environ.get("LOCALGRAD_DATA") or "../shared/data")
+
+
+def hold_out(indices: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """``indices`` cut into a held-out ``fraction`` and the rest, both in their old order."""
+    count = round(len(indices) * fraction)
+    if (fraction > 0 and count == 0) or count == len(indices):
+        raise ConfigError(
+            f"validation={fraction} of {len(indices)} training images leaves an empty split; "
+            "use validation=0, another fraction or a larger limit"
+        )
+    order = torch.randperm(len(indices), generator=randomness.generator("validation"))
+    return indices[order[:count].sort().values], indices[order[count:].sort().values]

@@ -1,0 +1,128 @@
+"""Where an auxiliary network is to be built, and what builds one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from localgrad.errors import MethodError
+from localgrad.layout import Layout, layout_of
+from localgrad.partition import Cut, Partition, Unit
+from localgrad.spans import Span
+
+
+@dataclass(frozen=True)
+class Site:
+    """A boundary at which an auxiliary network is to be built.
+
+    Args:
+        span: the span whose loss it serves; the features are those at boundary ``span.stop``.
+        num_blocks: K.
+        features: an example of them, as the model produced it.
+        inputs: the first tensor of the example given to the model, ``(B, C, H, W)`` for images.
+        cut: the cut point, and ``partition`` the model it belongs to.
+        patches: how many of these features lie side by side along each side of the whole ones.
+    """
+
+    span: Span
+    num_blocks: int
+    features: Tensor
+    inputs: Tensor
+    cut: Cut
+    partition: Partition
+    patches: int = 1
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where channels, positions and prefix tokens lie in the features."""
+        alike = self.features.dim() == len(self.cut.shape)  # a bridge may have made tokens of maps
+        return layout_of(self.features, self.inputs, self.cut.channels_hint if alike else None)
+
+    @property
+    def channels(self) -> int:
+        """Width of the features."""
+        return self.layout.channels
+
+    @property
+    def final_channels(self) -> int:
+        """Width of the last features of the model that still have positions."""
+        return self.partition.final_layout.channels
+
+    @property
+    def in_last_stage(self) -> bool:
+        """Whether the features are at the model's last resolution, or below it."""
+        final = self.partition.final_layout.grid
+        return all(self.patches * a <= b for a, b in zip(self.layout.grid, final, strict=False))
+
+    @cached_property
+    def next_units(self) -> tuple[Unit, ...]:
+        """The model's own modules that run next, from the first one that reads features of this width on.
+
+        That is the one right after the boundary, unless a bridge has already led past it. None where what runs next
+        also reads earlier features (a decoder with skips): a copy would need those too. They end where they cannot run
+        one behind the other.
+
+        Raises:
+            MethodError: no later unit reads features of this width.
+        """
+        units = self.partition.units_after(self.cut)
+        form = (self.layout.kind, self.layout.channels)
+        start = next((k for k, unit in enumerate(units) if (unit.reads.kind, unit.reads.channels) == form), None)
+        if units[0].reads_taps:
+            return ()
+        if start is None:
+            raise MethodError(
+                f"after block {self.span.stop - 1} a copy of a later unit should read features of shape "
+                f"{tuple(self.features.shape)}, but none of {', '.join(unit.name for unit in units)} reads "
+                f"{self.layout.channels} channels; leave out one of the plug-ins that look through later units"
+            )
+        alone = tuple(itertools.takewhile(lambda unit: not unit.reads_taps, units[start:]))
+        return alone[: next((k for k, unit in enumerate(alone, start=1) if not unit.whole), len(alone))]
+
+    @property
+    def units_passed(self) -> int:
+        """Units of the model that run before the boundary, the stem counted as one."""
+        return self.partition.num_units - len(self.partition.units_after(self.cut))
+
+    def beyond(self, bridge: nn.Module) -> Site:
+        """The same site, seen through a bridge.
+
+        Raises:
+            MethodError: the bridge does not run on the features.
+        """
+        bridge.to(self.features).eval()
+        try:
+            with torch.no_grad():
+                return replace(self, features=bridge(self.features))
+        except Exception as error:  # a copied unit may fail in any way outside its place
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise MethodError(
+                f"after block {self.span.stop - 1} copies of the model's own units (from {self.cut.name!r} on) "
+                f"do not run on features of shape {tuple(self.features.shape)}: {reason}. Cut elsewhere, or "
+                "use a method without a bridge"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A weight that runs linearly over the boundaries, from ``first`` at the first to ``last`` at the last one.
+
+    ``first + (last - first) * k / (K - 2)`` at the boundary after block ``k``; ``first`` if there is only one.
+    """
+
+    first: float
+    last: float
+
+    def __call__(self, site: Site) -> float:
+        inner = site.num_blocks - 2
+        share = (site.span.stop - 1) / inner if inner > 0 else 0.0
+        return self.first * (1.0 - share) + self.last * share
+
+
+HeadBuilder = Callable[[Site], nn.Module]
+BridgeBuilder = Callable[[Site], nn.Module | None]

@@ -1,0 +1,1 @@
+"""What suspends a forward: doors on modules, frames, and the state of the thread."""
