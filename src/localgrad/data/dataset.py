@@ -12,6 +12,7 @@ from torch import Tensor
 
 from localgrad import randomness
 from localgrad.data.loaders import Loader
+from localgrad.errors import ConfigError
 
 
 @dataclass(frozen=True)
