@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from localgrad.errors import PartitionError
 
@@ -133,6 +134,7 @@ class BlockGraph:
         self.first = first
         self._box: Gradients = []
         self.gradients: Gradients = [None] * len(made)
+        self.crossing: dict[int, GradientEdge] = {}
         self.root: Tensor | None = _Inject.apply(self._box, *made) if made else None
 
     def captured(self, tensor: Tensor, slot: int) -> Tensor:
@@ -141,18 +143,41 @@ class BlockGraph:
             anchor = torch.zeros((), requires_grad=True)
             return _Capture.apply(anchor, tensor.detach(), self.gradients, slot)  # type: ignore[no-any-return]
 
+    def passed_on(self, tensor: Tensor, slot: int) -> Tensor:
+        """``tensor`` as `captured`, for the blocks behind."""
+        value = self.captured(tensor, slot)
+        assert value.grad_fn is not None
+        self.crossing[slot] = GradientEdge(value.grad_fn, 0)
+        return value
+
+    def known(self) -> list[tuple[GradientEdge, Tensor]]:
+        """The gradients left here by the blocks behind, and where they enter another backward pass; forgotten here.
+
+        Autograd adds up what reaches a tensor from its last reader to its first. A block that reads it too has to begin
+        with what later blocks left, or the sum is rounded in another order than in one backward pass.
+        """
+        found = [(edge, self.gradients[slot]) for slot, edge in self.crossing.items()]
+        for slot in self.crossing:
+            self.gradients[slot] = None
+        return [(edge, gradient) for edge, gradient in found if gradient is not None]
+
     def take_gradients(self) -> Gradients:
         """The gradients left here, which are forgotten."""
         gradients = list(self.gradients)
         self.gradients[:] = [None] * len(gradients)
         return gradients
 
-    def backward(self, gradients: Gradients, again: bool) -> None:
-        """Send gradients of what the block made through it; keep its graph only if it is needed ``again``."""
+    def backward(self, gradients: Gradients, earlier: Sequence[BlockGraph], again: bool) -> None:
+        """Send gradients of what the block made through it; keep its graph only if it is needed ``again``.
+
+        ``earlier`` are the graphs of the span before it, from which the block may have read.
+        """
         self._box[:] = gradients
         gradients.clear()
         root = self.root
         if not again:
             self.root = None
         if root is not None and any(gradient is not None for gradient in self._box):
-            torch.autograd.backward(root, retain_graph=again)
+            known = [pair for graph in earlier for pair in graph.known()]
+            roots: Any = [*(edge for edge, _ in known), root]
+            torch.autograd.backward(roots, [*(gradient for _, gradient in known), None], retain_graph=again)

@@ -135,7 +135,7 @@ class Pass:
                     value = one.enter(value)
                 becomes(tensor, value)
             elif held.attached:
-                becomes(tensor, self.graphs[held.maker].captured(tensor, held.slot))
+                becomes(tensor, self.graphs[held.maker].passed_on(tensor, held.slot))
             held.attached = False
         self.held = [held for held in self.held if held.ref() is not None]
 
@@ -269,7 +269,8 @@ class Pass:
         if (graph := self.graphs.get(block)) is not None:
             gradients = self._add_waiting(start, block, graph.take_gradients())
             del self.waiting[start][block]
-            graph.backward(gradients, again=not free)
+            earlier = [other for maker, other in self.graphs.items() if start <= maker < block]
+            graph.backward(gradients, earlier, again=not free)
             if free:
                 del self.graphs[block]
                 if not self.graphs and self.boundary == self.network.num_blocks:

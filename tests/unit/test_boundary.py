@@ -338,7 +338,7 @@ def test_gradients_are_caught_where_a_span_goes_on() -> None:
     assert caught[1] is None and torch.equal(caught[0], torch.full((3,), 5.0)) and w.grad is None
     assert graph.take_gradients() == [None, None]
     (second * 7).sum().backward()
-    graph.backward([caught[0], *graph.take_gradients()[1:]], again=False)
+    graph.backward([caught[0], *graph.take_gradients()[1:]], (), again=False)
     torch.testing.assert_close(w.grad, 5 * w.exp().detach() + 7 * w.cos().detach())
     assert graph.root is None
 
@@ -372,10 +372,10 @@ def test_a_graph_is_freed_unless_it_is_needed_again(again: bool) -> None:
     becomes(made, graph.captured(made, 0))
     gradients = [torch.ones(3)]
     del made
-    graph.backward(gradients, again)
+    graph.backward(gradients, (), again)
     assert gradients == [] and (storage() is not None) == again
     if again:
-        graph.backward([torch.ones(3)], again=False)
+        graph.backward([torch.ones(3)], (), again=False)
         assert storage() is None
         torch.testing.assert_close(w.grad, 2 * w.exp().detach())
 
@@ -383,9 +383,9 @@ def test_a_graph_is_freed_unless_it_is_needed_again(again: bool) -> None:
 def test_a_graph_without_gradient_is_left_alone_and_freed() -> None:
     w = torch.randn(3, requires_grad=True)
     graph = BlockGraph([w.exp()], 0)
-    graph.backward([None], again=False)
+    graph.backward([None], (), again=False)
     assert w.grad is None and graph.root is None
-    BlockGraph([], 0).backward([], again=False)
+    BlockGraph([], 0).backward([], (), again=False)
 
 
 def test_where_a_region_runs_again_the_stop_is_differentiable() -> None:

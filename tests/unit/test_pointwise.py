@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad
-from localgrad import methods, pointwise
+from localgrad import methods
 from localgrad.measure.memory import LiveBytes, measure, saved_storages
+from localgrad.recompute import pointwise
 from localgrad.recompute.pointwise import pointwise_recomputed
 
 TASK = localgrad.tasks.classification(10)
