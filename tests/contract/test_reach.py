@@ -49,7 +49,7 @@ def gradients(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_end_to_end_is_loss_backward(name: str) -> None:
-    """Bit for bit, also where several blocks read one value, whose gradients have to be added in the order of autograd."""
+    """Bit for bit, also where several blocks read one value, whose gradients are added in the order of autograd."""
     one = build(name)
     plain = copy.deepcopy(one.model)
     network = localgrad.localize(
