@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,14 +15,11 @@ from localgrad.errors import MethodError, PartitionError, TrainingError
 from localgrad.method import Auxiliary, Method, Rule
 from localgrad.opened import OpenModel
 from localgrad.partition import Partition, SeparateBlocks
+from localgrad.ranks import Replicas, Stage
 from localgrad.spans import Span
 from localgrad.suspension.points import Watch
 from localgrad.suspension.wrapped import check_holder, check_network
 from localgrad.twins import Twin
-
-if TYPE_CHECKING:
-    from localgrad.distributed.block_parallel import Stage
-    from localgrad.distributed.data_parallel import Replicas
 
 
 class LocalNetwork(nn.Module):

@@ -410,12 +410,11 @@ def test_a_run_goes_on_with_the_wire_format_it_was_begun_with(tmp_path: Path) ->
 
     from localgrad import config
     from localgrad.cli import app
-    from localgrad.distributed import run
 
-    assert run.wire_of(tmp_path, None) == "same" and run.wire_of(tmp_path, "bf16") == "bf16"
+    assert parallel.wire_of(tmp_path, None) == "same" and parallel.wire_of(tmp_path, "bf16") == "bf16"
     settings = dataclasses.replace(config.validate(config.read_recipe("digits"), "digits"), beside=[])
-    assert run._prepared(settings, tmp_path, "int8", continues=False, overwrite=False) is None
-    assert run.wire_of(tmp_path, None) == run.wire_of(tmp_path, "int8") == "int8"
+    assert parallel._prepared(settings, tmp_path, "int8", continues=False, overwrite=False) is None
+    assert parallel.wire_of(tmp_path, None) == parallel.wire_of(tmp_path, "int8") == "int8"
     for words, message in (
         (["--parallel", "block=2", "--wire", "bf16"], "was begun with --wire int8 and cannot go on with bf16"),
         (["--parallel", "block=1"], "--wire int8 rounds features between ranks along the blocks"),

@@ -17,8 +17,7 @@ import localgrad
 from localgrad import methods
 from localgrad.config import OptimConfig
 from localgrad.distributed import block_parallel, device_mesh
-from localgrad.distributed.block_parallel import VALUES
-from localgrad.distributed.link import Inlet, Outlet
+from localgrad.distributed.link import VALUES, Inlet, Outlet
 from localgrad.distributed.placement import balanced, seconds_of_blocks
 from localgrad.measure.memory import LiveBytes
 from localgrad.train.meters import evaluate

@@ -18,7 +18,7 @@ from zoo import batch as images
 import localgrad
 from localgrad import methods
 from localgrad.distributed import block_parallel
-from localgrad.distributed.block_parallel import GRADIENTS, VALUES, WEIGHTS
+from localgrad.distributed.link import GRADIENTS, VALUES, WEIGHTS
 from localgrad.distributed.simulate import BlockCost, Forecast, LinkSpeed, forecast, layouts
 from localgrad.distributed.timeline import Event, chrome_trace, picture
 

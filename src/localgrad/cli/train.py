@@ -161,13 +161,14 @@ def _train_parallel(
     console: Console, settings: Any, folder: Path, layout: str, named: Path | None, resume: bool, overwrite: bool,
     timeout: float, wire: Literal["same", "bf16", "int8"] | None, as_json: bool,
 ) -> None:  # fmt: skip
-    from localgrad.distributed import run
     from localgrad.train.folder import write
 
-    axes = run.parsed(layout)
+    axes = parallel.parsed(layout)
     if named is None:
         raise ConfigError("--parallel needs --run-dir, which all ranks and every restart share")
-    result = run.run(settings, folder, axes, console, resume=resume, overwrite=overwrite, timeout=timeout, wire=wire)
+    result = parallel.run(
+        settings, folder, axes, console, resume=resume, overwrite=overwrite, timeout=timeout, wire=wire
+    )
     if result is None:
         return
     write(folder / "results.json", json.dumps([result], indent=2) + "\n")

@@ -19,6 +19,7 @@ from localgrad.errors import TrainingError
 # A header is 8 int64: number of the message (END if there is none), step, micro-batch, number of its layout, bytes of
 # that layout's text if it is new, bytes of the tensors, bytes promised for every later message, the sender's clock.
 END = -1
+VALUES, GRADIENTS, WEIGHTS = range(3)  # channels between two ranks
 # Tensors begin where torch's own allocator would let them begin: kernels may sum in another order elsewhere.
 ALIGNMENT = 64
 HEADER, LAYOUT, PAYLOAD, OVERSIZE = range(4)  # gloo matches messages of one pair of ranks by these tags, in order
