@@ -410,6 +410,7 @@ def test_a_run_goes_on_with_the_wire_format_it_was_begun_with(tmp_path: Path) ->
 
     from localgrad import config
     from localgrad.cli import app
+    from localgrad.train import parallel
 
     assert parallel.wire_of(tmp_path, None) == "same" and parallel.wire_of(tmp_path, "bf16") == "bf16"
     settings = dataclasses.replace(config.validate(config.read_recipe("digits"), "digits"), beside=[])

@@ -161,6 +161,7 @@ def _train_parallel(
     console: Console, settings: Any, folder: Path, layout: str, named: Path | None, resume: bool, overwrite: bool,
     timeout: float, wire: Literal["same", "bf16", "int8"] | None, as_json: bool,
 ) -> None:  # fmt: skip
+    from localgrad.train import parallel
     from localgrad.train.folder import write
 
     axes = parallel.parsed(layout)
