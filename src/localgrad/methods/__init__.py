@@ -12,6 +12,7 @@ from localgrad.methods.e2e import e2e
 from localgrad.methods.feature_distillation import feature_distillation
 from localgrad.methods.hpff import hpff
 from localgrad.methods.infopro import infopro
+from localgrad.methods.last_head_distillation import last_head_distillation
 from localgrad.methods.lean import lean
 from localgrad.methods.local_critic import local_critic
 from localgrad.methods.logit_consistency import logit_consistency
@@ -24,7 +25,6 @@ from localgrad.methods.predsim import predsim
 from localgrad.methods.sgr import sgr
 from localgrad.methods.tail import tail
 from localgrad.methods.trgl import trgl
-from localgrad.methods.weighted import weighted
 from localgrad.methods.windows import windows
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "feature_distillation",
     "hpff",
     "infopro",
+    "last_head_distillation",
     "lean",
     "local_critic",
     "logit_consistency",
@@ -49,6 +50,5 @@ __all__ = [
     "sgr",
     "tail",
     "trgl",
-    "weighted",
     "windows",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from localgrad.method import Accumulate, Method, Wait
+from localgrad.methods.composition import plugin
 
 
+@plugin
 def accumulation(base: Method, *, parts: int = 4, wait: Wait = "device") -> Method:
     """Run each batch in ``parts`` micro-batches and add up their gradients, weighted by their share of the samples.
 

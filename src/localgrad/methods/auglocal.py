@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from localgrad import heads
 from localgrad.method import Method, Term
+from localgrad.methods.composition import base
 from localgrad.spans import Local
 from localgrad.task import Task
 
 
+@base
 def auglocal(task: Task, *, depth: int = 2, tail: int | None = None, pyramid: float = 0.5) -> Method:
     """As DGL, but a head is a short copy of what follows: evenly spread later units, with weights of their own.
 

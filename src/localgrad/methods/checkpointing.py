@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Literal, get_args
 
 from localgrad.errors import MethodError, nearest
 from localgrad.method import Method
-from localgrad.recompute.parts import Recompute
+from localgrad.methods.composition import repeatable
 
-Where = Literal["blocks", "auxiliary", "both", "pointwise"]
+Where = Literal["blocks", "auxiliary", "pointwise"]
 
 
-def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = None) -> Method:
+@repeatable
+def checkpointing(base: Method, *, where: Where = "blocks") -> Method:
     """Keep only boundary features of blocks that a wider span covers, and run them again in the backward pass.
 
     The last block of a span is never run twice: its backward pass comes at once. Random draws are repeated and
@@ -30,13 +30,10 @@ def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = 
 
     Args:
         base: a method with spans wider than one block for ``blocks``, with auxiliary heads for ``auxiliary``.
-        where: what is recomputed: ``blocks``, parts of ``auxiliary`` networks, ``both``, or ``pointwise`` operations.
-        first: with ``pointwise``, only so many blocks at the beginning and their heads, for a method that needs the
-            most memory there; None for all.
+        where: what is recomputed: ``blocks``, parts of ``auxiliary`` networks, or ``pointwise`` operations.
 
     Raises:
-        MethodError: for an unknown place, if there are no auxiliary networks, or for ``first`` below 1 or without
-            ``pointwise``.
+        MethodError: for an unknown place, or if there are no auxiliary networks.
 
     Example:
         >>> import localgrad
@@ -48,18 +45,6 @@ def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = 
     """
     if where not in get_args(Where):
         raise MethodError(nearest(where, get_args(Where), "where"))
-    if where in ("auxiliary", "both"):
+    if where == "auxiliary":
         base.require_heads("checkpointing")
-    if first is not None and (where != "pointwise" or first < 1):
-        raise MethodError(f"first={first} with where={where!r}: write where='pointwise' and first=1 or more, or None")
-    known = base.recompute
-    pointwise = (first or math.inf) if where == "pointwise" else 0
-    return replace(
-        base,
-        name=f"checkpointing({base.name})",
-        recompute=Recompute(
-            known.blocks or where in ("blocks", "both"),
-            known.auxiliary or where in ("auxiliary", "both"),
-            max(known.pointwise, pointwise),
-        ),
-    )
+    return replace(base, name=f"checkpointing({base.name})", recompute=replace(base.recompute, **{where: True}))

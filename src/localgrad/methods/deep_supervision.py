@@ -5,10 +5,12 @@ from __future__ import annotations
 from localgrad import heads
 from localgrad.errors import MethodError
 from localgrad.method import Method, Term
+from localgrad.methods.composition import base
 from localgrad.spans import FromInput
 from localgrad.task import Task
 
 
+@base
 def deep_supervision(task: Task, *, weight: float = 0.3) -> Method:
     """End-to-end training with a classifier on every boundary: ``L = L_K + weight * sum_k L_k``.
 

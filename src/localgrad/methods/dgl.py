@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from localgrad import heads
 from localgrad.method import Method, Term
+from localgrad.methods.composition import base
 from localgrad.site import HeadBuilder
 from localgrad.spans import Local
 from localgrad.task import Task
 
 
+@base
 def dgl(task: Task, *, head: heads.Spec | HeadBuilder = "mlp") -> Method:
     """Every block minimises the task's loss of its own auxiliary head; gradients stay inside the block.
 

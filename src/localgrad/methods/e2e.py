@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from localgrad.method import Method
+from localgrad.methods.composition import base
 from localgrad.spans import EndToEnd
 from localgrad.task import Task
 
 
+@base
 def e2e(task: Task) -> Method:
     """End-to-end training: one span over all blocks, no auxiliary network.
 

@@ -15,11 +15,13 @@ from localgrad.heads.attention_map import Energy
 from localgrad.layout import ToMaps, layout_of
 from localgrad.losses import AttentionTransfer
 from localgrad.method import Method, Network, Term
+from localgrad.methods.composition import base
 from localgrad.partition import Partition, by_count
 from localgrad.spans import Local
 from localgrad.task import Batch, Task
 
 
+@base
 def feature_distillation(
     task: Task, *, teacher: nn.Module, layers: Sequence[str] | None = None, label: float = 0.0
 ) -> Method:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from localgrad import heads
 from localgrad.batches import num_samples
 from localgrad.method import Auxiliary, Method, Network, Observer, Rule, Term
+from localgrad.methods.composition import base
 from localgrad.site import HeadBuilder
 from localgrad.spans import Local
 from localgrad.task import Batch, Task, alone
 
 
+@base
 def local_critic(task: Task, *, head: heads.Spec | HeadBuilder | None = None) -> Method:
     """Every block minimises what its critic says the loss will be; critics learn to say what the next one says.
 

@@ -12,9 +12,11 @@ from torch.utils._pytree import tree_map_only
 from localgrad.errors import MethodError
 from localgrad.losses.distillation import divergence, logits_of
 from localgrad.method import Method, Network, Observer, Rule, Term
+from localgrad.methods.composition import plugin
 from localgrad.task import Batch
 
 
+@plugin
 def logit_consistency(base: Method, *, share: float = 0.5) -> Method:
     """Each block's prediction stays near the one of the block before.
 

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from localgrad import bridges
 from localgrad.method import Method
-from localgrad.twins import Buffers, When
+from localgrad.methods.composition import plugin
 
 
-def man_pp(
-    base: Method,
-    *,
-    decay: float = 0.995,
-    depth: int = 1,
-    twin_init: Literal["source", "fresh"] = "source",
-    companion_init: Literal["source", "fresh"] = "fresh",
-    exchange: When = "after",
-    buffers: Buffers = "none",
-    borders: int = 1,
-) -> Method:
+@plugin
+def man_pp(base: Method, *, decay: float = 0.995, depth: int = 1, released: bool = False) -> Method:
     """As MAN, the two branches weighted by a learnable scalar per boundary.
 
     ``heads read s * companion(h) + (2 - s) * twin(h)``, s starting at 1.
@@ -29,7 +19,8 @@ def man_pp(
         base: a method with auxiliary heads.
         decay: of the moving average.
         depth: units looked through; 2 for vision transformers in the released code.
-        twin_init, companion_init, exchange, buffers, borders: see `localgrad.methods.man`.
+        released: as the released code: the twin starts at weights of its own, and the moving average runs before the
+            optimizer step.
 
     Raises:
         MethodError: if the base has no auxiliary heads, or for a value out of range.
@@ -40,8 +31,8 @@ def man_pp(
         'man_pp(dgl)'
 
     Source: MAN++, TPAMI 2026, arXiv:2507.16279, and its released code.
-    Differs: as `localgrad.methods.man`.
+    Differs: the moving average runs after the optimizer step and starts at the source; ``released=True`` undoes both.
     """
     base.require_heads("man_pp")
-    momentum = bridges.Momentum(decay, "scaled", depth, twin_init, companion_init, exchange, buffers, borders)
+    momentum = bridges.Momentum(decay, "scaled", depth, **bridges.released(released))
     return replace(base, name=f"man_pp({base.name})", bridge=bridges.chain(base.bridge, momentum))

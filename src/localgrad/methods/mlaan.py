@@ -7,37 +7,20 @@ from dataclasses import replace
 from localgrad import bridges
 from localgrad.bridges.leap import Twins, Where
 from localgrad.method import Method
-from localgrad.spans import Ends, Overlapping, Periodic, Schedule
+from localgrad.methods.composition import plugin
+from localgrad.methods.windows import windowed
 
 
-def mlaan(
-    base: Method,
-    *,
-    width: int = 2,
-    stride: int = 1,
-    independent: float = 1.0,
-    cascade: float = 1.0,
-    ends: Ends = "both",
-    every: int = 1,
-    leap: Where = "cascade",
-    twins: Twins = "first",
-    decay: float = 0.995,
-) -> Method:
-    """Blocks are trained alone and in windows, through auxiliary networks that leap ahead to the end of the model.
+@plugin
+def mlaan(base: Method, *, leap: Where = "cascade", twins: Twins = "first", decay: float = 0.995) -> Method:
+    """`localgrad.methods.windows`, whose auxiliary networks leap ahead to the end of the model.
 
-    Each block has its base loss with weight ``independent``; each window of ``width`` consecutive blocks has one of its
-    own with weight ``cascade``, whose heads look through copies of a few later units (`localgrad.bridges.Leap`).
+    Each block has its base loss, and each window of two consecutive blocks has one of its own, whose heads look through
+    copies of a few later units (`localgrad.bridges.Leap`). Other windows and weights are those of a base that has some,
+    ``mlaan(windows(base, width=3, local=0.001, cascade=0.999))``.
 
     Args:
-        base: a method with local spans.
-        width: blocks of a window, 2 or 3.
-        stride: blocks from the beginning of one window to that of the next; ``width`` for windows that do not overlap,
-            whose backward passes cost half as much.
-        independent: weight of the losses of single blocks; 0 leaves them out.
-        cascade: weight of the losses of windows; 0 leaves them out, with their chains: the base method.
-        ends: where a window ends, the single block has its own loss too (``both``) or not (``cascade``), which lets
-            windows that do not overlap do with one backward pass per block.
-        every: windows on every so many steps only; on the others blocks train alone.
+        base: a method with local spans, or windows.
         leap: which auxiliary networks look ahead: those of windows (``cascade``, the released code), those of single
             blocks (``independent``, the paper's figure), or ``both``.
         twins: whether the ``first`` copied unit (released code) or ``all`` of them are joined by a moving average.
@@ -55,10 +38,7 @@ def mlaan(
     Differs: one forward per block where theirs runs three or four; every moving average is updated (theirs: the last
     boundary's only); all blocks have their own loss from the first on; equal weights (theirs: 0.001 and 0.999).
     """
-    alone = base.require_local("mlaan")
-    spans: Schedule = Overlapping(width, independent, cascade, alone.tail, stride, ends)
-    if every != 1:
-        spans = Periodic(alone, every, guide=spans)
     base.require_heads("mlaan")
+    base, _ = windowed(base, "mlaan")
     bridge = bridges.chain(base.bridge, bridges.Leap(decay, twins, leap))
-    return replace(base, name=f"mlaan({base.name})", spans=spans, bridge=bridge)
+    return replace(base, name=f"mlaan({base.name})", bridge=bridge)

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from localgrad import bridges
 from localgrad.method import Method
+from localgrad.methods.composition import plugin
 
 
+@plugin
 def pooled(base: Method, *, factor: int = 2, least: int = 1, start: int = 0) -> Method:
     """Average-pool the features before bridge and heads; ``factor ** 2`` times fewer positions to compute on.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from localgrad import heads, losses
 from localgrad.errors import MethodError
 from localgrad.method import Method, Term
+from localgrad.methods.composition import base
 from localgrad.spans import Local
 from localgrad.task import Task
 
 
+@base
 def predsim(task: Task, *, beta: float = 0.99, size: int = 1024) -> Method:
     """Every block matches the similarity of its features to that of the labels, and predicts the label a little.
 

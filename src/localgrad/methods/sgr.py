@@ -14,12 +14,14 @@ from localgrad.errors import MethodError
 from localgrad.losses import Reconciliation
 from localgrad.losses.reconciliation import Distance
 from localgrad.method import Method, Network, Observer, Rule
+from localgrad.methods.composition import plugin
 from localgrad.network import LocalNetwork
 from localgrad.partition.units import called_as
 from localgrad.passes import Pass
 from localgrad.task import Batch
 
 
+@plugin
 def sgr(base: Method, *, weight: float = 1.0, distance: Distance = "l2") -> Method:
     """Neighbouring blocks agree about the features between them.
 

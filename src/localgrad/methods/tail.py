@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from localgrad.method import Method
+from localgrad.methods.composition import plugin
 
 
+@plugin
 def tail(base: Method, *, blocks: int = 2) -> Method:
     """The last ``blocks`` blocks are trained together by the model's own loss; the others as in ``base``.
 

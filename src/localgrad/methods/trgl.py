@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from localgrad.errors import MethodError
 from localgrad.losses.precision import widened
 from localgrad.method import Method, Network, Observer, Rule
+from localgrad.methods.composition import plugin
 from localgrad.partition import Cut, Partition
 from localgrad.partition.residual import residual_branches
 from localgrad.task import Batch
 
 
+@plugin
 def trgl(base: Method, *, tau: float = 10.0, growing: bool = True) -> Method:
     """Blocks move features as little as they can: the energy of their residual branches is added to their loss.
 

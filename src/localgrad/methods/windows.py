@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from localgrad.method import Method
+from localgrad.methods.composition import plugin
 from localgrad.spans import Ends, Overlapping
 
 
+@plugin
 def windows(
     base: Method,
     *,
@@ -44,3 +46,12 @@ def windows(
     """
     spans = Overlapping(width, local, cascade, base.require_local("windows").tail, stride, ends)
     return replace(base, name=f"windows({base.name})", spans=spans)
+
+
+def windowed(base: Method, plugin: str) -> tuple[Method, Overlapping]:
+    """``base`` if it has windows, or else in windows of 2, and which they are."""
+    if not isinstance(base.spans, Overlapping):
+        base.require_local(plugin)
+        base = replace(windows(base), name=base.name)
+    assert isinstance(base.spans, Overlapping)
+    return base, base.spans
