@@ -1,7 +1,7 @@
 """Cost of one training step of every method in its published form, contestants in turn, as ratios to end-to-end.
 
 python bench/step_costs.py                                        # every method, ResNet-32 in 16 blocks, batch 64
-python bench/step_costs.py --num-blocks 8 dgl '[dgl, {man: {borders: 2}}]'   # some, as on the command line or as YAML
+python bench/step_costs.py --num-blocks 8 dgl '[dgl, {man: {depth: 2}}]'   # some, as on the command line or as YAML
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PUBLISHED = {
     "linear + MLAAN": "[{dgl: {head: linear}}, mlaan]",
     "DGL + MLAAN": "dgl+mlaan",
     "DGL + PGL, guided step by back-propagation": "dgl+pgl",
-    "DGL + PGL, guided step by distillation": "[dgl, {pgl: {guidance: distill}}]",
+    "DGL, guided step by distillation": "[dgl, last_head_distillation]",
     "DGL + TRGL": "dgl+trgl",
     "DGL + SGR": "dgl+sgr",
     "local critic": "local_critic",

@@ -427,7 +427,6 @@ def build_method(
     spec: MethodSpec,
     task: Task,
     *,
-    steps_per_epoch: int | None = None,
     load_model: Callable[[str], nn.Module] | None = None,
 ) -> Method:
     """The method a specification names, base first.
@@ -435,7 +434,6 @@ def build_method(
     Args:
         spec: names with their options.
         task: what the base takes.
-        steps_per_epoch: given to methods that count epochs and are not told otherwise.
         load_model: makes a model of an option ``teacher`` that is a path.
 
     Raises:
@@ -475,8 +473,6 @@ def build_method(
                     else f"method.{name} has no options"
                 )
         given = dict(options or {})
-        if given.get("unit") == "epoch":
-            given.setdefault("steps_per_epoch", steps_per_epoch)
         if isinstance(given.get("teacher"), str) and load_model is not None:
             given["teacher"] = load_model(given["teacher"])
         value = _called(function, value, given)

@@ -89,7 +89,7 @@ class Pass:
         with contextlib.ExitStack() as around:
             around.enter_context(draws_of("block", self.batch.step, self.part, block, self.device))
             around.enter_context(precision(self.device, self.autocast))
-            around.enter_context(self._lean())
+            around.enter_context(self._lean(block))
             for one in self.observers:
                 around.enter_context(one.during(block))
             first = self.boundary
@@ -159,8 +159,8 @@ class Pass:
         """Whether every block that read a tensor has gone back, so that no recomputation will."""
         return all(block not in self.graphs for block in range(maker, last + 1))
 
-    def _lean(self) -> contextlib.AbstractContextManager[None]:
-        lean = self.network.method.recompute.pointwise and self.training
+    def _lean(self, block: int) -> contextlib.AbstractContextManager[None]:
+        lean = block < self.network.method.recompute.pointwise and self.training
         return pointwise_recomputed() if lean else contextlib.nullcontext()
 
     def seen(self, start: int = 0) -> Any:
@@ -194,7 +194,7 @@ class Pass:
         with (
             draws_of("auxiliary", batch.step, self.part, str(span), self.device),
             self.precision(),
-            self._lean(),
+            self._lean(boundary - 1),
             called_as(self.forward.arguments),
         ):
             if boundary == network.num_blocks:

@@ -144,13 +144,12 @@ class FromInput(Constant):
 
 @dataclass(frozen=True)
 class Periodic:
-    """``base``, but ``guide`` alone on ``duration`` of every ``every`` steps, from step ``start`` on."""
+    """``base``, but ``(0, K)`` alone on ``duration`` of every ``every`` steps, from step ``start`` on."""
 
     base: Schedule
     every: int = 10
     duration: int = 1
     start: int = 0
-    guide: Schedule = EndToEnd()
 
     def __post_init__(self) -> None:
         if not 1 <= self.duration <= self.every or self.start < 0:
@@ -160,16 +159,16 @@ class Periodic:
             )
 
     def guided(self, step: int) -> bool:
-        """Whether ``guide`` trains the network at ``step``."""
+        """Whether the global loss trains the network at ``step``."""
         return step >= self.start and (step - self.start) % self.every < self.duration
 
     def __call__(self, num_blocks: int, step: int) -> tuple[Span, ...]:
-        return (self.guide if self.guided(step) else self.base)(num_blocks, step)
+        return (EndToEnd() if self.guided(step) else self.base)(num_blocks, step)
 
     def patterns(self, num_blocks: int) -> tuple[tuple[Span, ...], ...]:
-        """The base's and those of ``guide``; the base's are left out if every step is guided."""
+        """The base's, left out if every step is guided, and that of guided steps."""
         always = self.duration == self.every and self.start == 0
-        return (*(() if always else self.base.patterns(num_blocks)), *self.guide.patterns(num_blocks))
+        return (*(() if always else self.base.patterns(num_blocks)), *EndToEnd().patterns(num_blocks))
 
 
 def check(spans: Sequence[Span], num_blocks: int) -> None:

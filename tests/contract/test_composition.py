@@ -20,6 +20,7 @@ from localgrad.methods import (
     e2e,
     hpff,
     infopro,
+    last_head_distillation,
     local_critic,
     logit_consistency,
     man,
@@ -68,16 +69,16 @@ def test_every_plugin_on_every_base(plugin: str, base: str, record_property: Cal
 
 
 DEEPER = {
-    "the issue's example": lambda: pgl(man_pp(infopro(TASK)), every=10),
-    "guided by soft targets": lambda: pgl(man_pp(infopro(TASK)), guidance="distill", every=2),
+    "guided, bridged, decoded": lambda: pgl(man_pp(infopro(TASK)), every=10),
+    "guided by soft targets": lambda: last_head_distillation(man_pp(infopro(TASK)), every=2),
     "MAN behind leaps": lambda: man(mlaan(dgl(TASK))),
-    "leaps behind MAN": lambda: mlaan(man(dgl(TASK)), width=3, leap="both", twins="all"),
+    "leaps behind MAN": lambda: mlaan(windows(man(dgl(TASK)), width=3), leap="both", twins="all"),
     "MAN++ on pooled patches": lambda: man_pp(hpff(pooled(predsim(TASK)))),
     "energy and gradients": lambda: sgr(trgl(man(dgl(TASK)))),
     "consistent critics": lambda: logit_consistency(local_critic(TASK)),
     "guided reconciliation": lambda: pgl(sgr(dgl(TASK)), every=2),
     "windows over a tail": lambda: pgl(windows(auglocal(TASK, depth=1, tail=2)), every=3),
-    "everything recomputed": lambda: checkpointing(mlaan(man_pp(infopro(TASK))), where="both"),
+    "everything recomputed": lambda: checkpointing(checkpointing(mlaan(man_pp(infopro(TASK)))), where="auxiliary"),
 }
 
 
@@ -94,7 +95,7 @@ def test_deeper_compositions(name: str) -> None:
         (lambda: windows(sgr(dgl(TASK))), "covers several"),
         (lambda: sgr(auglocal(TASK)), "covers several"),
         (lambda: man(e2e(TASK)), "no auxiliary heads"),
-        (lambda: pgl(infopro(TASK, loss="contrast"), guidance="distill"), "softmax instead of contrastive"),
+        (lambda: last_head_distillation(infopro(TASK, loss="contrast")), "softmax instead of contrastive"),
         (lambda: logit_consistency(infopro(TASK, loss="contrast")), "softmax instead of contrastive"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 from collections import Counter
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from torch import nn
 from zoo import BASES, METHODS, MODELS, REFUSED, TASK, PlainCNN, Residual, batch, build, is_base, steps, widest
 
 import localgrad
+from localgrad import methods
 from localgrad.measure.memory import LiveBytes, measure
 from localgrad.spans import Local
 from localgrad.testing import assert_isolated, assert_transparent
@@ -375,3 +377,21 @@ def test_the_asserts_can_fail() -> None:
     network.auxiliary["0-1"].unused = nn.Linear(2, 2)
     with pytest.raises(AssertionError, match=r"\(0, 1\) alone gave no gradient to auxiliary.0-1.unused.weight"):
         assert_isolated(network, inputs, targets)
+
+
+@pytest.mark.parametrize("name", methods.__all__)
+def test_what_a_method_cannot_be_made_from_is_answered(name: str) -> None:
+    """A base of a number or a method, a plug-in of a task or on itself: which it is, and what to write."""
+    make = getattr(methods, name)
+    task = localgrad.tasks.classification(10)
+    if next(iter(inspect.signature(make).parameters)) == "task":
+        for wrong in (10, None, methods.dgl(task)):
+            with pytest.raises(localgrad.MethodError, match=rf"{name} is a base and takes a task; write {name}\(tasks"):
+                make(wrong)
+        return
+    for wrong in (10, None, task):
+        with pytest.raises(localgrad.MethodError, match=rf"{name} is a plug-in and takes a method; write {name}\(dgl"):
+            make(wrong)
+    if name != "checkpointing":
+        with pytest.raises(localgrad.MethodError, match=f"{name} is part of it already"):
+            make(make(methods.dgl(task)))

@@ -10,14 +10,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from zoo import METHODS, batch, build
 
 import localgrad
+from bridged import bridged
 from localgrad import methods
 from localgrad.distributed import block_parallel
 
 DGL = METHODS["dgl"]
 EVERY = METHODS | {
-    "man, before": methods.man(DGL, exchange="before", buffers="ema"),
-    "man, copies": methods.man(DGL, buffers="copy"),
-    "2 parts, man, before, copies": methods.accumulation(methods.man(DGL, exchange="before", buffers="copy"), parts=2),
+    "man, before": bridged(DGL, exchange="before", buffers="ema"),
+    "man, copies": bridged(DGL, buffers="copy"),
+    "2 parts, man, before, copies": methods.accumulation(bridged(DGL, exchange="before", buffers="copy"), parts=2),
     "mlaan, 3 blocks, all twins": methods.mlaan(DGL, width=3, twins="all", leap="both"),
     "4 parts, windows": methods.accumulation(METHODS["windows(dgl)"], parts=4),
     "6 parts, windows of 3": methods.accumulation(methods.windows(DGL, width=3), parts=6),

@@ -26,7 +26,7 @@ EVERY = METHODS | {
 # normalisations, small differences of large sums: one process in float32 is itself 1.7e-6 (local_critic) to 8.8e-6
 # (contrastive InfoPro) from float64 there.
 ROUNDING = {
-    **dict.fromkeys(["dgl", "weighted(dgl)", "checkpointing(dgl)", "trgl(dgl)", "pgl(dgl)"], 1.2e-6),
+    **dict.fromkeys(["dgl", "checkpointing(dgl)", "trgl(dgl)", "pgl(dgl)"], 1.2e-6),
     "accumulation(windows(dgl))": 1.2e-6,
     "infopro, contrastive": 1.1e-6,
     "logit_consistency(dgl)": 1.7e-6,

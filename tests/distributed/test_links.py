@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from zoo import METHODS, batch, build
 
 import localgrad
+from bridged import bridged
 from localgrad import methods
 from localgrad.config import OptimConfig
 from localgrad.distributed import block_parallel, device_mesh
@@ -129,7 +130,7 @@ def refusals() -> dict[str, str]:
     def clipped() -> None:
         Stepper(placed(METHODS["windows(dgl)"]), OptimConfig(clip_grad=1.0), torch.amp.GradScaler(enabled=False))
 
-    early = methods.man(METHODS["windows(dgl)"], exchange="before", buffers="copy")
+    early = bridged(METHODS["windows(dgl)"], exchange="before", buffers="copy")
     found = {}
     for name, act in {
         "ranks": lambda: placed(METHODS["e2e"], blocks=1),

@@ -16,6 +16,7 @@ from zoo import METHODS, TASK, build
 from zoo import batch as images
 
 import localgrad
+from bridged import bridged
 from localgrad import methods
 from localgrad.distributed import block_parallel
 from localgrad.distributed.link import GRADIENTS, VALUES, WEIGHTS
@@ -61,7 +62,7 @@ def periods(name: str, delays: dict[int, float], steps: int, micro: int) -> list
     method = {
         "dgl": METHODS["dgl"],
         "man, after": methods.man(METHODS["dgl"]),
-        "man, before": methods.man(METHODS["dgl"], exchange="before"),
+        "man, before": bridged(METHODS["dgl"], exchange="before"),
         "windows": METHODS["windows(dgl)"],
     }[name]
     size = dist.get_world_size()

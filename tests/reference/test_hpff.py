@@ -116,7 +116,7 @@ def test_over_dgl(patches: int) -> None:
             made.out = nn.Linear(width, CLASSES)
         return made
 
-    network, bare = network_of(hpff(dgl(TASK), patches=patches, independent=0.3, cascade=0.7))
+    network, bare = network_of(hpff(windows(dgl(TASK), local=0.3, cascade=0.7), patches=patches))
     library = [network.auxiliary[f"{start}-{stop}"] for start, stop in SPANS]
     own = {span: copied(head_at(span[1]), aux) for span, aux in zip(SPANS, library, strict=True)}
 
@@ -127,14 +127,13 @@ def test_over_dgl(patches: int) -> None:
     train_both(network, bare, list(own.values()), library, lambda _: run_levels(bare, 0.3, 0.7, objective))
 
 
-@pytest.mark.parametrize("unlabelled", ["cascade", "both"])
 @pytest.mark.parametrize("patches", [1, 2])
-def test_over_infopro(unlabelled: str, patches: int) -> None:
+def test_over_infopro(patches: int) -> None:
     """Label heads everywhere; decoders on single blocks too, or only where no window ends. Heads as in the table."""
     method = infopro(TASK, image=(5.0, 0.2), label=(0.05, 0.5))
-    network, bare = network_of(hpff(method, patches=patches, unlabelled=unlabelled))  # type: ignore[arg-type]
+    network, bare = network_of(hpff(method, patches=patches))
     image, label = {1: 5.0, 2: 0.2}, {1: 0.05, 2: 0.5}
-    decodes = {(0, 1): True, (1, 2): unlabelled == "both", (0, 2): True}
+    decodes = {(0, 1): True, (1, 2): False, (0, 2): True}
     own: dict[tuple[int, int], list[nn.Module]] = {}
     library: list[nn.Module] = []
     for span in SPANS:
@@ -159,19 +158,17 @@ def test_over_infopro(unlabelled: str, patches: int) -> None:
 
 
 def test_whole_features_are_windows_bit_for_bit() -> None:
-    ours = trained(hpff(dgl(TASK), width=2, patches=1, independent=0.3, cascade=0.7))
+    ours = trained(hpff(windows(dgl(TASK), local=0.3, cascade=0.7), patches=1))
     theirs = trained(windows(dgl(TASK), width=2, local=0.3, cascade=0.7))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    patched = trained(hpff(dgl(TASK), width=2, patches=2, independent=0.3, cascade=0.7))
+    patched = trained(hpff(windows(dgl(TASK), local=0.3, cascade=0.7), patches=2))
     assert not any(torch.equal(a, b) for a, b in zip(patched, theirs, strict=True) if a.dim() == 4)
 
 
 def test_refusals() -> None:
     with pytest.raises(localgrad.MethodError, match="already decides its spans"):
-        hpff(windows(dgl(TASK)))
+        hpff(localgrad.methods.pgl(dgl(TASK)))
     with pytest.raises(localgrad.MethodError, match="no auxiliary heads"):
         hpff(localgrad.Method("bare", TASK, spans=localgrad.spans.Local()))
-    with pytest.raises(localgrad.MethodError, match="unlabelled"):
-        hpff(dgl(TASK), unlabelled="windows")  # type: ignore[arg-type]
-    spans = hpff(auglocal(TASK, depth=2), independent=0.0).spans(4, 0)
+    spans = hpff(windows(auglocal(TASK, depth=2), local=0.0)).spans(4, 0)
     assert [(s.start, s.stop) for s in spans] == [(0, 2), (1, 4)]  # the tail counts as one block

@@ -184,7 +184,7 @@ def test_other_image_sizes(image: int) -> None:
 def test_vision_transformers_have_them_too() -> None:
     model = localgrad.models.create("timm:vit_tiny_patch16_224", num_classes=10, image_size=64, depth=2)
     task = localgrad.tasks.classification(10, mean=(0.5,) * 3, std=(0.25,) * 3)
-    method = localgrad.methods.infopro(task, network="imagenet")
+    method = localgrad.methods.infopro(task, head="imagenet", decoder="imagenet")
     network = localgrad.localize(model, method, ("blocks.1",), example=torch.randn(2, 3, 64, 64))
     classifier, decoder = network.auxiliary["0-1"].heads
     features = torch.randn(2, 17, 192)
@@ -192,10 +192,13 @@ def test_vision_transformers_have_them_too() -> None:
 
 
 def test_infopro_chooses_between_them() -> None:
-    small, large = (localgrad.methods.infopro(TASK, network=name) for name in ("cifar", "imagenet"))  # type: ignore[arg-type]
+    small = localgrad.methods.infopro(TASK)
+    large = localgrad.methods.infopro(TASK, head="imagenet", decoder="imagenet")
     assert [type(term.head) for term in small.terms] == [localgrad.heads.Conv, localgrad.heads.Decoder]
     assert [term.head for term in large.terms] == [imagenet.Classifier(1000), imagenet.Decoder()]
-    contrast = localgrad.methods.infopro(TASK, network="imagenet", loss="contrast", feature_dim=64, decoder_scale=0.5)
+    contrast = localgrad.methods.infopro(
+        TASK, head=imagenet.Classifier(64), decoder=imagenet.Decoder(0.5), loss="contrast"
+    )
     assert [term.head for term in contrast.terms] == [imagenet.Classifier(64), imagenet.Decoder(0.5)]
-    with pytest.raises(MethodError, match="network='cifar' and network='imagenet'"):
-        localgrad.methods.infopro(TASK, network="coco")  # type: ignore[arg-type]
+    with pytest.raises(MethodError, match="unknown decoder"):
+        localgrad.methods.infopro(TASK, decoder="coco")  # type: ignore[arg-type]

@@ -60,17 +60,6 @@ def test_a_joint_tail_is_one_span_without_heads_inside(tail: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, literal(network, tail, [1.0] * 4), strict=True))
 
 
-def test_weights_run_linearly_and_multiply_those_of_the_base() -> None:
-    method = methods.weighted(methods.weighted(methods.dgl(TASK, head="linear"), first=0.5, last=2.0), last=3.0)
-    network = localgrad.localize(chain(), method, 5, example=batch()[0])
-    localgrad.backward(network, *batch())
-    weights = [(0.5 + 1.5 * k / 3) * (1.0 + 2.0 * k / 3) for k in range(4)]
-    for a, b in zip(
-        [*gradients(network.model), *gradients(network.auxiliary)], literal(network, 1, weights), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize(
     ("factor", "least", "side"), [(2, 1, 4), (4, 4, 4), (4, 3, 4), (8, 2, 2), (4, 16, 8), (9, 1, 1)]
 )
@@ -93,9 +82,5 @@ def test_what_makes_no_sense_is_refused() -> None:
         methods.tail(dgl, blocks=0)
     with pytest.raises(localgrad.MethodError, match="tail needs a local base like dgl"):
         methods.tail(methods.windows(dgl))
-    with pytest.raises(localgrad.MethodError, match=r"first=0, last=1\.0; both weights must be positive"):
-        methods.weighted(dgl, first=0)
-    with pytest.raises(localgrad.MethodError, match="has no auxiliary heads"):
-        methods.weighted(methods.e2e(TASK))
     with pytest.raises(localgrad.MethodError, match="least=0"):
         methods.pooled(dgl, least=0)

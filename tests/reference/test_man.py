@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad
+from bridged import bridged
 from localgrad.bridges.momentum import MomentumBridge
 
 DECAY = 0.9
@@ -203,7 +204,7 @@ def test_twins_start_at_their_source_and_carry_no_gradient() -> None:
             for p, q in zip(bridge.companion.parameters(), source.parameters(), strict=True)
             if p.dim() > 1
         )
-    fresh = network_of(localgrad.methods.man(base(), twin_init="fresh"))
+    fresh = network_of(localgrad.methods.man(base(), released=True))
     assert not torch.equal(bridges_of(fresh)[0].twin[0].conv1.weight, fresh.model.layer2[0].conv1.weight)
 
 
@@ -261,9 +262,8 @@ UNITS = {1: ("layer2.0", "layer2.1"), 2: ("layer3.0", "layer3.1")}  # after each
         ("man", {"buffers": "ema", "exchange": "before"}),
         ("man", {"mix": "pair"}),
         ("man", {"depth": 2}),
-        ("man", {"borders": 2}),
         ("man_pp", {"depth": 2, "exchange": "before"}),
-        ("man_pp", {"borders": 2, "buffers": "copy"}),
+        ("man_pp", {"buffers": "copy"}),
     ],
     ids=str,
 )
@@ -272,14 +272,13 @@ def test_variants(name: str, options: dict[str, object]) -> None:
     torch.manual_seed(0)
     model = localgrad.models.CifarResNet(14, CLASSES).double()
     _, images, targets = data()
-    method = getattr(localgrad.methods, name)(base(), decay=DECAY, **options)
+    mix = "scaled" if name == "man_pp" else str(options.get("mix", "sum"))
+    method = bridged(base(), decay=DECAY, **{**options, "mix": mix})
     network = localgrad.localize(model, method, ("layer2", "layer3"), example=images)
     bare = copy.deepcopy(model)
-    mix = "scaled" if name == "man_pp" else str(options.get("mix", "sum"))
-    bridged = [2] if options.get("borders") == 2 else [1, 2]
     bridges: dict[int, OwnBridge] = {}
     library: list[nn.Module] = []
-    for boundary in bridged:
+    for boundary in (1, 2):
         theirs = network.auxiliary[f"{boundary - 1}-{boundary}"].bridge
         units = [bare.get_submodule(unit) for unit in UNITS[boundary][: options.get("depth", 1)]]  # type: ignore[misc]
         bridges[boundary] = OwnBridge(units, mix).load(theirs)
@@ -292,8 +291,7 @@ def test_variants(name: str, options: dict[str, object]) -> None:
     heads = {}
     for boundary in (1, 2):
         aux = network.auxiliary[f"{boundary - 1}-{boundary}"]
-        assert (aux.bridge is not None) == (boundary in bridged)
-        width = 16 * 2 ** (boundary if boundary in bridged else boundary - 1)
+        width = 16 * 2**boundary
         heads[boundary] = copied(head(width), aux.heads[0])
         library.append(aux.heads[0])
     moved = []
@@ -328,7 +326,7 @@ def test_variants(name: str, options: dict[str, object]) -> None:
             move(boundary)
 
     train_both(network, bare, [*bridges.values(), *heads.values()], library, step, after)
-    assert moved == ([] if mix == "pair" else bridged * 3)
+    assert moved == ([] if mix == "pair" else [1, 2] * 3)
 
 
 # --- MAN++ over other bases: core.md 1.3, heads have the width of what the bridge returns ---------------------------

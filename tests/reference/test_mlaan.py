@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import localgrad
 from localgrad import cuts
 from localgrad.bridges.momentum import MomentumBridge
-from localgrad.methods import dgl, mlaan
+from localgrad.methods import dgl, mlaan, windows
 from localgrad.models import CifarResNet
 
 DECAY = 0.9
@@ -74,7 +74,7 @@ def in_our_order(auxiliary: nn.Module) -> nn.Module:
 )
 def test_three_steps(width: int, leap: str, twins: str) -> None:
     method = mlaan(
-        dgl(TASK, head=LINEAR), width=width, independent=0.25, cascade=0.75, leap=leap, twins=twins, decay=DECAY
+        windows(dgl(TASK, head=LINEAR), width=width, local=0.25, cascade=0.75), leap=leap, twins=twins, decay=DECAY
     )
     torch.manual_seed(0)
     model = localgrad.models.resnet20(CLASSES).double()
@@ -256,7 +256,7 @@ def test_the_rule_on_other_networks() -> None:
 
 
 def test_without_cascades_it_is_its_base_bit_for_bit() -> None:
-    pairs = zip(trained(mlaan(dgl(TASK), cascade=0.0)), trained(dgl(TASK)), strict=True)
+    pairs = zip(trained(mlaan(windows(dgl(TASK), cascade=0.0))), trained(dgl(TASK)), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    for other in (mlaan(dgl(TASK)), mlaan(dgl(TASK), cascade=0.0, leap="independent")):
+    for other in (mlaan(dgl(TASK)), mlaan(windows(dgl(TASK), cascade=0.0), leap="independent")):
         assert not all(torch.equal(a, b) for a, b in zip(trained(other), trained(dgl(TASK)), strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad
-from localgrad.methods import dgl, e2e, infopro, mlaan, pgl, predsim, windows
+from localgrad.methods import dgl, e2e, infopro, last_head_distillation, mlaan, pgl, predsim, windows
 from localgrad.spans import Local, Periodic, Span
 
 
@@ -85,9 +85,8 @@ def test_three_steps_of_distillation(every: int, weight: float, temperature: flo
     torch.manual_seed(0)
     model = localgrad.models.resnet8(CLASSES).double()
     _, images, targets = data()
-    method = pgl(
+    method = last_head_distillation(
         dgl(TASK, head=localgrad.heads.Linear(CLASSES)),
-        guidance="distill",
         every=every,
         weight=weight,
         temperature=temperature,
@@ -124,9 +123,9 @@ def test_three_steps_of_distillation(every: int, weight: float, temperature: flo
 @pytest.mark.parametrize("base", [dgl(TASK), infopro(TASK), predsim(TASK), windows(dgl(TASK))], ids=lambda m: m.name)
 def test_distillation_of_weight_0_is_its_base_bit_for_bit(base: localgrad.Method) -> None:
     theirs = trained(base)
-    ours = trained(pgl(base, guidance="distill", every=2, weight=0.0))
+    ours = trained(last_head_distillation(base, every=2, weight=0.0))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    guided = trained(pgl(base, guidance="distill", every=2, weight=0.5))
+    guided = trained(last_head_distillation(base, every=2, weight=0.5))
     assert not all(torch.equal(a, b) for a, b in zip(guided, theirs, strict=True))
 
 
@@ -134,7 +133,7 @@ def test_distillation_moves_batchnorm_once() -> None:
     """Once a step, and as the base does: the first step's statistics know nothing of the teacher's pass."""
     images, targets = data()[1].float(), data()[2]
     found = []
-    for method in (pgl(dgl(TASK), guidance="distill", every=1), dgl(TASK)):
+    for method in (last_head_distillation(dgl(TASK), every=1), dgl(TASK)):
         torch.manual_seed(0)
         model = localgrad.models.resnet8(CLASSES)
         network = localgrad.localize(model, method, 3, example=images)
@@ -146,49 +145,34 @@ def test_distillation_moves_batchnorm_once() -> None:
 
 def test_heads_without_logits_cannot_be_distilled() -> None:
     with pytest.raises(localgrad.MethodError, match="use softmax instead of contrastive heads"):
-        pgl(infopro(TASK, loss="contrast"), guidance="distill")
+        last_head_distillation(infopro(TASK, loss="contrast"))
     pgl(infopro(TASK, loss="contrast"))  # guidance by back-propagation needs no heads
     with pytest.raises(localgrad.MethodError, match="no auxiliary heads"):
-        pgl(e2e(TASK), guidance="distill")
+        last_head_distillation(e2e(TASK))
     for wrong in ({"weight": 1.5}, {"weight": -0.1}, {"temperature": 0.0}):
         with pytest.raises(localgrad.MethodError, match="temperature"):
-            pgl(dgl(TASK), guidance="distill", **wrong)
-    with pytest.raises(localgrad.MethodError, match="guidance"):
-        pgl(dgl(TASK), guidance="distil")  # type: ignore[arg-type]
+            last_head_distillation(dgl(TASK), **wrong)
 
 
 # --- the clock ---------------------------------------------------------------------------------------------------
 
 
-def test_epochs_are_counted_in_their_batches() -> None:
-    """``t >= start and (t - start) mod P < D`` where t counts epochs of 4 steps."""
-    method = pgl(dgl(TASK), every=3, duration=2, start=1, unit="epoch", steps_per_epoch=4)
-    for step in range(60):
-        epoch = step // 4
-        guided = epoch >= 1 and (epoch - 1) % 3 < 2
-        assert (len(method.spans(5, step)) == 1) == guided
-    distilled = pgl(dgl(TASK), guidance="distill", every=2, unit="epoch", steps_per_epoch=3)
-    (teacher,) = distilled.contexts
-    assert [teacher.schedule.guided(step) for step in range(9)] == [True] * 3 + [False] * 3 + [True] * 3
-    for steps in (None, 0):
-        with pytest.raises(localgrad.MethodError, match="steps_per_epoch"):
-            pgl(dgl(TASK), unit="epoch", steps_per_epoch=steps)
-    with pytest.raises(localgrad.MethodError, match="unit"):
-        pgl(dgl(TASK), unit="batch")  # type: ignore[arg-type]
+def test_the_clock_of_distillation() -> None:
+    (teacher,) = last_head_distillation(dgl(TASK), every=3).contexts
+    assert [teacher.schedule.guided(step) for step in range(7)] == [True, False, False, True, False, False, True]
 
 
 @pytest.mark.parametrize("base", [windows(dgl(TASK)), mlaan(dgl(TASK))], ids=lambda m: m.name)
 def test_an_infinite_period_is_its_base_bit_for_bit(base: localgrad.Method) -> None:
-    """Never guided, in steps and in epochs; with start=0 the very first step or epoch is, and it alone."""
+    """Never guided; with start=0 the very first step is, and it alone."""
     theirs = trained(base)
-    for options in ({"every": 10**9}, {"every": 10**9, "unit": "epoch", "steps_per_epoch": 2}):
-        ours = trained(pgl(base, start=10**6, **options))
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    ours = trained(pgl(base, start=10**6, every=10**9))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert [len(pgl(base, every=10**9).spans(3, step)) == 1 for step in range(4)] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("base", [mlaan(dgl(TASK)), infopro(TASK)], ids=lambda m: m.name)
 def test_guided_always_is_end_to_end_bit_for_bit(base: localgrad.Method) -> None:
-    for options in ({"every": 1}, {"every": 5, "duration": 5}, {"every": 1, "unit": "epoch", "steps_per_epoch": 7}):
+    for options in ({"every": 1}, {"every": 5, "duration": 5}):
         pairs = zip(trained(pgl(base, **options)), trained(e2e(TASK)), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)

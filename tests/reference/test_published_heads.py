@@ -102,8 +102,8 @@ def test_conv_heads_follow_the_table(config: str) -> None:
 
 
 def test_contrastive_infopro_ends_in_an_embedding() -> None:
-    found = on_resnet32(localgrad.methods.infopro(TASK, loss="contrast", feature_dim=96))
-    assert layers(found[0].heads[0])[-3:] == ["fc 32>96", "relu", "fc 96>96"]
+    found = on_resnet32(localgrad.methods.infopro(TASK, loss="contrast"))
+    assert layers(found[0].heads[0])[-3:] == ["fc 32>128", "relu", "fc 128>128"]
     assert not any(term.scored for term, _ in found[0].terms)
 
 

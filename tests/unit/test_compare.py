@@ -237,5 +237,5 @@ def test_work_of_a_step() -> None:
     task = localgrad.tasks.classification(10)
     dgl = localgrad.methods.dgl(task)
     assert len({dgl.work(4, step) for step in range(12)}) == 1
-    distilled = localgrad.methods.pgl(dgl, guidance="distill", every=4)
+    distilled = localgrad.methods.last_head_distillation(dgl, every=4)
     assert [distilled.work(4, step) == distilled.work(4, 0) for step in range(8)] == [True, False, False, False] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,13 +46,8 @@ def infopro(**options: object) -> Method:
 
 CHEAPER = {
     "pooled": (lambda: methods.man(methods.dgl(TASK)), lambda: methods.man(methods.pooled(methods.dgl(TASK)))),
-    "borders": (lambda: methods.man(methods.dgl(TASK)), lambda: methods.man(methods.dgl(TASK), borders=2)),
-    "decoder_scale": (infopro, lambda: infopro(decoder_scale=0.5)),
+    "decoder_scale": (infopro, lambda: infopro(decoder=heads.Decoder(scale=0.5))),
     "patches": (lambda: methods.windows(methods.dgl(TASK)), lambda: methods.hpff(methods.dgl(TASK))),
-    "unlabelled": (
-        lambda: methods.hpff(infopro(), unlabelled="both"),
-        lambda: methods.hpff(infopro()),
-    ),
     "width": (lambda: methods.dgl(TASK), lambda: methods.dgl(TASK, head={"mlp": {"width": 4, "hidden": 16}})),
     "layers": (lambda: methods.dgl(TASK, head="2c2f"), lambda: methods.dgl(TASK, head="1c1f")),
 }
@@ -93,8 +89,15 @@ def test_lean_costs_little_more_than_its_blocks() -> None:
     assert shapes == [(32, 16, 16), (64, 8, 8)]
 
 
+def resting(every: int, **options: object) -> Method:
+    """InfoPro that reconstructs on every so many steps only."""
+    method = infopro(**options)
+    label, image = method.terms
+    return replace(method, terms=(label, replace(image, every=every)))
+
+
 def test_resting_terms_save_their_flops_and_get_no_gradient() -> None:
-    network = network_of(infopro(image_every=3))
+    network = network_of(resting(3))
     localgrad.backward(network, images(), targets(), step=3)
     assert all(p.grad is not None for aux in network.auxiliary.values() for p in aux.heads[1].parameters())
     network.zero_grad(set_to_none=True)
@@ -102,9 +105,9 @@ def test_resting_terms_save_their_flops_and_get_no_gradient() -> None:
     assert all(p.grad is None for aux in network.auxiliary.values() for p in aux.heads[1].parameters())
     assert all(p.grad is not None for aux in network.auxiliary.values() for p in aux.heads[0].parameters())
     with pytest.raises(localgrad.MethodError, match="every=0"):
-        infopro(image_every=0)
+        resting(0)
     with pytest.raises(localgrad.MethodError, match="on some steps every term rests"):
-        network_of(infopro(image_every=2, label=(0.0, 0.0)))
+        network_of(resting(2, label=(0.0, 0.0)))
 
 
 @pytest.mark.parametrize(
@@ -141,12 +144,6 @@ def test_where_is_checked() -> None:
         methods.checkpointing(methods.dgl(TASK), where="heads")  # type: ignore[arg-type]
     with pytest.raises(localgrad.MethodError, match="no auxiliary heads"):
         methods.checkpointing(methods.e2e(TASK), where="auxiliary")
-
-
-def test_bridges_on_every_other_boundary() -> None:
-    network = network_of(methods.man(methods.dgl(TASK), borders=2))
-    bridged = [aux.bridge is not None for aux in network.auxiliary.values()]
-    assert bridged == [False, True, False, True, False, True]
 
 
 class Tokens(nn.Module):
@@ -238,7 +235,7 @@ def test_the_head_of_man_pp_has_the_released_size() -> None:
 )
 def test_unknown_options_of_a_bridge(option: str, value: str) -> None:
     with pytest.raises(localgrad.MethodError, match=option):
-        methods.man(methods.dgl(TASK), **{option: value})  # type: ignore[arg-type]
+        bridges.Momentum(**{option: value})  # type: ignore[arg-type]
 
 
 def test_windows_side_by_side_need_one_backward_pass_per_block() -> None:
@@ -256,7 +253,9 @@ def test_windows_side_by_side_need_one_backward_pass_per_block() -> None:
 LEAN = {
     "man_pp": lambda: methods.man_pp(methods.pooled(methods.dgl(TASK, head="linear"), factor=4)),
     "mlaan": lambda: methods.checkpointing(
-        methods.mlaan(methods.pooled(methods.dgl(TASK, head="linear"), factor=4), stride=2, ends="cascade"),
+        methods.mlaan(
+            methods.windows(methods.pooled(methods.dgl(TASK, head="linear"), factor=4), stride=2, ends="cascade")
+        ),
         where="pointwise",
     ),
 }

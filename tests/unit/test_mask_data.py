@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad
+from bridged import bridged
 from localgrad import Batch, ConfigError, DataError, TrainingError, models
 from localgrad.cli import main
 from localgrad.data import masks
@@ -403,7 +404,7 @@ def test_twins_and_companions_start_from_pretrained_neighbours(tmp_path: Path) -
     models.load_pretrained(model, tmp_path / "w.pth")
     task = segmentation(3)
     for init in ("source", "fresh"):
-        method = localgrad.methods.man_pp(localgrad.methods.dgl(task), companion_init=init)  # type: ignore[arg-type]
+        method = bridged(localgrad.methods.dgl(task), mix="scaled", companion_init=init)
         network = localgrad.localize(model, method, ("backbone.layer2",), example=torch.randn(2, 3, 8, 8))
         bridge: Any = network.auxiliary_of(localgrad.spans.Span(0, 1)).bridge
         expected = source.layer2[0].weight

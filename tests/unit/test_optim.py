@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import localgrad
+from bridged import bridged
 from localgrad import methods
 from localgrad.config import OptimConfig
 from localgrad.errors import ConfigError
@@ -102,8 +103,8 @@ def test_optimizers_are_as_configured() -> None:
         windows(dgl(TASK)),
         windows(dgl(TASK), width=3, local=0.0),
         methods.man(dgl(TASK)),
-        methods.man_pp(dgl(TASK), exchange="before", buffers="ema"),
-        methods.mlaan(dgl(TASK, head="linear"), stride=2, ends="cascade", every=2),
+        bridged(dgl(TASK), mix="scaled", exchange="before", buffers="ema"),
+        methods.mlaan(windows(dgl(TASK, head="linear"), stride=2, ends="cascade")),
         methods.local_critic(TASK),
         methods.accumulation(dgl(TASK), parts=3),
         methods.accumulation(windows(dgl(TASK)), parts=2),

@@ -160,7 +160,7 @@ def test_infopro_cuts_deeplab_after_13_of_23_units() -> None:
     one = recipe("infopro/cityscapes_deeplabv3_resnet101_k2")
     assert starts_of(one) == ["backbone.layer3.13"]
     ((_, options),) = one.method[0].items()  # type: ignore[union-attr]
-    assert options == {"network": "imagenet", "image": [1.5, 1.5], "label": [1.0, 1.0]}
+    assert options == {"head": "imagenet", "decoder": "imagenet", "image": [1.5, 1.5], "label": [1.0, 1.0]}
 
 
 def test_sizes_of_imagenet_segments() -> None:

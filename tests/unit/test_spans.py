@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from localgrad.errors import MethodError
-from localgrad.spans import EndToEnd, FromInput, Local, Overlapping, Periodic, Span, check, groups
+from localgrad.spans import EndToEnd, FromInput, Local, Overlapping, Span, check, groups
 
 
 def triples(spans: tuple[Span, ...]) -> list[tuple[int, int, float]]:
@@ -50,13 +50,6 @@ def test_windows_may_lie_side_by_side() -> None:
     alone = Overlapping(2, 1.0, 0.5, stride=2, ends="cascade")(5, 0)
     assert triples(alone) == [(0, 1, 1.0), (0, 2, 0.5), (2, 3, 1.0), (2, 4, 0.5), (3, 5, 0.5)]
     assert triples(Overlapping(2, 1.0, 0.0, ends="cascade")(2, 0)) == [(0, 1, 1.0), (1, 2, 1.0)]
-
-
-def test_windows_now_and_then() -> None:
-    windows = Overlapping(2, stride=2)
-    schedule = Periodic(Local(), 3, guide=windows)
-    assert [schedule(4, step) for step in range(4)] == [windows(4, 0), Local()(4, 0), Local()(4, 0), windows(4, 0)]
-    assert schedule.patterns(4) == (Local()(4, 0), windows(4, 0))
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ class Momentum:
         twin_init: ``source`` copies the neighbour's weights, ``fresh`` draws new ones.
         companion_init: the same for the learnable copies.
         exchange, buffers: see `localgrad.twins.Twin`.
-        every: build it on boundaries every, 2 * every, ... only; and only where the next unit can be copied
-            (`localgrad.site.Site.next_units`).
+
+    It is built only where the next unit can be copied (`localgrad.site.Site.next_units`).
 
     Source: Su et al., MAN, ECCV 2024, arXiv:2407.05623; MAN++, arXiv:2507.16279.
     """
@@ -46,15 +46,12 @@ class Momentum:
     companion_init: Init = "fresh"
     exchange: When = "after"
     buffers: Buffers = "none"
-    every: int = 1
 
     def __post_init__(self) -> None:
         if self.depth < 1:
             raise MethodError(f"depth={self.depth}; the bridge needs at least one unit")
         if not 0.0 <= self.decay <= 1.0:
             raise MethodError(f"decay={self.decay}; a moving average needs a decay between 0 and 1")
-        if self.every < 1:
-            raise MethodError(f"every={self.every}; a bridge stands on every so many boundaries, at least 1")
         for name, value, known in (
             ("mix", self.mix, Mix), ("twin_init", self.twin_init, Init), ("companion_init", self.companion_init, Init),
             ("exchange", self.exchange, When), ("buffers", self.buffers, Buffers),
@@ -63,7 +60,7 @@ class Momentum:
                 raise MethodError(nearest(value, get_args(known), name))
 
     def __call__(self, site: Site) -> nn.Module | None:
-        if site.span.stop % self.every or not site.next_units:
+        if not site.next_units:
             return None
         return MomentumBridge([unit.module for unit in site.next_units[: self.depth]], self)
 

@@ -10,7 +10,7 @@ from localgrad.heads.detection import Detection
 from localgrad.heads.fcn import FCN
 from localgrad.heads.linear import Linear, PooledLinear
 from localgrad.heads.mlp import MLP
-from localgrad.heads.named import Spec, classifier, named
+from localgrad.heads.named import Spec, named
 from localgrad.heads.patches import Patches
 from localgrad.heads.projection import Projection
 from localgrad.heads.remaining import Remaining
@@ -29,6 +29,5 @@ __all__ = [
     "Projection",
     "Remaining",
     "Spec",
-    "classifier",
     "named",
 ]

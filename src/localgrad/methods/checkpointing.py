@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -13,7 +14,7 @@ Where = Literal["blocks", "auxiliary", "pointwise"]
 
 
 @repeatable
-def checkpointing(base: Method, *, where: Where = "blocks") -> Method:
+def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = None) -> Method:
     """Keep only boundary features of blocks that a wider span covers, and run them again in the backward pass.
 
     The last block of a span is never run twice: its backward pass comes at once. Random draws are repeated and
@@ -31,9 +32,12 @@ def checkpointing(base: Method, *, where: Where = "blocks") -> Method:
     Args:
         base: a method with spans wider than one block for ``blocks``, with auxiliary heads for ``auxiliary``.
         where: what is recomputed: ``blocks``, parts of ``auxiliary`` networks, or ``pointwise`` operations.
+        first: with ``pointwise``, only so many blocks at the beginning and their heads, for a method that needs the
+            most memory there; None for all.
 
     Raises:
-        MethodError: for an unknown place, or if there are no auxiliary networks.
+        MethodError: for an unknown place, if there are no auxiliary networks, or for ``first`` below 1 or without
+            ``pointwise``.
 
     Example:
         >>> import localgrad
@@ -47,4 +51,7 @@ def checkpointing(base: Method, *, where: Where = "blocks") -> Method:
         raise MethodError(nearest(where, get_args(Where), "where"))
     if where == "auxiliary":
         base.require_heads("checkpointing")
-    return replace(base, name=f"checkpointing({base.name})", recompute=replace(base.recompute, **{where: True}))
+    if first is not None and (where != "pointwise" or first < 1):
+        raise MethodError(f"first={first} with where={where!r}: write where='pointwise' and first=1 or more, or None")
+    value = first or math.inf if where == "pointwise" else True
+    return replace(base, name=f"checkpointing({base.name})", recompute=replace(base.recompute, **{where: value}))

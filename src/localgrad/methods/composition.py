@@ -20,7 +20,7 @@ def base(function: Callable[Concatenate[Task, Options], Method]) -> Callable[Con
 
     @functools.wraps(function)
     def checked(task: Task, *args: Options.args, **options: Options.kwargs) -> Method:
-        if not isinstance(task, Task):
+        if isinstance(task, Method) or not callable(getattr(task, "loss", None)):
             given = task.name if isinstance(task, Method) else repr(task)
             raise MethodError(
                 f"{name}({given}): {name} is a base and takes a task; write {name}(tasks.classification(10)) from "

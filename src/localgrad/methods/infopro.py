@@ -7,7 +7,7 @@ from typing import Literal
 from localgrad import heads, losses
 from localgrad.errors import MethodError, nearest
 from localgrad.heads import imagenet
-from localgrad.heads.named import Spec
+from localgrad.heads.named import Spec, classifier
 from localgrad.method import Method, Term
 from localgrad.methods.composition import base
 from localgrad.site import HeadBuilder, Ramp
@@ -67,7 +67,7 @@ def infopro(
         task,
         terms=(
             Term(
-                heads.named(head, task) if softmax else heads.classifier(head, EMBEDDING),
+                heads.named(head, task) if softmax else classifier(head, EMBEDDING),
                 task.loss if softmax else losses.Contrastive(),
                 Ramp(*label),
                 scored=softmax,

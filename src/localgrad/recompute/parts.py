@@ -18,12 +18,13 @@ class Recompute:
     Args:
         blocks: blocks whose activations would have to wait for a later block's backward pass.
         auxiliary: each part of a bridge and each head, so that one of them is alive at a time.
-        pointwise: what normalisations and activation functions return, in blocks and heads.
+        pointwise: what normalisations and activation functions return, in so many blocks at the beginning and their
+            heads; ``math.inf`` for all.
     """
 
     blocks: bool = False
     auxiliary: bool = False
-    pointwise: bool = False
+    pointwise: float = 0
 
 
 class BuffersKept:

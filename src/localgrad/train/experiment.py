@@ -282,7 +282,6 @@ def build_network(
     task: Task,
     image_shape: tuple[int, int, int],
     device: torch.device,
-    steps_per_epoch: int | None = None,
 ) -> LocalNetwork:
     """Model, method and cuts of a run, with the weights that its seed gives."""
     channels, height, _ = image_shape
@@ -293,7 +292,6 @@ def build_network(
     method = build_method(
         config.method,
         task,
-        steps_per_epoch=steps_per_epoch,
         load_model=lambda path: trained_model(Path(path), task, image_shape),
     )
     if config.train.accumulate > 1:
@@ -334,7 +332,6 @@ def build(config: Config, replica: int = 0, num_replicas: int = 1) -> Experiment
         build_task(config, loaded.num_classes, loaded.mean, loaded.std, loaded.kind, loaded.classes),
         loaded.image_shape,
         device,
-        len(loaded.train),
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     if config.train.capture:
