@@ -19,7 +19,7 @@ EVERY = METHODS | {
     "man, before": bridged(DGL, exchange="before", buffers="ema"),
     "man, copies": bridged(DGL, buffers="copy"),
     "2 parts, man, before, copies": methods.accumulation(bridged(DGL, exchange="before", buffers="copy"), parts=2),
-    "mlaan, 3 blocks, all twins": methods.mlaan(DGL, width=3, twins="all", leap="both"),
+    "mlaan, 3 blocks, all twins": methods.mlaan(methods.windows(DGL, width=3), twins="all", leap="both"),
     "4 parts, windows": methods.accumulation(METHODS["windows(dgl)"], parts=4),
     "6 parts, windows of 3": methods.accumulation(methods.windows(DGL, width=3), parts=6),
     "2 parts, pgl(man(mlaan))": methods.accumulation(methods.pgl(methods.man(METHODS["mlaan(dgl)"]), every=3), parts=2),

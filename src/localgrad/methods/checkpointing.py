@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from localgrad.errors import MethodError, nearest
 from localgrad.method import Method
@@ -53,5 +53,5 @@ def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = 
         base.require_heads("checkpointing")
     if first is not None and (where != "pointwise" or first < 1):
         raise MethodError(f"first={first} with where={where!r}: write where='pointwise' and first=1 or more, or None")
-    value = first or math.inf if where == "pointwise" else True
+    value: Any = (first or math.inf) if where == "pointwise" else True
     return replace(base, name=f"checkpointing({base.name})", recompute=replace(base.recompute, **{where: value}))
