@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
-from localgrad.config import Config, override, parse_method, read_recipe, validate
+from localgrad.config import Config, validate
 from localgrad.costs import cost
+from localgrad.recipes import override, read_recipe
+from localgrad.spec import parse_method
 from localgrad.train.experiment import build
 from localgrad.train.loop import train
 from localgrad.train.meters import evaluate

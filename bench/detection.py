@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-from localgrad.config import override, parse_method, read_recipe, validate
+from localgrad.config import validate
+from localgrad.recipes import override, read_recipe
+from localgrad.spec import parse_method
 from localgrad.train.experiment import build
 from localgrad.train.loop import train
 from localgrad.train.meters import evaluate

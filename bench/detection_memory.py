@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 import localgrad
-from localgrad.config import build_method
 from localgrad.costs import cost
 from localgrad.partition.choose import module_bytes
-from localgrad.study.contest import read_methods
+from localgrad.spec import build_method, parse_method
 
 METHODS = ("e2e", "e2e+checkpointing", "dgl", "dgl+man_pp")
 
@@ -44,7 +43,7 @@ def main() -> None:
     for name in asked.methods:
         torch.manual_seed(0)
         model = localgrad.models.retinanet(80)
-        (spec,) = read_methods([name])
+        spec = parse_method(name)
         method = build_method(spec, localgrad.tasks.detection(80, head_width=asked.head_width))
         cutting: Any = localgrad.cuts.by_bytes(asked.num_blocks)
         if asked.cuts:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from localgrad.config import method_name
+from localgrad.spec import method_name
 from localgrad.study.diagnosis import diagnose
 from localgrad.train.finished import read_config
 

@@ -21,8 +21,8 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from localgrad import backward, cuts, exchange, localize, models, tasks
-from localgrad.config import build_method, parse_method
 from localgrad.costs import cost
+from localgrad.spec import build_method, parse_method
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model")

@@ -14,10 +14,10 @@ import torch
 import yaml
 
 from localgrad import localize, models, tasks
-from localgrad.config import build_method, parse_method
 from localgrad.costs import run_step, step_seconds
 from localgrad.measure.memory import measure
 from localgrad.planning import Planner, measure_rates
+from localgrad.spec import build_method, parse_method
 
 # model, image size, batch size, K, method; the cases of one model stand together and alternate with plain training.
 CASES = [

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from localgrad.config import COSTS, Config, read_recipe, recipe_costs, recipes, validate
+from localgrad.config import Config, validate
 from localgrad.costs import Cost, cost, random_targets
 from localgrad.data import kind_of
 from localgrad.data.sources import SOURCES
+from localgrad.recipes import COSTS, read_recipe, recipe_costs, recipes
 from localgrad.train.experiment import build_network, build_task
 
 IMAGES = {"digits": 1437, "cifar10": 50_000, "svhn": 73_257, "stl10": 5_000, "imagefolder": 1_281_167}  # to train on

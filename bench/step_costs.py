@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 
 from localgrad import models, tasks
-from localgrad.config import build_method
-from localgrad.study.contest import REFERENCE, Way, contest, read_methods
+from localgrad.spec import build_method, parse_method
+from localgrad.study.contest import REFERENCE, Way, contest
 
 MAN_PP_HEAD = "{dgl: {head: {mlp: {grid: 8, width: 128, pooled: 1, hidden: 512}}}}"
 # Name in the table -> method; what differs from the defaults is how the released code was configured.
@@ -61,7 +61,7 @@ ways = [Way(REFERENCE, REFERENCE, build_method(["e2e"], task))]
 if arguments.channels_last:
     ways.append(replace(ways[0], variant=variant))
 for name, text in ({name: name for name in arguments.methods} or PUBLISHED).items():
-    (spec,) = read_methods([text])
+    spec = parse_method(text)
     if spec == ["feature_distillation"]:
         spec = [{"feature_distillation": {"teacher": models.create(arguments.model)}}]
     method = build_method(spec, task)

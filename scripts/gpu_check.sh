@@ -87,27 +87,27 @@ fi
 # name, model, images in a step, pixels, classes, blocks, whether methods are combined with the other ways
 bench_list() {
   if [ $small ]; then
-    echo "resnet8 resnet8 8 16 10 3 combinations"
-    echo "vit_tiny timm:vit_tiny_patch16_224 2 32 10 4 no-combinations"
+    echo "resnet8 resnet8 8 16 3 combinations"
+    echo "vit_tiny timm:vit_tiny_patch16_224 2 32 4 no-combinations"
     return
   fi
-  echo "resnet32 resnet32 1024 32 10 16 combinations"
-  echo "resnet50 torchvision:resnet50 128 224 1000 4 combinations"
-  echo "vit_small timm:vit_small_patch16_224 128 224 1000 4 combinations"
-  echo "swin_t torchvision:swin_t 128 224 1000 4 no-combinations"
-  echo "resnet101 torchvision:resnet101 128 224 1000 4 no-combinations"
-  echo "vit_base timm:vit_base_patch16_224 128 224 1000 4 no-combinations"
-  echo "resnet152 torchvision:resnet152 128 224 1000 4 no-combinations"
+  echo "resnet32 resnet32 1024 32 16 combinations"
+  echo "resnet50 torchvision:resnet50 128 224 4 combinations"
+  echo "vit_small timm:vit_small_patch16_224 128 224 4 combinations"
+  echo "swin_t torchvision:swin_t 128 224 4 no-combinations"
+  echo "resnet101 torchvision:resnet101 128 224 4 no-combinations"
+  echo "vit_base timm:vit_base_patch16_224 128 224 4 no-combinations"
+  echo "resnet152 torchvision:resnet152 128 224 4 no-combinations"
 }
 if wants bench; then
   # Half of what is left, so that speed and accuracy get their turn in the same call.
   until=$((SECONDS + $(left) * 6 / 10))
-  while read -r title model batch side classes blocks combined; do
+  while read -r title model batch side blocks combined; do
     [ -f "$out/bench-$title.json" ] && continue
     [ $SECONDS -ge $until ] && { note "bench: $title and later ones are left for the next call"; break; }
     limited "bench-$title.md" $((until - SECONDS + 20)) "$python" -m localgrad bench "$model" --batch-size "$batch" \
-      --image-size "$side" --num-classes "$classes" --num-blocks "$blocks" --method '[{dgl: {head: linear}}]' \
-      --balance bytes --$combined --variant fp32 --variant bf16+channels_last --device "$device" \
+      --image-size "$side" --num-blocks "$blocks" --method '[{dgl: {head: linear}}]' \
+      --balance bytes --$combined --variant fp32 --variant bf16+channels_last \
       --rounds $([ $small ] && echo 1 || echo 7) --out "$out/bench-$title.json" --picture "$out/bench-$title.png" \
       --timeline "$out/bench-$title-timeline.png" </dev/null # else it could read the list of this loop
     note "bench $title: $([ -f "$out/bench-$title.json" ] && echo done || tail -n 1 "$out/bench-$title.md")"
@@ -124,10 +124,10 @@ else
 fi
 [ $small ] && data=digits
 if [ $data = cifar10 ]; then
-  common=(cifar10_resnet32 --alone --batch-size 1024 data.validation=0 optim.lr=0.4 optim.warmup_epochs=1)
+  common=(cifar10_resnet32 beside=[] train.batch_size=1024 data.validation=0 optim.lr=0.4 optim.warmup_epochs=1)
   length=30
 else
-  common=(digits --alone)
+  common=(digits beside=[])
   length=10
 fi
 [ $small ] && common+=(data.limit=200) && length=2
@@ -142,7 +142,7 @@ if wants speed && [ ! -f "$out/speed.json" ]; then
     capture=()
     [ "${kind#*-}" = captured ] && capture=(train.capture=true)
     limited "speed-$kind.txt" 60 "$python" -m localgrad train "${common[@]}" --method "${kind%-captured}" \
-      --epochs $epochs --device "$device" --run-dir "$out/speed-$kind" --overwrite "${fast[@]}" "${capture[@]}"
+      --epochs $epochs train.device="$device" --run-dir "$out/speed-$kind" --overwrite "${fast[@]}" "${capture[@]}"
     note "speed of $kind: exit $?"
   done
   "$python" - "$out" "$data" "${speeds[@]}" <<'PY'
@@ -171,7 +171,7 @@ if wants accuracy; then
       limited "accuracy-$method.txt" 9999 "$python" -m localgrad train --resume "$run"
     else
       limited "accuracy-$method.txt" 9999 "$python" -m localgrad train "${common[@]}" --method "$method" \
-        --epochs $length --device "$device" --run-dir "$run" --overwrite "${fast[@]}"
+        --epochs $length train.device="$device" --run-dir "$run" --overwrite "${fast[@]}"
     fi
     status=$?
     if [ -f "$run/results.json" ]; then

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
@@ -214,6 +214,19 @@ class Method:
     def __post_init__(self) -> None:
         self.check_rules(6)
 
+    def __str__(self) -> str:
+        """The experiment: what differs from the defaults, a term a line. ``repr`` is exact."""
+        lines = [self.name, f"  task  {_short(self.task, self.task)}"]
+        for term in self.terms:
+            weight = "" if term.weight == 1.0 else f"{_short(term.weight, self.task)} * "
+            every = "" if term.every == 1 else f", every {term.every} steps"
+            lines.append(f"  term  {weight}{_short(term.loss, self.task)} of {_short(term.head, self.task)}{every}")
+        for field in fields(self)[3:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                lines.append(f"  {field.name}  {_short(value, self.task)}")
+        return "\n".join(lines)
+
     @property
     def micro_batches(self) -> int:
         """Parts in which a batch is run."""
@@ -250,6 +263,29 @@ class Method:
                 f"{plugin}({self.name}): {self.name} already decides its spans; {plugin} needs a local base like dgl"
             )
         return self.spans
+
+
+def _short(value: Any, task: Task) -> str:
+    """A value as a reader wants it: dataclasses without their defaults, functions by name, the task's own as such."""
+    if getattr(value, "__self__", None) is task:
+        return f"task.{value.__name__}"
+    if isinstance(value, tuple):
+        return ", ".join(_short(entry, task) for entry in value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if not is_dataclass(value) or isinstance(value, type):
+        return str(getattr(value, "__name__", value))
+    given = []
+    for position, field in enumerate(fields(value)):
+        own = getattr(value, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if own is task:
+            continue
+        if field.default is MISSING and field.default_factory is MISSING:
+            given.append(_short(own, task) if position < 3 else f"{field.name}={_short(own, task)}")
+        elif own != default:
+            given.append(f"{field.name}={_short(own, task)}")
+    return type(value).__name__ + (f"({', '.join(given)})" if given else "")
 
 
 class Auxiliary(nn.Module):

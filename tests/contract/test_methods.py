@@ -7,6 +7,7 @@ import gc
 import inspect
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -395,3 +396,22 @@ def test_what_a_method_cannot_be_made_from_is_answered(name: str) -> None:
     if name != "checkpointing":
         with pytest.raises(localgrad.MethodError, match=f"{name} is part of it already"):
             make(make(methods.dgl(task)))
+
+
+def test_print_shows_what_differs_and_repr_is_exact() -> None:
+    task = localgrad.tasks.classification(10)
+    method = methods.pgl(methods.man(methods.infopro(task)))
+    shown = str(method)
+    assert len(shown) <= 300 and len(shown.splitlines()) > 4 and "bound method" not in shown
+    assert shown in (Path(__file__).parents[2] / "README.md").read_text()
+    assert "decay" not in shown and "decay=0.9" in str(methods.man(methods.dgl(task), decay=0.9))
+    assert "decay=0.995" in repr(method)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_prints_a_term_a_line(name: str) -> None:
+    lines = str(METHODS[name]).splitlines()
+    assert lines[0] == METHODS[name].name and sum(line.startswith("  term") for line in lines) == len(
+        METHODS[name].terms
+    )
+    assert not any("<" in line or " at 0x" in line for line in lines)

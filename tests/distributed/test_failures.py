@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torchvision.transforms.functional import to_pil_image
 
-SETTINGS = ["digits", "--alone", "--threads", "1", "--method", "dgl+man", "--batch-size", "128"]
+SETTINGS = ["digits", "beside=[]", "train.threads=1", "--method", "dgl+man", "train.batch_size=128"]
 SETTINGS += ["data.augment=true"]
 SHORT = ["--epochs", "4", "train.checkpoint_every=4"]
 TIMEOUT = 8  # seconds a rank waits for another one
@@ -350,7 +350,7 @@ def test_ranks_with_other_settings_or_data_are_refused_by_all(differing: str, tm
         seeds = {"train": rank if "train" in differing else 2, "val": rank if "test" in differing else 3}
         draw_images(tmp_path / f"part{rank}" / "images", seeds)
     words = ["--model", "resnet8", "--data", "folder:images", "--method", "dgl", "-k", "4", "--epochs", "1"]
-    words += ["data.image_size=8", "data.validation=0", "--threads", "1"]
+    words += ["data.image_size=8", "data.validation=0", "train.threads=1"]
     if differing == "settings":
         words += ["train.seed=RANK"]
     shell = 'cd part$RANK && exec "$0" -m localgrad train "${@//RANK/$RANK}"'
@@ -397,9 +397,9 @@ def test_misuse_of_the_command_is_refused_at_once(tmp_path: Path) -> None:
         (["--parallel", "block=2", "--run-dir", str(tmp_path), "train.precision=fp16"], "use bf16 with block > 1"),
         (["--parallel", "block=2", "--run-dir", str(tmp_path), "train.capture=true"], "switch it off with --parallel"),
         (["--parallel", "data=2", "--run-dir", str(tmp_path), "train.ema_decay=0.9"], "leave it out with --parallel"),
-        (["--parallel", "data=2", "--run-dir", str(tmp_path), "--beside", "e2e"], "trains one method"),
+        (["--parallel", "data=2", "--run-dir", str(tmp_path), "beside=[[e2e]]"], "trains one method"),
     ):
-        alone = [] if "--beside" in words else ["--alone"]
+        alone = [] if "--beside" in words else ["beside=[]"]
         result = CliRunner().invoke(app, ["train", "digits", *alone, *words])
         assert result.exit_code != 0 and message in str(result.exception), result.output
     assert not list(tmp_path.iterdir())
@@ -410,10 +410,11 @@ def test_a_run_goes_on_with_the_wire_format_it_was_begun_with(tmp_path: Path) ->
 
     from localgrad import config
     from localgrad.cli import app
+    from localgrad.recipes import read_recipe
     from localgrad.train import parallel
 
     assert parallel.wire_of(tmp_path, None) == "same" and parallel.wire_of(tmp_path, "bf16") == "bf16"
-    settings = dataclasses.replace(config.validate(config.read_recipe("digits"), "digits"), beside=[])
+    settings = dataclasses.replace(config.validate(read_recipe("digits"), "digits"), beside=[])
     assert parallel._prepared(settings, tmp_path, "int8", continues=False, overwrite=False) is None
     assert parallel.wire_of(tmp_path, None) == parallel.wire_of(tmp_path, "int8") == "int8"
     for words, message in (

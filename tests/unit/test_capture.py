@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import localgrad
 from localgrad.config import validate
 from localgrad.errors import ConfigError
+from localgrad.recipes import merge
 from localgrad.train import loop
 from localgrad.train.capture import Captured
 from localgrad.train.experiment import Experiment, build
@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def settings(**changes: Any) -> Any:
-    return validate(localgrad.config.merge(SETTINGS, changes), "test")
+    return validate(merge(SETTINGS, changes), "test")
 
 
 class Recorder:
@@ -106,7 +106,7 @@ def finished(run: Experiment) -> Experiment:
 
 @pytest.mark.parametrize("changes", [{}, {"optim": {"name": "adamw", "lr": 0.002}}, {"optim": {"per_block": True}}])
 def test_a_captured_run_is_the_plain_run(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = settings(**localgrad.config.merge({"train": {"capture": True}}, changes))
+    config = settings(**merge({"train": {"capture": True}}, changes))
     with pytest.warns(UserWarning, match="on the cpu it runs as it is"):
         plain = finished(build(config))
     run = build(config)
@@ -140,7 +140,7 @@ def test_the_rate_on_the_device_is_the_rate() -> None:
     ],
 )
 def test_steps_that_differ_are_refused(changes: dict[str, Any], reason: str) -> None:
-    merged = localgrad.config.merge({"train": {"capture": True}}, changes)
+    merged = merge({"train": {"capture": True}}, changes)
     with pytest.raises(ConfigError, match=reason):
         build(settings(**merged))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,17 @@ import yaml
 
 import localgrad
 from localgrad import config
-from localgrad.config import (
-    Config,
-    MethodSpec,
-    OptimConfig,
-    TrainConfig,
-    build_method,
-    dump,
-    merge,
-    override,
-    read_recipe,
-    validate,
-)
+from localgrad.config import Config, OptimConfig, TrainConfig, dump, validate
 from localgrad.data import kind_of
 from localgrad.data.sources import SOURCES
 from localgrad.errors import ConfigError, MethodError
+from localgrad.recipes import merge, override, read_recipe, recipes
+from localgrad.spec import build_method, known_methods, parse_method
 
 TASK = localgrad.tasks.classification(10)
 
 
-@pytest.mark.parametrize("name", config.recipes())
+@pytest.mark.parametrize("name", recipes())
 def test_every_recipe_validates_and_its_methods_build(name: str) -> None:
     recipe = validate(read_recipe(name), name)
     for spec in (recipe.method, *recipe.beside):
@@ -58,7 +48,7 @@ def test_circles_and_private_recipes_are_refused(tmp_path: Path) -> None:
         read_recipe(str(tmp_path / "a.yaml"))
     with pytest.raises(ConfigError, match="unknown recipe"):
         read_recipe("_cifar")
-    assert not any(name.rpartition("/")[2].startswith("_") for name in config.recipes())
+    assert not any(name.rpartition("/")[2].startswith("_") for name in recipes())
 
 
 def test_a_recipe_that_cannot_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +85,9 @@ def test_overrides_are_read_as_yaml_and_merged() -> None:
     [
         (OptimConfig, {"lr": 0.0}), (OptimConfig, {"lr": float("nan")}), (OptimConfig, {"momentum": -0.1}),
         (OptimConfig, {"weight_decay": -1.0}), (OptimConfig, {"warmup_epochs": -1}), (OptimConfig, {"clip_grad": 0.0}),
-        (OptimConfig, {"betas": (0.9, 1.0)}), (TrainConfig, {"epochs": 0}), (TrainConfig, {"accumulate": 0}),
-        (TrainConfig, {"checkpoint_every": 0}), (TrainConfig, {"mixup": float("inf")}), (TrainConfig, {"cutmix": -1.0}),
-        (TrainConfig, {"ema_decay": 0.0}), (TrainConfig, {"label_smoothing": 1.0}),
+        (TrainConfig, {"epochs": 0}),
+        (TrainConfig, {"checkpoint_every": 0}), (TrainConfig, {"mixup": float("inf")}),
+        (TrainConfig, {"ema_decay": 0.0}),
         (TrainConfig, {"eval_batch_size": 0}),
     ],
 )  # fmt: skip
@@ -127,11 +117,11 @@ def test_defaults_are_valid() -> None:
 
 
 def test_methods_are_composed_from_names_and_options() -> None:
-    assert config.parse_method("infopro + checkpointing") == ["infopro", "checkpointing"]
+    assert parse_method("infopro + checkpointing") == ["infopro", "checkpointing"]
     method = build_method(["dgl", {"windows": {"width": 3, "local": 0.5}}], TASK)
     assert method.name == "windows(dgl)" and method.spans == localgrad.spans.Overlapping(3, 0.5, 1.0)
     assert build_method([{"dgl": None}], TASK) == build_method(["dgl"], TASK)
-    assert set(config.known_methods()) == set(localgrad.methods.__all__)
+    assert set(known_methods()) == set(localgrad.methods.__all__)
     for spec, error, words in (
         (["windows"], ConfigError, "begin with one of"),
         (["e2e", "dgl"], ConfigError, "must come first"),
@@ -153,23 +143,3 @@ def test_runs_side_by_side_have_names_of_their_own() -> None:
         "e2e+checkpointing",
         "dgl-3",
     ]
-
-
-def test_recipes_and_methods_are_read_without_pydantic(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [*list(config.recipes())[::7], "digits", "cifar10_resnet32"]
-    specs: list[MethodSpec] = [
-        ["dgl"],
-        [{"infopro": {}}, {"man": {"decay": 0.9}}],
-        ["e2e", {"accumulation": {"parts": 2}}],
-    ]
-    expected = [validate(read_recipe(name), name) for name in names]
-    named = [build_method(spec, TASK).name for spec in specs]
-    monkeypatch.setitem(sys.modules, "pydantic", None)  # importing it now fails
-    assert [validate(read_recipe(name), name) for name in names] == expected
-    assert [build_method(spec, TASK).name for spec in specs] == named
-    with pytest.raises(ConfigError, match="optim: unknown setting 'learning_rat'"):
-        validate({"method": ["dgl"], "optim": {"learning_rat": 1}}, "here")
-    with pytest.raises(ConfigError, match="method is missing"):
-        validate({}, "here")
-    with pytest.raises(ConfigError, match=r"optim.lr=-1"):
-        validate({"method": ["dgl"], "optim": {"lr": -1}}, "here")

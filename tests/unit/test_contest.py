@@ -18,17 +18,16 @@ from localgrad.costs import cost
 from localgrad.errors import LocalgradError
 from localgrad.measure.memory import measure
 from localgrad.measure.process_memory import resident_growth, storages_mapped
+from localgrad.spec import described, parse_method
 from localgrad.study.contest import (
     Contest,
     Row,
     Way,
     contest,
-    described,
     read,
-    read_methods,
     standard_ways,
 )
-from localgrad.study.contest_plots import pareto_picture, read_accuracies, timeline_picture, timeline_rows
+from localgrad.study.contest_plots import pareto_picture, timeline_picture, timeline_rows
 
 TASK = localgrad.tasks.classification(10)
 SETTINGS: dict[str, Any] = {"batch_size": 8, "image_size": 16, "num_classes": 10}
@@ -203,8 +202,7 @@ def test_timelines_end_where_the_step_does(found: Contest) -> None:
 
 
 def test_pictures_json_and_table(found: Contest, tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{"dgl K=3": 91.25}')
-    pareto_picture(found, tmp_path / "pareto.png", read_accuracies(tmp_path / "a.json"))
+    pareto_picture(found, tmp_path / "pareto.png")
     timeline_picture(found, tmp_path / "timeline.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("pareto", "timeline"))
     (tmp_path / "found.json").write_text(json.dumps(found.as_dict()))
@@ -237,7 +235,7 @@ def test_resident_memory_grows_by_what_a_step_holds() -> None:
 
 
 def test_methods_are_read_and_described() -> None:
-    specs = read_methods(["dgl+man", "[{dgl: {head: linear}}, man]"])
+    specs = [parse_method(text) for text in ["dgl+man", "[{dgl: {head: linear}}, man]"]]
     assert specs == [["dgl", "man"], [{"dgl": {"head": "linear"}}, "man"]]
     assert [described(spec) for spec in specs] == ["dgl+man", "dgl(head=linear)+man"]
 
@@ -248,7 +246,7 @@ def test_methods_are_read_and_described() -> None:
         (lambda: Way("a", "local", methods.dgl(TASK), variant="fp16"), "did you mean 'fp32'|'bf16'"),
         (lambda: Way("a", "local", methods.dgl(TASK), variant="bf16+channel_last"), "did you mean 'channels_last'"),
         (lambda: standard_ways(TASK, [["e2e"]], [4]), "no auxiliary heads"),
-        (lambda: read_methods(["[dgl"]), "is no YAML"),
+        (lambda: parse_method("[dgl"), "is no YAML"),
         (lambda: contest("resnet8", [], **{**SETTINGS, "batch_size": 0}), "batch_size=0; it must be at least 1"),
         (lambda: contest("resnet8", [], **SETTINGS), "no ways"),
         (lambda: contest("resnet8", [Way("a", "local", methods.dgl(TASK), 99)], **SETTINGS), "99 blocks, but"),

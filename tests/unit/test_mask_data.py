@@ -474,7 +474,7 @@ def test_train_evaluate_resume_and_predict(
         "task: {class_weights: [1.0, 2.0], head_width: 8}\n"
         "method: [dgl, man_pp]\nblocks: {cuts: [encoder.layer1, encoder.layer2]}\n"
         "optim: {name: adamw, lr: 0.003, schedule: poly}\n"
-        "train: {epochs: 2, batch_size: 2, eval_batch_size: 2, threads: 1, accumulate: 2}\n"
+        "train: {epochs: 2, batch_size: 2, eval_batch_size: 2, threads: 1}\n"
     )
     assert run("train", str(recipe), "--run-dir", str(place), "--json") == 0
     (result,) = json.loads(capsys.readouterr().out)

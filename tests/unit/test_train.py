@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-import localgrad
 from localgrad.config import validate
 from localgrad.errors import CheckpointError, ConfigError, TrainingError
+from localgrad.recipes import merge
 from localgrad.train import checkpoint
 from localgrad.train.experiment import Experiment, build
 from localgrad.train.folder import BEST, CHECKPOINT, RunFolder
@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
 
 
 def settings(**changes: Any) -> Any:
-    return validate(localgrad.config.merge(SMALL, changes), "test")
+    return validate(merge(SMALL, changes), "test")
 
 
 class Stop(Exception):
@@ -92,17 +92,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model": {"name": "torchvision:mobilenet_v3_small"},
         "data": {"name": "folder"},
     },
-    "offload": {
-        "optim": {"per_block": True, "offload": True, "clip_grad": None},
-        "method": ["dgl", "windows"],
-        "data": {"limit": 160},
-    },
     "per block": {"optim": {"per_block": True}, "train": {"ema_decay": 0.9}},
     "adamw, warm-up": {"optim": {"name": "adamw", "lr": 0.002, "warmup_epochs": 1}},
-    "mixup and cutmix, average": {"train": {"mixup": 0.4, "cutmix": 1.0, "ema_decay": 0.8, "label_smoothing": 0.1}},
+    "mixup, average": {"train": {"mixup": 0.4, "ema_decay": 0.8}, "task": {"label_smoothing": 0.1}},
     "bf16": {"train": {"precision": "bf16"}, "data": {"limit": 120}},
     "fp16": {"train": {"precision": "fp16"}, "optim": {"per_block": True}, "data": {"limit": 120}},
-    "accumulate": {"train": {"accumulate": 3}, "method": ["e2e", "checkpointing"]},
+    "accumulation": {"method": ["e2e", "checkpointing", {"accumulation": {"parts": 3}}]},
     "channels last": {"train": {"channels_last": True}},
     "infopro": {"method": [{"infopro": {"loss": "contrast"}}], "data": {"limit": 150}},
 }
@@ -255,7 +250,7 @@ def test_the_average_is_what_is_scored_and_exported(tmp_path: Path) -> None:
 
 
 def test_accumulated_parts_score_and_weigh_every_image_once() -> None:
-    state = build(settings(train={"epochs": 1, "accumulate": 3}, data={"validation": 0}))
+    state = build(settings(train={"epochs": 1}, method=["dgl", {"accumulation": {"parts": 3}}], data={"validation": 0}))
     train(state, nothing, nothing)
     row = state.history[0]["train"]
     assert set(row["score"]) == {"block 1", "block 2", "block 3", "model"}

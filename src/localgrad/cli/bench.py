@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from localgrad.cli.console import new_console
-from localgrad.cli.options import Json
+from localgrad.errors import ConfigError
 
 
 def bench(
@@ -29,41 +29,58 @@ def bench(
         typer.Option(help="fp32 or bf16, with +channels_last and +compile; may be repeated. Default fp32."),
     ] = None,
     balance: Annotated[Literal["count", "bytes"], typer.Option(help="What blocks have equally much of.")] = "count",
-    parts: Annotated[int, typer.Option(help="Micro-batches of accumulation.")] = 4,
     combinations: Annotated[
         bool, typer.Option(help="Also per-block steps, recomputation inside blocks and micro-batches of each method.")
     ] = True,
-    image_size: Annotated[int, typer.Option(help="Sides of the square images.")] = 224,
-    channels: Annotated[int, typer.Option(help="Channels of the images.")] = 3,
-    num_classes: Annotated[int, typer.Option(help="Classes.")] = 1000,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    rounds: Annotated[int, typer.Option(help="Timed steps of each way.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of weights and images.")] = 0,
-    picture: Annotated[Path | None, typer.Option(help="Draw memory against time here.", show_default=False)] = None,
-    accuracy: Annotated[
-        Path | None,
-        typer.Option(help="JSON with test accuracies by way, for the picture.", show_default=False),
+    image_size: Annotated[
+        int | None, typer.Option(help="Sides of the square images; default 32 or 224.", show_default=False)
     ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed steps of each way.")] = 5,
+    picture: Annotated[Path | None, typer.Option(help="Draw memory against time here.", show_default=False)] = None,
     timeline: Annotated[
         Path | None, typer.Option(help="Draw what is alive during a step here.", show_default=False)
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write everything as JSON here.", show_default=False)] = None,
-    as_json: Json = False,
 ) -> None:
     """Measure training steps of a model by many ways, in turn: memory, time, FLOPs, and which way is worth it.
 
     End-to-end training, checkpointing and accumulation are always among them.
 
-    [bold]localgrad bench resnet32 --batch-size 64 --image-size 32 --num-classes 10 -m dgl -k 4 -k 16[/bold]
+    [bold]localgrad bench resnet32 --batch-size 64 -m dgl -k 4 -k 16[/bold]
     """
-    from localgrad.study import contest_command
+    import torch
 
+    from localgrad import models, tasks
+    from localgrad.spec import parse_method
+    from localgrad.study.contest import contest, standard_ways
+    from localgrad.study.contest_plots import pareto_picture, timeline_picture
+    from localgrad.train.experiment import device_of
+
+    for path in (picture, timeline, out):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{path}: there is no directory {path.parent}; make it first")
+    torch.set_num_threads(1)
+    size, num_classes = models.made_for(model)
+    wanted = variant or ["fp32"]
+    ways = standard_ways(
+        tasks.classification(num_classes, mean=(0.5,) * 3, std=(0.25,) * 3),
+        [parse_method(text) for text in method or ["dgl"]],
+        num_blocks or [4],
+        variants=["fp32", *(name for name in dict.fromkeys(wanted) if name != "fp32")],
+        combinations=combinations,
+    )
+    if "fp32" not in wanted:  # but for the reference, which is plain float32 whatever else is asked for
+        ways = [way for way in ways if way is ways[0] or way.variant != "fp32"]
     console = new_console(stderr=True)
-    found = contest_command.run(
-        model, method or ["dgl"], num_blocks or [4], variant or ["fp32"], balance=balance, parts=parts,
-        combinations=combinations, batch_size=batch_size, image_size=image_size, channels=channels,
-        num_classes=num_classes, device=device, threads=threads, rounds=rounds, seed=seed, picture=picture,
-        accuracy=accuracy, timeline=timeline, out=out, progress=lambda what: console.print(what, style="dim"),
+    found = contest(
+        model, ways, batch_size=batch_size, image_size=image_size or size, num_classes=num_classes, balance=balance,
+        device=device_of("auto"), rounds=rounds, timeline=timeline is not None,
+        progress=lambda what: console.print(what, style="dim"),
     )  # fmt: skip
-    print(json.dumps(found.as_dict(), indent=2) if as_json else found)
+    if out is not None:
+        out.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    if picture is not None:
+        pareto_picture(found, picture)
+    if timeline is not None:
+        timeline_picture(found, timeline)
+    print(found)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from localgrad.cli.console import new_console
-from localgrad.cli.options import DataOption, DataRoot, ModelOption, Overrides, Recipe, positional, settings_of
+from localgrad.cli.options import Overrides, Recipe, positional, settings_of
 from localgrad.errors import ConfigError
 
 
@@ -28,10 +28,6 @@ def compare(
     seed: Annotated[
         list[int] | None, typer.Option(help="May be repeated. Default the recipe's.", show_default=False)
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", show_default=False)] = None,
-    model: ModelOption = None,
-    data: DataOption = None,
-    data_root: DataRoot = None,
     equal_time: Annotated[
         list[str] | None,
         typer.Option(
@@ -40,8 +36,6 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    parts: Annotated[int, typer.Option(help="Micro-batches of accumulation; 1 leaves it out.")] = 4,
-    rounds: Annotated[int, typer.Option(help="Timed steps of each method.")] = 7,
     keep: Annotated[bool, typer.Option("--keep", help="Keep weights and checkpoints of finished runs.")] = False,
     out: Annotated[
         Path | None,
@@ -58,29 +52,15 @@ def compare(
     A finished run is never run again, a stopped one continues, and several processes may share one --out.
     """
     recipe, overrides = positional(recipe, overrides)
-    from localgrad.study import compare_command as command
+    from localgrad.study import compare as study
+    from localgrad.study.compare_report import report
 
-    if recipe is None and not (model and data) and not (table and out):
-        raise ConfigError("nothing to compare: name a recipe, a YAML file, or both --model and --data")
-    out = out or Path("runs") / f"compare-{Path(recipe or str(data)).stem.replace(':', '-')}"
-    if table:
-        print(command.report(out))
-        return
-    base = settings_of(
-        recipe, overrides, model__name=model, data__name=data, data__root=data_root, train__epochs=epochs
-    )
-    print(
-        command.run(
-            base,
-            out,
-            new_console(stderr=True),
-            method=method or [],
-            num_blocks=num_blocks or [],
-            seed=seed or [],
-            parts=parts,
-            equal_time=equal_time or [],
-            rounds=rounds,
-            keep=keep,
-            again="the same command",
-        )
-    )
+    if recipe is None and not (table and out):
+        raise ConfigError("nothing to compare: name a recipe or a YAML file")
+    out = out or Path("runs") / f"compare-{Path(str(recipe)).stem.replace(':', '-')}"
+    if not table:
+        study.compare(
+            settings_of(recipe, overrides), out, new_console(stderr=True), methods=method or [],
+            num_blocks=num_blocks or [], seeds=seed or [], equal_time=equal_time or [], keep=keep,
+        )  # fmt: skip
+    print(report(out))

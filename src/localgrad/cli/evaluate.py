@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from localgrad.cli.console import new_console, new_table
-from localgrad.cli.options import DataRoot, Json, settings_of_run
+from localgrad.cli.options import Json
 from localgrad.errors import ConfigError
 
 
@@ -19,23 +19,20 @@ def evaluate(
     best: Annotated[
         bool, typer.Option("--best", help="The weights of the best validation epoch, not the last ones.")
     ] = False,
-    data_root: DataRoot = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
     """Score a trained network: its own head and every auxiliary head."""
     from localgrad.train.experiment import build
+    from localgrad.train.finished import read_config
     from localgrad.train.folder import RunFolder
     from localgrad.train.meters import evaluate
 
-    settings = settings_of_run(run_dir, data_root)
+    settings = read_config(run_dir)
     if settings.beside:
         from localgrad.config import run_names
 
         names = ", ".join(str(run_dir / name.replace("+", "-")) for name in run_names(settings))
         raise ConfigError(f"{run_dir} holds several runs; evaluate one of them: {names}")
-    if device is not None:
-        settings.train.device = device
     experiment = build(settings)
     folder = RunFolder(run_dir, resume=True)
     remark = folder.restore(experiment)

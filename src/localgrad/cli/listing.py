@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from localgrad.cli.console import new_console, new_table
-from localgrad.cli.options import DataRoot, Json
+from localgrad.cli.options import Json
 from localgrad.errors import ConfigError
 
 
@@ -20,24 +20,17 @@ def list_(
     what: Annotated[Literal["models", "methods", "data", "recipes"], typer.Argument(help="What to list.")],
     only: Annotated[
         str | None,
-        typer.Argument(help="With recipes: those of a folder (man), or whose names hold this.", show_default=False),
+        typer.Argument(
+            help="With models: a library, timm or torchvision. With recipes: a folder (man), or a part of their names.",
+            show_default=False,
+        ),
     ] = None,
-    library: Annotated[
-        str | None, typer.Option(help="With models: all of timm or torchvision.", show_default=False)
-    ] = None,
-    data_root: DataRoot = None,
     as_json: Json = False,
 ) -> None:
     """List what there is: models, methods, data, recipes."""
-    if library is not None and what != "models":
-        raise ConfigError(f"--library {library} goes with `localgrad list models`, not with `list {what}`")
-    if only is not None and what != "recipes":
-        raise ConfigError(f"{only!r} goes with `localgrad list recipes`, not with `list {what}`")
-    rows = (
-        {"models": _models, "methods": _methods, "recipes": _recipes}[what](only if what == "recipes" else library)
-        if what != "data"
-        else _data(data_root)
-    )
+    if only is not None and what not in ("models", "recipes"):
+        raise ConfigError(f"{only!r} goes with `localgrad list models` or `list recipes`, not with `list {what}`")
+    rows = {"models": _models, "methods": _methods, "recipes": _recipes, "data": _data}[what](only)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -48,8 +41,8 @@ def list_(
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     new_console().print(table)
-    if what == "models" and library is None:
-        new_console().print("And every model of timm and torchvision: localgrad list models --library timm")
+    if what == "models" and only is None:
+        new_console().print("And every model of timm and torchvision: localgrad list models timm")
 
 
 def _models(library: str | None) -> list[dict[str, Any]]:
@@ -61,7 +54,8 @@ def _models(library: str | None) -> list[dict[str, Any]]:
 
 
 def _methods(_: str | None) -> list[dict[str, Any]]:
-    from localgrad import config, methods
+    from localgrad import methods
+    from localgrad.spec import known_methods
 
     return [
         {
@@ -69,14 +63,16 @@ def _methods(_: str | None) -> list[dict[str, Any]]:
             "kind": "base" if base else "plug-in",
             "what": (getattr(methods, name).__doc__ or "").strip().splitlines()[0],
         }
-        for name, base in sorted(config.known_methods().items(), key=lambda item: (not item[1], item[0]))
+        for name, base in sorted(known_methods().items(), key=lambda item: (not item[1], item[0]))
     ]
 
 
 def _recipes(only: str | None) -> list[dict[str, Any]]:
     from localgrad import config
+    from localgrad.recipes import read_recipe, recipe_costs, recipes
+    from localgrad.spec import method_name
 
-    known = config.recipes()
+    known = recipes()
     names = list(known)
     if only is not None:
         begin = [name for name in names if name.startswith(only.rstrip("/") + "/")]
@@ -84,16 +80,16 @@ def _recipes(only: str | None) -> list[dict[str, Any]]:
         if not names:
             folders = dict.fromkeys(name.partition("/")[0] for name in known if "/" in name)
             raise ConfigError(f"no recipe is called like {only!r}; folders: {', '.join(folders)}")
-    costs = config.recipe_costs()
+    costs = recipe_costs()
     rows = []
     for name in names:
-        recipe = config.validate(config.read_recipe(name), name)
+        recipe = config.validate(read_recipe(name), name)
         rows.append(
             {
                 "name": name,
                 "model": recipe.model.name,
                 "data": recipe.data.name,
-                "method": config.method_name(recipe.method),
+                "method": method_name(recipe.method),
                 "options": recipe.method,
                 "blocks": recipe.blocks.num_blocks or len(recipe.blocks.cuts or []) + 1,
                 "epochs": recipe.train.epochs,
@@ -144,10 +140,10 @@ def _relative(cost: dict[str, Any] | None) -> dict[str, str]:
     }
 
 
-def _data(root: str | None) -> list[dict[str, Any]]:
+def _data(_: str | None) -> list[dict[str, Any]]:
     from localgrad import data
 
     return [
         {"name": found.name, "title": found.title, "found": "yes" if found.found else "no", "where": str(found.where)}
-        for found in data.available(root)
+        for found in data.available()
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +20,7 @@ Recipe = Annotated[
 MethodOption = Annotated[
     str | None,
     typer.Option(
-        "--method", "-m", help="Base and plug-ins, inner to outer: dgl, infopro, e2e+checkpointing.", show_default=False
+        "--method", "-m", help="dgl+man, inner to outer, or YAML: '[{dgl: {head: linear}}, man]'.", show_default=False
     ),
 ]
 BlocksOption = Annotated[
@@ -32,12 +31,6 @@ ModelOption = Annotated[
 ]
 DataOption = Annotated[
     str | None, typer.Option("--data", help="A data set (see: localgrad list data).", show_default=False)
-]
-DataRoot = Annotated[
-    str | None,
-    typer.Option(
-        "--data-root", help="Folder of the data sets; default $LOCALGRAD_DATA, else ../shared/data.", show_default=False
-    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -53,9 +46,11 @@ def positional(recipe: str | None, overrides: list[str] | None) -> tuple[str | N
 def settings_of(recipe: str | None, overrides: list[str] | None, **flags: Any) -> Any:
     """The configuration a command line describes: recipe, then SECTION.NAME=VALUE, then flags."""
     from localgrad import config
+    from localgrad.recipes import merge, override, read_recipe
+    from localgrad.spec import parse_method
 
-    settings: dict[str, Any] = {} if recipe is None else config.read_recipe(recipe)
-    settings = config.override(settings, overrides or [])
+    settings: dict[str, Any] = {} if recipe is None else read_recipe(recipe)
+    settings = override(settings, overrides or [])
     changes: dict[str, Any] = {}
     for key, value in flags.items():
         if value is not None:
@@ -67,17 +62,7 @@ def settings_of(recipe: str | None, overrides: list[str] | None, **flags: Any) -
     if "num_blocks" in changes.get("blocks", {}):
         changes["blocks"]["cuts"] = None
     if isinstance(changes.get("method"), str):
-        changes["method"] = config.parse_method(changes["method"])
-    settings = config.merge(settings, changes)
+        changes["method"] = parse_method(changes["method"])
+    settings = merge(settings, changes)
     settings.setdefault("method", ["dgl"])
     return config.validate(settings, recipe or "command line")
-
-
-def settings_of_run(folder: Path, data_root: str | None) -> Any:
-    """The settings of the run in a directory; its data may have moved."""
-    from localgrad.train.finished import read_config
-
-    settings = read_config(folder)
-    if data_root is not None:
-        settings.data.root = data_root
-    return settings

@@ -18,7 +18,6 @@ def predict(
     run_dir: Annotated[Path, typer.Argument(help="A directory that `localgrad train` wrote.")],
     images: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="Where pictures go.")] = Path("predictions"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     min_score: Annotated[float, typer.Option(help="Of boxes that are drawn.", min=0.0, max=1.0)] = 0.3,
     as_json: Json = False,
 ) -> None:
@@ -36,7 +35,7 @@ def predict(
             raise ConfigError(f"{path} holds no picture; known endings: {', '.join(IMAGE_SUFFIXES)}")
         files += found
     rows = []
-    trained = dataclasses.replace(load_trained(run_dir, device), min_score=min_score)
+    trained = dataclasses.replace(load_trained(run_dir), min_score=min_score)
     for prediction in predict(trained, files):
         written = [str(path) for path in write(prediction, out)]
         rows.append({"image": str(prediction.image), "answer": prediction.summary, "written": written})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from typing import Annotated
 
 import typer
 
 from localgrad.cli.console import new_console, new_table
-from localgrad.cli.options import Json
+
+LATENCY = 1e-3  # of a link, seconds
 
 
 def simulate(
@@ -17,14 +16,7 @@ def simulate(
     ranks: Annotated[int, typer.Option(help="Devices like this one.")] = 4,
     num_blocks: Annotated[int, typer.Option("--num-blocks", "-k", help="Blocks to cut the model into.")] = 4,
     batch_size: Annotated[int, typer.Option(help="Images of one replica in a step.")] = 32,
-    image_size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 32,
-    num_classes: Annotated[int, typer.Option(help="Of the data.")] = 10,
     bandwidth: Annotated[float, typer.Option(help="Of a link, Mbit/s.")] = 1000.0,
-    latency: Annotated[float, typer.Option(help="Of a link, ms.")] = 1.0,
-    micro_batches: Annotated[int, typer.Option(help="Of the end-to-end pipelines.")] = 8,
-    sync_every: Annotated[int, typer.Option(help="Steps between two averages of replicas.")] = 1,
-    threads: Annotated[int, typer.Option(help="CPU threads while measuring.")] = 1,
-    as_json: Json = False,
 ) -> None:
     """Forecast how fast several devices would train, and by which layout: blocks are timed here, links are assumed.
 
@@ -36,19 +28,16 @@ def simulate(
     from localgrad.distributed import simulate as simulator
     from localgrad.localization import localize
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    image_size, num_classes = models.made_for(model)
     built = models.create(model, num_classes=num_classes, in_channels=3, image_size=image_size)
     x, y = torch.randn(batch_size, 3, image_size, image_size), torch.arange(batch_size) % num_classes
     network = localize(built, methods.dgl(tasks.classification(num_classes)), num_blocks, example=x[:2])
     costs = simulator.measured(network.train(), x, y)
-    link = simulator.LinkSpeed(bandwidth * 1e6 / 8, latency / 1e3)
-    found = simulator.layouts(costs, link, batch_size, ranks, micro_batches=micro_batches, sync_every=sync_every)
-    if as_json:
-        rows = [{k: v for k, v in dataclasses.asdict(f).items() if k != "events"} for f in found]
-        print(json.dumps({"blocks": [dataclasses.asdict(cost) for cost in costs], "layouts": rows}, indent=2))
-        return
+    link = simulator.LinkSpeed(bandwidth * 1e6 / 8, LATENCY)
+    found = simulator.layouts(costs, link, batch_size, ranks, micro_batches=8, sync_every=1)
     console = new_console()
-    console.print(f"{model} in {num_blocks} blocks, batch {batch_size}, {threads} CPU threads", style="bold")
+    console.print(f"{model} in {num_blocks} blocks, batch {batch_size}, one CPU thread", style="bold")
     table = new_table("block", "forward", "heads and\nbackward", "sent", "parameters")
     for index, cost in enumerate(costs):
         table.add_row(

@@ -20,6 +20,8 @@ from localgrad.cli.options import (
 )
 from localgrad.errors import ConfigError
 
+NUM_CLASSES, BATCH_SIZE = 10, 16  # of the measured step
+
 
 def summary(
     recipe: Recipe = None,
@@ -31,12 +33,6 @@ def summary(
         int | None,
         typer.Option(help="Sides of the square images; default as the recipe's data, else 32.", show_default=False),
     ] = None,
-    channels: Annotated[
-        int | None,
-        typer.Option(help="Channels of the images; default as the recipe's data, else 3.", show_default=False),
-    ] = None,
-    num_classes: Annotated[int, typer.Option(help="Classes.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Images in the measured step.")] = 16,
     as_json: Json = False,
 ) -> None:
     """Show each block: where it begins, parameters, FLOPs and activations, and totals as ratios to end-to-end.
@@ -57,17 +53,14 @@ def summary(
     if image_size is not None:
         sides = image_size
     height, width = (sides, sides) if isinstance(sides, int) else sides
-    if channels is None:
-        channels = known.shape[0] if known else 3
-    if min(height, width, channels, batch_size) < 1:
-        raise ConfigError(
-            f"--image-size {height}, --channels {channels}, --batch-size {batch_size}: all are at least 1"
-        )
-    result = summarize(settings, (channels, height, width), num_classes, batch_size)
+    channels = known.shape[0] if known else 3
+    if min(height, width) < 1:
+        raise ConfigError(f"--image-size {height}: it is at least 1")
+    result = summarize(settings, (channels, height, width), NUM_CLASSES, BATCH_SIZE)
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    title = f"{result['model']}, {result['method']}, batch of {batch_size} images {channels}x{height}x{width}"
+    title = f"{result['model']}, {result['method']}, batch of {BATCH_SIZE} images {channels}x{height}x{width}"
     table = new_table("block", "begins at", "features", "parameters", "MFLOPs", "MiB saved", left=3)
     for row in result["blocks"]:
         parameters = row["head_parameters"] + row["twin_parameters"]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from localgrad.cli.console import new_console
-from localgrad.cli.options import Json
 
 
 def survey(
@@ -17,16 +15,11 @@ def survey(
         str, typer.Argument(help="timm, torchvision, or module:name of your own; see localgrad.study.survey.Candidate.")
     ],
     pattern: Annotated[str, typer.Option("--filter", help="Shell pattern of names, for instance 'vit_*'.")] = "*",
-    every: Annotated[
-        bool, typer.Option("--all", help="Every variant, not only the smallest of each of timm's families.")
-    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Models at a time, one process and thread each.")] = 2,
-    timeout: Annotated[float, typer.Option(help="Seconds one model may take.")] = 600.0,
     out: Annotated[
         Path | None, typer.Option(help="Rows are appended here; default survey-LIBRARY.jsonl.", show_default=False)
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run models again whose rows in the file failed.")] = False,
-    as_json: Json = False,
 ) -> None:
     """Check every model of a library: cut, compared with the model itself, and trained.
 
@@ -38,16 +31,13 @@ def survey(
 
     console, progress = new_console(), new_console(stderr=True)
     out = out or Path(f"survey-{library.replace(':', '-')}.jsonl")
-    selection = survey.select(library, pattern, every=every, cache=out.with_suffix(".families.json"))
+    selection = survey.select(library, pattern, cache=out.with_suffix(".families.json"))
     rows = []
-    for row, new in survey.survey(library, selection, out, workers=workers, timeout=timeout, retry=retry):
+    for row, new in survey.survey(library, selection, out, workers=workers, retry=retry):
         rows.append(row)
         if new:
             state = "ok" if row["ok"] else "FAILED: " + ", ".join(row["reasons"])
             progress.print(f"{len(rows)} of {len(selection)}: {row['model']} {state}, {row['seconds']:.0f} s")
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
     console.print(survey.table(rows))
     for line in survey.failures(rows):
         console.print(line, soft_wrap=True)

@@ -7,7 +7,7 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,7 +16,6 @@ from localgrad.cli.console import new_console, new_table
 from localgrad.cli.options import (
     BlocksOption,
     DataOption,
-    DataRoot,
     Json,
     MethodOption,
     ModelOption,
@@ -24,7 +23,6 @@ from localgrad.cli.options import (
     Recipe,
     positional,
     settings_of,
-    settings_of_run,
 )
 from localgrad.errors import ConfigError
 
@@ -33,26 +31,10 @@ def train(
     recipe: Recipe = None,
     overrides: Overrides = None,
     method: MethodOption = None,
-    beside: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Another method to train with the same settings, for comparison; may be repeated.", show_default=False
-        ),
-    ] = None,
-    alone: Annotated[
-        bool, typer.Option("--alone", help="Train no method beside it, whatever the recipe says.")
-    ] = False,
     num_blocks: BlocksOption = None,
     model: ModelOption = None,
     data: DataOption = None,
-    data_root: DataRoot = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.", show_default=False)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images in a step.", show_default=False)] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of weights, order, augmentation and dropout.", show_default=False)
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.", show_default=False)] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default=False)] = None,
     run_dir: Annotated[
         Path | None, typer.Option(help="Where to write; default runs/RECIPE-METHOD-TIME.", show_default=False)
     ] = None,
@@ -63,14 +45,8 @@ def train(
     parallel: Annotated[
         str | None,
         typer.Option(
-            help="Ranks along each axis, data=2,block=2, in processes that torchrun starts.", show_default=False
-        ),
-    ] = None,
-    timeout: Annotated[float, typer.Option(help="With --parallel: seconds a rank waits for another one.")] = 600.0,
-    wire: Annotated[
-        Literal["same", "bf16", "int8"] | None,
-        typer.Option(
-            help="With --parallel: how features travel between ranks; all but same, the default, round them.",
+            help="Ranks along each axis, data=2,block=2, in processes that torchrun starts; also wire=bf16 and "
+            "timeout=600, in seconds.",
             show_default=False,
         ),
     ] = None,
@@ -85,20 +61,21 @@ def train(
     Everything is written to one directory: settings, checkpoints, metrics (CSV, TensorBoard), curves, weights.
     """
     from localgrad import config as configuration
+    from localgrad.spec import method_name
+    from localgrad.train.finished import read_config
 
     console = new_console(stderr=as_json)
     recipe, overrides = positional(recipe, overrides)
     if resume is not None:
         flags = {
-            "model": model, "data": data, "method": method, "beside": beside, "alone": alone, "num-blocks": num_blocks,
-            "epochs": epochs, "batch-size": batch_size, "seed": seed, "device": device, "threads": threads,
-            "run-dir": run_dir, "overwrite": overwrite,
+            "model": model, "data": data, "method": method, "num-blocks": num_blocks,
+            "epochs": epochs, "run-dir": run_dir, "overwrite": overwrite,
         }  # fmt: skip
         given = [f"--{name}" for name, value in flags.items() if value is not None and value is not False]
         if recipe is not None or overrides or given:
             refused = ", ".join(word for word in (recipe, *overrides, *given) if word)
             raise ConfigError(f"--resume continues a run with its own settings; leave {refused} out")
-        settings, folder = settings_of_run(resume, data_root), resume
+        settings, folder = read_config(resume), resume
     else:
         if recipe is None and not (model and data):
             raise ConfigError(
@@ -108,38 +85,27 @@ def train(
             recipe,
             overrides,
             method=method,
-            beside=[] if alone else [configuration.parse_method(b) for b in beside] if beside else None,
             blocks__num_blocks=num_blocks,
             model__name=model,
             data__name=data,
-            data__root=data_root,
             train__epochs=epochs,
-            train__batch_size=batch_size,
-            train__seed=seed,
-            train__device=device,
-            train__threads=threads,
         )
         name = Path(recipe or str(data)).stem.replace("recipe:", "").replace(":", "-")
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        folder = (
-            run_dir or Path("runs") / f"{name}-{configuration.method_name(settings.method).replace('+', '-')}-{stamp}"
-        )
+        folder = run_dir or Path("runs") / f"{name}-{method_name(settings.method).replace('+', '-')}-{stamp}"
     from localgrad.train.folder import RunFolder, write
     from localgrad.train.run import compare
 
     if parallel is not None:
         _train_parallel(
-            console, settings, folder, parallel, run_dir or resume, resume is not None, overwrite, timeout, wire,
-            as_json,
+            console, settings, folder, parallel, run_dir or resume, resume is not None, overwrite, as_json
         )  # fmt: skip
         return
-    if wire not in (None, "same"):
-        raise ConfigError(f"--wire {wire} is for blocks on several ranks; add --parallel block=2, under torchrun")
     scaled = _scaled_down(recipe, settings)
     if scaled:
         console.print(f"Not as published: {scaled}.")
     if settings.train.threads == 1:
-        console.print("One CPU thread (small networks run slower on more; --threads changes it).", style="dim")
+        console.print("One CPU thread (small networks run slower on more; train.threads=2 changes it).", style="dim")
     multiple = bool(settings.beside)
     if multiple and resume is None:
         RunFolder(folder, overwrite=overwrite)
@@ -159,17 +125,14 @@ def train(
 
 def _train_parallel(
     console: Console, settings: Any, folder: Path, layout: str, named: Path | None, resume: bool, overwrite: bool,
-    timeout: float, wire: Literal["same", "bf16", "int8"] | None, as_json: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     from localgrad.train import parallel
     from localgrad.train.folder import write
 
-    axes = parallel.parsed(layout)
     if named is None:
         raise ConfigError("--parallel needs --run-dir, which all ranks and every restart share")
-    result = parallel.run(
-        settings, folder, axes, console, resume=resume, overwrite=overwrite, timeout=timeout, wire=wire
-    )
+    result = parallel.run(settings, folder, parallel.parsed(layout), console, resume=resume, overwrite=overwrite)
     if result is None:
         return
     write(folder / "results.json", json.dumps([result], indent=2) + "\n")
@@ -183,10 +146,12 @@ def _train_parallel(
 def _scaled_down(recipe: str | None, settings: Any) -> str:
     """What a run changes of a recipe that reproduces a published row."""
     from localgrad import config
+    from localgrad.recipes import read_recipe
+    from localgrad.spec import method_name
 
     if recipe is None or "=" in recipe or not settings.about.published:
         return ""
-    original = config.validate(config.read_recipe(recipe), recipe)
+    original = config.validate(read_recipe(recipe), recipe)
     changes = []
     for section in ("model", "data", "blocks", "optim", "train"):
         old, new = (dataclasses.asdict(getattr(c, section)) for c in (original, settings))
@@ -196,9 +161,7 @@ def _scaled_down(recipe: str | None, settings: Any) -> str:
             if old[key] != new[key] and key not in ("root", "workers", "device", "threads", "checkpoint_every")
         ]
     if original.method != settings.method:
-        changes.append(
-            f"method is {config.method_name(settings.method)} instead of {config.method_name(original.method)}"
-        )
+        changes.append(f"method is {method_name(settings.method)} instead of {method_name(original.method)}")
     return ", ".join(changes)
 
 

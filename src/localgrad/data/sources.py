@@ -76,7 +76,7 @@ class Source:
         expected = ", or ".join(", ".join(layout.files) for layout in self.layouts)
         raise DataError(
             f"data set {name!r} ({self.title}) not found. Looked in {'; '.join(found)}. Expected there: {expected}. "
-            f"{self.get} Then point --data-root (root=...) or the environment variable LOCALGRAD_DATA at the folder."
+            f"{self.get} Then point data.root (root=...) or the environment variable LOCALGRAD_DATA at the folder."
         )
 
     def read(self, layout: Layout, place: Path, split: str) -> readers.Arrays:

@@ -24,7 +24,7 @@ class Contrastive:
         temperature: t.
 
     Raises:
-        TrainingError: for mixed targets (mixup, cutmix) and masks, which have no one class.
+        TrainingError: for mixed targets (mixup) and masks, which have no one class.
 
     Source: Khosla et al., 2020, arXiv:2004.11362, as used by InfoPro, ICLR 2021, arXiv:2101.10832.
     """
@@ -35,7 +35,7 @@ class Contrastive:
         labels = batch.targets
         if not isinstance(labels, Tensor) or labels.dim() != 1:
             raise TrainingError(
-                "the contrastive loss needs one class per image: switch mixup and cutmix off; masks and boxes have none"
+                "the contrastive loss needs one class per image: switch mixup off; masks and boxes have none"
             )
         z, labels = batch.joined(F.normalize(widened(output), dim=1)), batch.joined(labels)
         logits = z @ z.T / self.temperature

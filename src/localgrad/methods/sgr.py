@@ -12,7 +12,6 @@ from torch import Tensor
 from localgrad.batches import tensors_in
 from localgrad.errors import MethodError
 from localgrad.losses import Reconciliation
-from localgrad.losses.reconciliation import Distance
 from localgrad.method import Method, Network, Observer, Rule
 from localgrad.methods.composition import plugin
 from localgrad.network import LocalNetwork
@@ -22,17 +21,16 @@ from localgrad.task import Batch
 
 
 @plugin
-def sgr(base: Method, *, weight: float = 1.0, distance: Distance = "l2") -> Method:
+def sgr(base: Method, *, weight: float = 1.0) -> Method:
     """Neighbouring blocks agree about the features between them.
 
-    ``L_k + weight * distance(dL_k / dh_{k-1}, stop_gradient(dL_{k-1} / dh_{k-1}))``: the gradient that a block's loss
+    ``L_k + weight * |dL_k / dh_{k-1} - stop_gradient(dL_{k-1} / dh_{k-1})| ** 2``: the gradient that a block's loss
     has at its input is drawn to the one that the block before had at the same features. Isolation stays; no parameters
     are added. The block and its head are differentiated twice.
 
     Args:
         base: a method whose spans are single blocks.
         weight: of the disagreement.
-        distance: ``l2``, ``relative`` or ``cosine``, see `localgrad.losses.Reconciliation`.
 
     Raises:
         MethodError: for wider spans, and at `localgrad.localize` for layers without a second derivative, such as fused
@@ -47,7 +45,7 @@ def sgr(base: Method, *, weight: float = 1.0, distance: Distance = "l2") -> Meth
     of its experiments are not public.
     """
     base.require_heads("sgr")
-    rule = _Reconcile(Reconciliation(weight, distance))
+    rule = _Reconcile(Reconciliation(weight))
     return replace(base, name=f"sgr({base.name})", rules=(*base.rules, rule))
 
 

@@ -20,7 +20,7 @@ from localgrad.task import Batch
 
 
 @plugin
-def trgl(base: Method, *, tau: float = 10.0, growing: bool = True) -> Method:
+def trgl(base: Method, *, tau: float = 10.0) -> Method:
     """Blocks move features as little as they can: the energy of their residual branches is added to their loss.
 
     ``L_k + 1 / (2 tau_k) * sum over the residual branches r of block k of mean(r ** 2)``, the last block included;
@@ -29,7 +29,6 @@ def trgl(base: Method, *, tau: float = 10.0, growing: bool = True) -> Method:
     Args:
         base: a local method.
         tau: larger is freer; the paper's values run from 1 to 1e6 with the network.
-        growing: whether the second half has twice the tau.
 
     Raises:
         MethodError: for a tau that is not positive, and at `localgrad.localize` for a block without residual branches
@@ -48,7 +47,7 @@ def trgl(base: Method, *, tau: float = 10.0, growing: bool = True) -> Method:
     base.require_heads("trgl")
     if not tau > 0:
         raise MethodError(f"tau={tau}; it must be positive")
-    return replace(base, name=f"trgl({base.name})", rules=(*base.rules, _Transport(tau, growing)))
+    return replace(base, name=f"trgl({base.name})", rules=(*base.rules, _Transport(tau)))
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ class _Transport(Rule):
     """``branches`` are the modules of each block whose results are residual branches, and half of 1 / tau there."""
 
     tau: float
-    growing: bool
     branches: tuple[tuple[tuple[str, ...], float], ...] = ()
     overwritten: dict[nn.Module, bool] = field(default_factory=dict, compare=False, repr=False)
     travels: ClassVar[bool] = True
@@ -69,7 +67,7 @@ class _Transport(Rule):
         found = []
         for block in range(len(cuts) + 1):
             inside = dict.fromkeys(path for at, path in branches if edges[block] <= at < edges[block + 1])
-            tau = self.tau * (2.0 if self.growing and 2 * block >= len(cuts) + 1 else 1.0)
+            tau = self.tau * (2.0 if 2 * block >= len(cuts) + 1 else 1.0)
             found.append((tuple(inside), 0.5 / tau))
         return replace(self, branches=tuple(found), overwritten={})
 

@@ -83,6 +83,11 @@ def available(library: str | None = None) -> list[str]:
     return [f"{library}:{name}" for name in _library_names(library)]
 
 
+def made_for(name: str) -> tuple[int, int]:
+    """Sides of the images, in pixels, and classes of what a model is usually trained on: CIFAR-10 or ImageNet."""
+    return (32, 10) if name in OWN else (224, 1000)
+
+
 def create(
     name: str, *, num_classes: int = 10, in_channels: int = 3, image_size: int | None = None, **options: Any
 ) -> nn.Module:

@@ -4,9 +4,9 @@ from localgrad.measure.sizes import read_memory, size
 from localgrad.measure.work import Rates, Work, measure_rates
 from localgrad.planning.planner import Planner, Predicted
 from localgrad.planning.report import EXACT, LOCAL, MICRO, Option, Plan
-from localgrad.planning.ways import fit, plan, written
+from localgrad.planning.ways import fit, plan
 
 __all__ = [
     "EXACT", "LOCAL", "MICRO", "Option", "Plan", "Planner", "Predicted", "Rates", "Work", "fit", "measure_rates",
-    "plan", "read_memory", "size", "written",
+    "plan", "read_memory", "size",
 ]  # fmt: skip

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from localgrad import methods, models, tasks
-from localgrad.config import MethodSpec, build_method, parse_method
 from localgrad.errors import ConfigError, MethodError, PartitionError, nearest
 from localgrad.measure.sizes import read_memory, size
 from localgrad.measure.work import Rates, measure_rates
@@ -25,20 +24,11 @@ from localgrad.network import LocalNetwork
 from localgrad.partition.choose import Held
 from localgrad.planning.planner import PRECISIONS, Planner, Predicted
 from localgrad.planning.report import EXACT, LOCAL, MICRO, Option, Plan
+from localgrad.spec import MethodSpec, as_code, build_method, parse_method
 
 STATES = {"sgd": 1, "adamw": 2}  # copies of the trained parameters that the optimizer keeps; SGD with momentum
 MOST_PARTS = 64
 GRADIENTS: tuple[Held, Held] = ("earlier", "own")  # alive where the optimizer steps at the end, and block by block
-
-
-def written(spec: MethodSpec) -> str:
-    """The Python that builds a method from its specification: ``["e2e", "checkpointing"]`` and the like."""
-    text = "task"
-    for part in spec:
-        name, options = (part, {}) if isinstance(part, str) else next(iter(part.items()))
-        given = "".join(f", {key}={value!r}" for key, value in (options or {}).items())
-        text = f"localgrad.methods.{name}({text}{given})"
-    return text
 
 
 def plan(
@@ -99,7 +89,7 @@ def plan(
     else:
         spec = parse_method(method) if isinstance(method, str) else method
         task = tasks.classification(planner.classes)
-        local, text = build_method(spec, task), written(spec)
+        local, text = build_method(spec, task), as_code(spec)
     if not local.terms:
         raise ConfigError(
             f"method={local.name}: it has no auxiliary heads, so it is no local learning; end-to-end training, "

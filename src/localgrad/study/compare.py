@@ -28,14 +28,15 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from localgrad.config import BlocksConfig, Config, MethodSpec
+from localgrad.config import BlocksConfig, Config
 from localgrad.engine import local_losses
 from localgrad.errors import ConfigError, TrainingError
 from localgrad.measure.memory import measure
 from localgrad.network import LocalNetwork, exchange
 from localgrad.planning import Rates, Work
 from localgrad.randomness import keyed_randomness
-from localgrad.study.contest import described, timed
+from localgrad.spec import MethodSpec, described, parse_method, plain
+from localgrad.study.contest import timed
 from localgrad.train.experiment import DTYPES, FREE, build_network, build_task, load_data, set_up_torch
 from localgrad.train.folder import RunFolder, write
 from localgrad.train.optim import Stepper
@@ -43,6 +44,7 @@ from localgrad.train.run import run
 from localgrad.version import __version__
 
 ROWS, COSTS, RUNS = "rows.jsonl", "costs.json", "runs"
+PARTS, ROUNDS = 4, 7  # micro-batches of accumulation, timed steps of each method
 REFERENCE: MethodSpec = ["e2e"]
 RECOMPUTED = "checkpointing"
 
@@ -55,14 +57,8 @@ def identity(config: Config) -> Settings:
     for path in FREE:
         section, _, name = path.rpartition(".")
         del (settings[section] if section else settings)[name]
-    settings["method"] = _plain(config.method)
+    settings["method"] = plain(config.method)
     return settings
-
-
-def _plain(spec: MethodSpec) -> MethodSpec:
-    """The same method in one form: a part without options is its name."""
-    parts = [part if isinstance(part, str) else next(iter(part.items())) for part in spec]
-    return [part if isinstance(part, str) else {part[0]: part[1]} if part[1] else part[0] for part in parts]
 
 
 def _name(part: str | dict[str, dict[str, Any] | None]) -> str:
@@ -120,10 +116,10 @@ def variants(base: Config, specs: Sequence[MethodSpec], num_blocks: Sequence[int
     found: dict[str, Settings] = {}
     for config in cut:
         for spec in (*references, *specs):
-            plain = _plain(spec)
-            recomputed = any(_name(part) == RECOMPUTED for part in plain)
-            place = whole if plain[:1] == REFERENCE and not recomputed else config
-            settings = identity(dataclasses.replace(place, method=plain, beside=[]))
+            one = plain(spec)
+            recomputed = any(_name(part) == RECOMPUTED for part in one)
+            place = whole if one[:1] == REFERENCE and not recomputed else config
+            settings = identity(dataclasses.replace(place, method=one, beside=[]))
             found.setdefault(key_of(settings), settings)
     return list(found.values())
 
@@ -141,7 +137,7 @@ def runs_of(base: Config, ways: Iterable[Settings], seeds: Sequence[int]) -> lis
 def check_compared(specs: Sequence[MethodSpec], ways: Sequence[Settings]) -> None:
     """Raise `ConfigError` for a method that is not among ``ways``."""
     for spec in specs:
-        if _plain(spec) not in [way["method"] for way in ways]:
+        if plain(spec) not in [way["method"] for way in ways]:
             raise ConfigError(
                 f"--equal-time {described(spec)}: it is not among the methods; give it with -m too, written alike"
             )
@@ -156,7 +152,7 @@ def in_the_same_time(
     A method of 1.3 times the time of a step and 10 epochs stands against 13 epochs of end-to-end training, with a
     learning rate that falls over all 13.
     """
-    wanted = [_plain(spec) for spec in timed_methods]
+    wanted = [plain(spec) for spec in timed_methods]
     reference = ways[0]
     found = []
     for way in (way for way in ways if way["method"] in wanted):
@@ -455,3 +451,29 @@ def update_costs(
             write(out / COSTS, json.dumps(order, indent=1) + "\n")
             costs = order
     return costs
+
+
+def compare(
+    base: Config,
+    out: Path,
+    console: Console,
+    *,
+    methods: Sequence[str],
+    num_blocks: Sequence[int],
+    seeds: Sequence[int],
+    equal_time: Sequence[str],
+    keep: bool = False,
+    parts: int = PARTS,
+    rounds: int = ROUNDS,
+) -> None:
+    """Measure costs and train what is missing in ``out``; methods are written as on the command line."""
+    specs = [parse_method(text) for text in methods] or [base.method, *base.beside]
+    ways = variants(base, specs, num_blocks, parts)
+    rivals = [parse_method(text) for text in equal_time]
+    check_compared(rivals, ways)
+    check_same_task(out, base)
+    costs = update_costs(base, ways, out, rounds, lambda what: console.print(what, style="dim"))
+    longer = in_the_same_time(ways, costs, rivals)
+    runs = runs_of(base, [*ways, *longer], seeds or [base.train.seed])
+    if left := train_all(runs, out, console, "the same command", keep):
+        console.print(f"{left} more runs: other processes are at them")

@@ -11,6 +11,7 @@ from typing import Any
 
 from localgrad.errors import ConfigError
 from localgrad.measure.plots import INK, new_figure
+from localgrad.spec import described
 from localgrad.study.compare import (
     REFERENCE,
     Settings,
@@ -22,9 +23,11 @@ from localgrad.study.compare import (
     trained_as,
     without,
 )
-from localgrad.study.contest import described
+from localgrad.train.folder import write
 
 KINDS = {"end-to-end": INK, "checkpointing": "#16a085", "accumulation": "#2980b9"}
+
+TABLE, PICTURE = "table.md", "picture.png"
 
 
 @dataclass(frozen=True)
@@ -307,3 +310,11 @@ def picture(out: Path, path: Path) -> None:
                   ncols=min(3, len(keys)))  # fmt: skip
     figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.2)  # with the legend below the axes
     pyplot.close(figure)
+
+
+def report(out: Path) -> str:
+    """Write table and picture from the files in ``out``; returns the table."""
+    text = table(out)
+    write(out / TABLE, text)
+    picture(out, out / PICTURE)
+    return text

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from localgrad import cuts, methods, models
-from localgrad.config import MethodSpec, build_method, method_name, parse_method
 from localgrad.cutting import as_cutting
 from localgrad.engine import local_losses
 from localgrad.errors import ConfigError, MethodError, PartitionError, nearest
@@ -32,6 +31,7 @@ from localgrad.network import LocalNetwork, exchange
 from localgrad.partition import Partition
 from localgrad.planning import EXACT, LOCAL, MICRO, Rates, Work
 from localgrad.planning.planner import several_units
+from localgrad.spec import MethodSpec, build_method, described, method_name
 
 Balance = Literal["count", "bytes"]
 VARIANTS = {"fp32": None, "bf16": torch.bfloat16}
@@ -294,29 +294,6 @@ def standard_ways(
                 inside = f"{stepping.name}, checkpointing inside, x{parts}"
                 ways += [accumulated, replace(accumulated, name=inside, inside=True)]
     return [replace(way, variant=variant) for variant in variants for way in ways]
-
-
-def described(spec: MethodSpec) -> str:
-    """``dgl(head=linear)+man``."""
-    texts = []
-    for part in spec:
-        name, options = (part, None) if isinstance(part, str) else next(iter(part.items()))
-        given = ", ".join(f"{key}={value}" for key, value in (options or {}).items())
-        texts.append(f"{name}({given})" if given else name)
-    return "+".join(texts)
-
-
-def read_methods(texts: Sequence[str]) -> list[MethodSpec]:
-    """``dgl+man``, or YAML such as ``[{dgl: {head: linear}}, man]``, as recipes hold them."""
-    import yaml
-
-    specs: list[MethodSpec] = []
-    for text in texts:
-        try:
-            specs.append(yaml.safe_load(text) if text.startswith("[") else parse_method(text))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"method {text!r} is no YAML; write '[{{dgl: {{head: linear}}}}]'") from error
-    return specs
 
 
 class _Contestant:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +13,16 @@ COLORS = {REFERENCE: INK, "checkpointing": "#16a085", "accumulation": "#2980b9",
 MARKERS = {"": "o", "per-block step": "^", "checkpointing inside": "v", "micro-batches": "P"}
 
 
-def read_accuracies(path: Path) -> dict[str, float]:
-    """Test accuracies in per cent by the name of a row, from a JSON file such as ``{"dgl K=4": 93.1}``.
-
-    Raises:
-        ConfigError: it holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): float(value) for name, value in content.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f'{path}: {error}; write accuracies in per cent by way, {{"dgl K=4": 93.1}}') from error
-
-
-def pareto_picture(found: Contest, path: Path, accuracies: Mapping[str, float] | None = None) -> None:
+def pareto_picture(found: Contest, path: Path) -> None:
     """Memory of a step against its time, one point for each way; a line joins those that no other one dominates.
 
     Args:
         found: its first row is (1, 1).
-        accuracies: test accuracy in per cent by name of a row, written beside its point.
     """
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    accuracies = accuracies or {}
-    unknown = sorted(set(accuracies) - {row.label for row in found.rows})
-    if unknown:
-        raise ConfigError(f"accuracy of {unknown[0]!r}, but the ways are {', '.join(row.label for row in found.rows)}")
     figure, (axis,) = new_figure(1, 5.2)
     figure.set_size_inches(9.2, 5.2)
     reference = found.rows[0].memory or 1
@@ -60,10 +40,6 @@ def pareto_picture(found: Contest, path: Path, accuracies: Mapping[str, float] |
         place = (row.memory or 0) / reference, row.time_ratio
         axis.annotate(str(k + 1), place, (-6, -12), textcoords="offset points", fontsize=8.5, ha="right",
                       color=COLORS[row.kind], fontweight="bold", zorder=4)  # fmt: skip
-    for row in rows:
-        if row.label in accuracies:
-            place = (row.memory or 0) / reference, row.time_ratio
-            axis.annotate(f"{accuracies[row.label]:.1f} %", place, (7, -10), textcoords="offset points", fontsize=8)
     axis.set_xscale("log")
     low, high = min(row.memory or 1 for row in rows) / reference, max(row.memory or 1 for row in rows) / reference
     axis.set_xlim(low / 1.25, high * 1.25)

@@ -13,14 +13,13 @@ import torch
 from localgrad import __version__, data
 
 OPTIONAL = {
-    "pydantic": "without it types in recipes and options are not checked: pip install pydantic",
     "timm": "pip install localgrad[timm]",
     "tensorboard": "pip install localgrad[tracking]",
     "scipy": "only SVHN needs it: pip install localgrad[svhn]",
 }
 
 
-def findings(data_root: str | None = None) -> list[dict[str, str]]:
+def findings() -> list[dict[str, str]]:
     """Rows of ``what``, ``found`` and ``remark``; the remark says what to do, empty if nothing."""
     rows = [_row("localgrad", __version__), _row("Python", platform.python_version())]
     rows += [_row("platform", f"{platform.system()} {platform.machine()}")]
@@ -40,7 +39,7 @@ def findings(data_root: str | None = None) -> list[dict[str, str]]:
     rows.append(_row("CPU", f"{cores} cores, {threads} threads", remark))
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     rows.append(_row("disk", f"{free:.0f} GiB free here", "" if free > 1 else "checkpoints may not fit"))
-    for found in data.available(data_root):
+    for found in data.available():
         rows.append(_row(f"data {found.name}", "found" if found.found else "not found", str(found.where)))
     return rows
 

@@ -100,7 +100,7 @@ def select(library: str, pattern: str = "*", *, every: bool = False, cache: Path
     known = list(candidates(library)) if own else [name.partition(":")[2] for name in models.available(library)]
     names = [name for name in known if fnmatch.fnmatch(name, pattern)]
     if not names:
-        where = f"it has {', '.join(known)}" if own else f"see localgrad list models --library {library}"
+        where = f"it has {', '.join(known)}" if own else f"see localgrad list models {library}"
         raise ConfigError(f"no model of {library} is called like {pattern!r}; {where}")
     if library != "timm":
         return {name: name for name in names}
@@ -514,7 +514,9 @@ def in_processes(
                     row = _received(connection, name, process, seconds)
                 elif seconds >= timeout:
                     process.kill()
-                    row = _lost(name, f"it took longer than {timeout:g} s; give it more time (--timeout)", seconds)
+                    row = _lost(
+                        name, f"it took longer than {timeout:g} s; call survey() with a longer timeout", seconds
+                    )
                 else:
                     continue
                 process.join()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from localgrad import cuts, data, methods, models, tasks
-from localgrad.config import BlocksConfig, Config, MethodSpec, build_method
+from localgrad import cuts, data, models, tasks
+from localgrad.config import BlocksConfig, Config
 from localgrad.cutting import Cutting
 from localgrad.errors import CheckpointError, ConfigError, TrainingError, nearest
 from localgrad.localization import localize
@@ -25,6 +25,7 @@ from localgrad.models import freeze_batchnorm, load_pretrained
 from localgrad.network import LocalNetwork
 from localgrad.randomness import seeded
 from localgrad.spans import Constant
+from localgrad.spec import MethodSpec, build_method
 from localgrad.task import Task
 from localgrad.train import checkpoint
 from localgrad.train.finished import trained_model
@@ -150,14 +151,15 @@ def explained(inputs: Tensor) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"a batch of {tuple(inputs.shape)} does not fit in the memory of {inputs.device}; lower train.batch_size, "
-            "set train.accumulate=2, or cut the network into more blocks"
+            "train in micro-batches (method: [..., {accumulation: {parts: 2}}]), or cut the network into more blocks"
         ) from error
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         raise TrainingError(
             f"BatchNorm needs more than one sample, but this batch has {len(inputs)} images in all its micro-batches; "
-            "choose train.batch_size and train.accumulate so that none, the last of an epoch included, is left with one"
+            "choose train.batch_size and the parts of accumulation so that none is left with one, the last of an epoch "
+            "included"
         ) from error
 
 
@@ -195,8 +197,8 @@ def load_data(config: Config, device: torch.device, replica: int = 0, num_replic
     }
     size = settings.image_size
     dense = data.masks.knows(settings.name) or data.boxes.knows(settings.name)
-    if dense and (config.train.mixup or config.train.cutmix):
-        raise ConfigError(f"mixup and cutmix mix classes of whole images; switch them off for {settings.name!r}")
+    if dense and config.train.mixup:
+        raise ConfigError(f"mixup mixes classes of whole images; switch it off for {settings.name!r}")
     if data.boxes.knows(settings.name):
         if settings.crop_size is not None or settings.scale != (1.0, 1.0):
             raise ConfigError(f"data.crop_size and data.scale need masks, not {settings.name!r}")
@@ -237,11 +239,9 @@ def build_task(
     allowed = list(inspect.signature(make).parameters)[1:]
     known = {name: value for name, value in known.items() if name in allowed}
     for name in config.task:
-        if name not in allowed or name in (*known, "label_smoothing"):
-            free = [option for option in allowed if option not in (*known, "label_smoothing")]
+        if name not in allowed or name in known:
+            free = [option for option in allowed if option not in known]
             raise ConfigError(f"task.{name}: " + (nearest(name, free, f"option of {kind}") if free else "no options"))
-    if "label_smoothing" in allowed:
-        known["label_smoothing"] = config.train.label_smoothing
     try:
         return make(num_classes, **known, **config.task)  # type: ignore[no-any-return]
     except TypeError as error:
@@ -294,8 +294,6 @@ def build_network(
         task,
         load_model=lambda path: trained_model(Path(path), task, image_shape),
     )
-    if config.train.accumulate > 1:
-        method = methods.accumulation(method, parts=config.train.accumulate)
     with seeded(config.train.seed, "weights"):
         model = models.create(
             config.model.name,

@@ -117,19 +117,14 @@ def captured_step(run: Experiment, record: Record | None = None) -> Callable[[Te
 
 
 def mixed(run: Experiment, inputs: Tensor, targets: Any) -> tuple[Tensor, Any]:
-    """Mixup and cutmix, as configured; one of them at random if both are."""
+    """Mixup, as configured."""
     settings = run.config.train
-    if not (settings.mixup or settings.cutmix):
+    if not settings.mixup:
         return inputs, targets
     from torchvision.transforms import v2
 
-    kinds: list[Any] = []
-    if settings.mixup:
-        kinds.append(v2.MixUp(alpha=settings.mixup, num_classes=run.data.num_classes))
-    if settings.cutmix:
-        kinds.append(v2.CutMix(alpha=settings.cutmix, num_classes=run.data.num_classes))
     with seeded(settings.seed, "mix", run.step, device=inputs.device):
-        return v2.RandomChoice(kinds)(inputs, targets)
+        return v2.MixUp(alpha=settings.mixup, num_classes=run.data.num_classes)(inputs, targets)
 
 
 def row(run: Experiment, seconds: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +13,8 @@ from localgrad.config import OptimConfig
 from localgrad.errors import ConfigError
 from localgrad.network import LocalNetwork
 from localgrad.spans import groups
-from localgrad.train.offload import Offload
+
+MILESTONES = (2 / 3, 8 / 9)  # shares of a run at which the rate of ``step`` falls to a tenth
 
 
 def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int) -> float:
@@ -41,7 +41,7 @@ def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int)
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "step":
-        return config.lr * 0.1 ** sum(done >= milestone * epochs for milestone in config.milestones)
+        return config.lr * 0.1 ** sum(done >= milestone * epochs for milestone in MILESTONES)
     share = (done - config.warmup_epochs) / max(1e-9, epochs - config.warmup_epochs)
     if config.schedule == "poly":
         return (config.lr - config.min_lr) * (1 - min(1.0, share)) ** 0.9 + config.min_lr
@@ -62,7 +62,6 @@ def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor 
         return torch.optim.AdamW(
             parameters,
             lr,
-            betas=config.betas,
             weight_decay=config.weight_decay,
             fused=fused,
             capturable=rate is not None and rate.device.type == "cuda",
@@ -103,12 +102,6 @@ class Stepper:
             )
         self.rate = torch.tensor(config.lr, device=network.device) if capture else None
         self.optimizers = [build(config, parameters, self.rate) for parameters in self.parameters]
-        if config.offload and (not config.per_block or capture):
-            raise ConfigError(
-                "optim.offload keeps the state of blocks that are not stepping on the host: set optim.per_block=true "
-                "and train.capture=false, or optim.offload=false"
-            )
-        self.offload = Offload(self.optimizers, network.device) if config.offload else None
         patterns = network.method.spans.patterns(network.num_blocks)
         if config.per_block and config.clip_grad and any(s.stop - s.start > 1 for p in patterns for s in p):
             raise ConfigError(
@@ -137,8 +130,7 @@ class Stepper:
 
     def _step_block(self, block: int) -> None:
         index = block - self.blocks.start
-        with self.offload.at_hand(index) if self.offload is not None else contextlib.nullcontext():
-            self._step(self.optimizers[index], [self.parameters[index]])
+        self._step(self.optimizers[index], [self.parameters[index]])
 
     def _step(self, optimizer: torch.optim.Optimizer, clipped_together: list[list[nn.Parameter]]) -> None:
         if self.config.clip_grad is not None:
@@ -159,14 +151,10 @@ class Stepper:
 
     def state_dict(self) -> dict[str, Any]:
         """State of every optimizer and of the scaler."""
-        if self.offload is not None:
-            self.offload.settle()
         return {"optimizers": [o.state_dict() for o in self.optimizers], "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put `state_dict` back."""
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        if self.offload is not None:
-            self.offload = Offload(self.optimizers, self.network.device)
         self.scaler.load_state_dict(state["scaler"])

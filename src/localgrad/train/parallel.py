@@ -7,13 +7,15 @@ import ctypes
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from localgrad.config import Config, dump, method_name
+from localgrad.config import Config, dump
 from localgrad.distributed.agreement import agree, everyone, explained, gather_text
 from localgrad.distributed.block_parallel import block_parallel
 from localgrad.distributed.checkpoint import Checkpoints
@@ -30,6 +32,7 @@ from localgrad.distributed.data_parallel import data_parallel, digest_of
 from localgrad.distributed.mesh import device_mesh
 from localgrad.errors import ConfigError, TrainingError
 from localgrad.measure.plots import curves_picture
+from localgrad.spec import method_name
 from localgrad.train import checkpoint
 from localgrad.train.experiment import Experiment, build, device_of
 from localgrad.train.folder import BEST, RunFolder, metrics_csv, write
@@ -44,40 +47,67 @@ PARALLEL = "parallel.json"  # what a run that is continued has to keep, besides 
 DIGESTED = 64  # images, by which ranks see that they have the same data
 
 
-def parsed(layout: str) -> dict[str, int]:
-    """``data=2,block=2`` as numbers of ranks along each axis; 1 where an axis is not named.
+@dataclass(frozen=True)
+class Layout:
+    """How a job is laid out.
+
+    Args:
+        block, data: ranks along each axis.
+        wire: how features travel between ranks, see `localgrad.distributed.block_parallel`; what the run was begun with
+            if None, which is ``same`` for a new one.
+        timeout: seconds after which a rank that waits for another one gives up.
+    """
+
+    block: int = 1
+    data: int = 1
+    wire: Wire | None = None
+    timeout: float = 600.0
+
+    def __str__(self) -> str:
+        return f"block={self.block},data={self.data}"
+
+
+def parsed(layout: str) -> Layout:
+    """``data=2,block=2,wire=bf16,timeout=60``; 1 where an axis is not named.
 
     Raises:
         ConfigError: anything else.
     """
-    found = {"block": 1, "data": 1}
+    found: dict[str, Any] = {}
     for word in layout.split(","):
-        name, _, number = word.partition("=")
-        if name not in found or not number.isdecimal() or int(number) < 1:
-            raise ConfigError(f"--parallel {layout}: {word!r} is no axis; write data=2, block=2 or data=2,block=2")
-        found[name] = int(number)
-    return found
+        name, _, value = word.partition("=")
+        if name in ("block", "data") and value.isdecimal() and int(value) >= 1:
+            found[name] = int(value)
+        elif name == "wire" and value in get_args(Wire):
+            found[name] = value
+        elif name == "timeout" and re.fullmatch(r"\d+(\.\d+)?", value) and float(value) > 0:
+            found[name] = float(value)
+        else:
+            raise ConfigError(
+                f"--parallel {layout}: {word!r} is none of data=2, block=2, wire={'|'.join(get_args(Wire))} and "
+                "timeout=600 (seconds); write for instance data=2,block=2"
+            )
+    return Layout(**found)
 
 
 @contextlib.contextmanager
-def processes(layout: dict[str, int], device: torch.device, timeout: float) -> Iterator[DeviceMesh]:
+def processes(layout: Layout, device: torch.device) -> Iterator[DeviceMesh]:
     """The mesh of a job that torchrun started, (block, data).
 
     Args:
-        layout: ranks along each axis.
+        layout: ranks along each axis, and how long one waits for another.
         device: whose backend carries gradients; links between blocks go through the memory of the host.
-        timeout: seconds after which a rank that waits for another one gives up.
 
     Raises:
         ConfigError: not started by torchrun, or with another number of processes.
     """
-    needed = layout["block"] * layout["data"]
+    needed = layout.block * layout.data
     command = f"torchrun --nproc-per-node={needed} -m localgrad train ..."
     if "RANK" not in os.environ:
         raise ConfigError(f"--parallel needs {needed} processes; start them with: {command}")
     if int(os.environ["WORLD_SIZE"]) != needed:
         raise ConfigError(
-            f"--parallel block={layout['block']},data={layout['data']} needs {needed} processes, but "
+            f"--parallel {layout} needs {needed} processes, but "
             f"{os.environ['WORLD_SIZE']} were started; write: {command}"
         )
     if (
@@ -92,14 +122,14 @@ def processes(layout: dict[str, int], device: torch.device, timeout: float) -> I
     _end_with_launcher()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=timedelta(seconds=layout.timeout))
     except RuntimeError as error:  # DistStoreError and DistNetworkError are RuntimeErrors
         raise TrainingError(
-            f"rank {os.environ['RANK']} did not meet the others within {timeout:g} s of starting "
+            f"rank {os.environ['RANK']} did not meet the others within {layout.timeout:g} s of starting "
             f"({next(iter(str(error).splitlines()), type(error).__name__)}): one has died, hangs, or starts more "
-            "slowly than --timeout allows"
+            "slowly than timeout= of --parallel allows"
         ) from error
-    yield device_mesh(device.type, **layout, timeout=timeout)
+    yield device_mesh(device.type, block=layout.block, data=layout.data, timeout=layout.timeout)
     # Not after an error: what is left to send to ranks that are gone would keep this one from ending.
     dist.destroy_process_group()
 
@@ -113,21 +143,16 @@ def _end_with_launcher() -> None:
 def run(
     config: Config,
     path: Path,
-    layout: dict[str, int],
+    layout: Layout,
     console: Console,
     *,
     resume: bool,
     overwrite: bool,
-    timeout: float,
-    wire: Wire | None = None,
 ) -> dict[str, Any] | None:
     """Train one method on all processes and write its directory from the first.
 
     A run that torchrun has restarted goes on from its last checkpoint, at most ``train.checkpoint_every`` steps or an
     epoch ago.
-
-    Args:
-        wire: see `block_parallel`; what the run was begun with if None, which is ``same`` for a new one.
 
     Returns:
         the result on rank 0, None on the others; see `localgrad.train.run.run`.
@@ -136,35 +161,35 @@ def run(
         Interrupted: SIGINT or SIGTERM on any rank, after the next checkpoint.
     """
     continues = resume or _restarts() > 0
-    wire = wire_of(path, wire) if continues else wire or "same"
+    wire = wire_of(path, layout.wire) if continues else layout.wire or "same"
     _check(config, layout, wire)
     device = device_of(config.train.device)
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, device=f"cuda:{local}"))
         torch.cuda.set_device(local)
-    with processes(layout, device, timeout) as mesh:
+    with processes(layout, device) as mesh:
         first = dist.get_rank() == 0
         agree(everyone(), {"settings": dump(config), "wire": wire})
         refusal = _prepared(config, path, wire, continues, overwrite) if first else None
         _heed(refusal)
-        experiment = build(config, mesh["data"].get_local_rank(), layout["data"])
+        experiment = build(config, mesh["data"].get_local_rank(), layout.data)
         data = experiment.data
         amount = f"{data.title}, {data.train.num_images} images, {len(data.train)} batches"
         digests = {f"first images of the {name} split": _digest(getattr(data, name)) for name in ("train", "test")}
         agree(everyone(), {"data": amount, **digests})
         network = experiment.network
-        if layout["block"] > 1:
+        if layout.block > 1:
             block_parallel(network, mesh, wire=wire)
-        if layout["data"] > 1:
+        if layout.data > 1:
             data_parallel(network, mesh)
         experiment.stepper = Stepper(network, config.optim, experiment.stepper.scaler)
-        patience = timedelta(seconds=timeout)
+        patience = timedelta(seconds=layout.timeout)
         checkpoints = Checkpoints(path / "checkpoints", network, experiment.stepper.optimizers, timeout=patience)
         if continues:
             _restore(experiment, checkpoints, path)
         _train(experiment, checkpoints, path, console if first else Console(quiet=True), first)
-        return _finished(experiment, path, first, layout | {"wire": wire})
+        return _finished(experiment, path, first, {"block": layout.block, "data": layout.data, "wire": wire})
 
 
 def _digest(split: Any) -> str:
@@ -188,7 +213,7 @@ def wire_of(path: Path, given: Wire | None) -> Wire:
     begun: Wire = json.loads(file.read_text())["wire"]
     if given not in (None, begun):
         raise ConfigError(
-            f"{path} was begun with --wire {begun} and cannot go on with {given}; leave --wire out, or begin anew with "
+            f"{path} was begun with wire={begun} and cannot go on with {given}; leave wire= out, or begin anew with "
             "--overwrite"
         )
     return begun
@@ -199,12 +224,12 @@ def _restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def _check(config: Config, layout: dict[str, int], wire: Wire) -> None:
-    if wire != "same" and layout["block"] == 1:
-        raise ConfigError(f"--wire {wire} rounds features between ranks along the blocks; add block=2 to --parallel")
+def _check(config: Config, layout: Layout, wire: Wire) -> None:
+    if wire != "same" and layout.block == 1:
+        raise ConfigError(f"wire={wire} rounds features between ranks along the blocks; add block=2 to --parallel")
     if config.beside:
-        raise ConfigError("--parallel trains one method; add --alone, or leave --beside out")
-    if config.train.precision == "fp16" and layout["block"] > 1:
+        raise ConfigError("--parallel trains one method; add beside=[]")
+    if config.train.precision == "fp16" and layout.block > 1:
         raise ConfigError("train.precision=fp16 scales the loss of all blocks by one number; use bf16 with block > 1")
     if config.train.capture:
         raise ConfigError("train.capture=true records the steps of one process; switch it off with --parallel")

@@ -15,9 +15,10 @@ import torch
 from rich.console import Console
 from torch.utils._pytree import tree_map_only
 
-from localgrad.config import Config, method_name, run_names
+from localgrad.config import Config, run_names
 from localgrad.errors import LocalgradError
 from localgrad.measure.plots import comparison_picture, curves_picture
+from localgrad.spec import method_name
 from localgrad.train.experiment import Experiment, build, with_method
 from localgrad.train.folder import RunFolder
 from localgrad.train.loop import train

@@ -1,0 +1,101 @@
+"""Recipes: settings that are written down once, as YAML rows that extend one another, and their reader."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from localgrad.errors import ConfigError, nearest
+
+RECIPES = Path(__file__).parent
+COSTS = RECIPES / "_costs.json"
+
+
+def recipes() -> dict[str, Path]:
+    """Name -> file of every recipe that ships with localgrad."""
+    return {
+        path.relative_to(RECIPES).with_suffix("").as_posix(): path
+        for path in sorted(RECIPES.rglob("*.yaml"))
+        if not path.name.startswith("_")
+    }
+
+
+def recipe_costs() -> dict[str, dict[str, Any]]:
+    """Name -> what a recipe costs, as ``bench/recipe_costs.py`` of the repository measured it."""
+    costs: dict[str, dict[str, Any]] = json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.is_file() else {}
+    return costs
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe, by name or as the path of a YAML file, with everything it extends merged in.
+
+    Raises:
+        ConfigError: no such recipe or file, not YAML, not a mapping, or recipes that extend each other in a circle.
+    """
+    return _read(_locate(name.removeprefix("recipe:"), None), ())
+
+
+def _locate(name: str, beside: Path | None) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name) if beside is None or Path(name).is_absolute() else beside.parent / name
+        if not path.is_file():
+            raise ConfigError(f"no file {str(path)!r}; give the path of a YAML file or one of `localgrad list recipes`")
+        return path
+    path = RECIPES / f"{name}.yaml"
+    private = path.name.startswith("_")  # only for other recipes
+    if re.fullmatch(r"\w[\w/.-]*", name) and ".." not in name and path.is_file() and (beside or not private):
+        return path
+    raise ConfigError(nearest(name, recipes(), "recipe") + ". A file of your own ends in .yaml")
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    import yaml
+
+    if path in chain:
+        raise ConfigError(f"recipes extend each other in a circle: {' -> '.join(p.name for p in (*chain, path))}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{path}: expected a mapping such as 'train: {{epochs: 10}}', found {type(content).__name__}")
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    return merge(_read(_locate(str(parent), path), (*chain, path)), content)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` laid over it; mappings are merged, everything else is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def override(settings: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Lay ``a.b=value`` over the settings; values are read as YAML.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    import yaml
+
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise ConfigError(f"{assignment!r} is no setting; write section.name=value, for instance optim.lr=0.05")
+        try:
+            change: Any = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{assignment!r}: {text!r} is not a YAML value") from error
+        for part in reversed(key.split(".")):
+            change = {part: change}
+        settings = merge(settings, change)
+    return settings

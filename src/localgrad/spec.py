@@ -1,0 +1,182 @@
+"""How a method is written, parsed, built and named: ``dgl+man``, or as recipes hold it."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from localgrad import methods
+from localgrad.errors import ConfigError, nearest
+from localgrad.method import Method
+from localgrad.task import Task
+
+# What a YAML file may hold for one method: a name, or {name: {option: value}}; from the base to the outermost plug-in.
+MethodSpec = list[str | dict[str, dict[str, Any] | None]]
+
+
+def parse_method(text: str) -> MethodSpec:
+    """``dgl+man``, or YAML such as ``[{dgl: {head: linear}}, man]``, as recipes hold them.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    import yaml
+
+    if text.lstrip().startswith("["):
+        try:
+            found = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"method {text!r} is no YAML; write '[{{dgl: {{head: linear}}}}]'") from error
+        if not isinstance(found, list):
+            raise ConfigError(f"method {text!r} is no list; write '[{{dgl: {{head: linear}}}}]'")
+        return found
+    parts = [part.strip() for part in text.split("+")]
+    if not all(parts):
+        raise ConfigError(f"method {text!r} has an empty part; write base+plugin, for instance dgl+windows")
+    return list(parts)
+
+
+def plain(spec: MethodSpec) -> MethodSpec:
+    """The same method in one form: a part without options is its name."""
+    return [{name: options} if options else name for name, options in _parts(spec)]
+
+
+def method_name(spec: MethodSpec) -> str:
+    """``dgl+windows``: the names without their options."""
+    return "+".join(name for name, _ in _parts(spec))
+
+
+def described(spec: MethodSpec) -> str:
+    """``dgl(head=linear)+man``."""
+    texts = []
+    for name, options in _parts(spec):
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        texts.append(f"{name}({given})" if given else name)
+    return "+".join(texts)
+
+
+def as_code(spec: MethodSpec) -> str:
+    """The Python that builds the method: ``localgrad.methods.man(localgrad.methods.dgl(task))``."""
+    text = "task"
+    for name, options in _parts(spec):
+        given = "".join(f", {key}={value!r}" for key, value in options.items())
+        text = f"localgrad.methods.{name}({text}{given})"
+    return text
+
+
+def _parts(spec: MethodSpec) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name and the options of each part, from the base on."""
+    for part in spec:
+        name, options = (part, None) if isinstance(part, str) else next(iter(part.items()), ("?", None))
+        yield name, options or {}
+
+
+def known_methods() -> dict[str, bool]:
+    """Name -> whether it is a base (takes a task) or a plug-in (takes a method)."""
+    return {
+        name: next(iter(inspect.signature(getattr(methods, name)).parameters)) == "task" for name in methods.__all__
+    }
+
+
+def build_method(
+    spec: MethodSpec,
+    task: Task,
+    *,
+    load_model: Callable[[str], nn.Module] | None = None,
+) -> Method:
+    """The method a specification names, base first.
+
+    Args:
+        spec: names with their options.
+        task: what the base takes.
+        load_model: makes a model of an option ``teacher`` that is a path.
+
+    Raises:
+        ConfigError: an unknown name, a plug-in where a base must stand or the reverse, an unknown or wrong option.
+        MethodError: parts that cannot be combined.
+    """
+    known = known_methods()
+    value: Any = task
+    if not spec:
+        raise ConfigError("method: []; name a base, for instance method: [dgl]")
+    for position, part in enumerate(spec):
+        entries = {part: None} if isinstance(part, str) else part
+        if len(entries) != 1:
+            raise ConfigError(f"method: {part!r} must hold one name, as in {{pgl: {{every: 10}}}}")
+        ((name, options),) = entries.items()
+        if name not in known:
+            raise ConfigError(nearest(name, known, "method"))
+        if known[name] != (position == 0):
+            bases = ", ".join(n for n, base in known.items() if base)
+            raise ConfigError(
+                f"method {method_name(spec)!r}: {name!r} is a "
+                + (
+                    "base and must come first; plug-ins follow it"
+                    if known[name]
+                    else f"plug-in; begin with one of {bases}"
+                )
+            )
+        function = getattr(methods, name)
+        allowed = list(inspect.signature(function).parameters)[1:]
+        for option in options or {}:
+            if option not in allowed:
+                raise ConfigError(
+                    f"method.{name}: {nearest(option, allowed, 'option')}"
+                    if allowed
+                    else f"method.{name} has no options"
+                )
+        given = dict(options or {})
+        if isinstance(given.get("teacher"), str) and load_model is not None:
+            given["teacher"] = load_model(given["teacher"])
+        value = _called(function, value, given)
+    assert isinstance(value, Method)
+    return value
+
+
+def _called(function: Any, argument: Any, options: dict[str, Any]) -> Any:
+    """``function(argument, **options)``, the options converted to the types it declares."""
+    from pydantic import ConfigDict, ValidationError, validate_call
+
+    try:
+        return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(_checked(function))(argument, **options)
+    except ValidationError as error:
+        raise ConfigError(f"method.{function.__name__}: " + "; ".join(complaints(error))) from error
+
+
+def _checked(function: Any) -> Any:
+    """``function`` with its first argument, a task or a method, left to itself: pydantic checks the options only."""
+    signature = inspect.signature(function)
+    hints = typing.get_type_hints(function)
+    first, *rest = signature.parameters.values()
+    parameters = [first.replace(annotation=Any), *(p.replace(annotation=hints.get(p.name, Any)) for p in rest)]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__signature__ = signature.replace(parameters=parameters, return_annotation=Any)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    call.__name__ = function.__name__
+    return call
+
+
+def complaints(error: Any, keys: Callable[[Sequence[str]], Sequence[str]] = lambda place: ()) -> Iterator[str]:
+    """What pydantic found wrong; ``keys`` tells which settings there are at a place."""
+    for problem in error.errors()[:5]:
+        place = [str(part) for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
+        path = ".".join(place)
+        if problem["type"] == "unexpected_keyword_argument":
+            known = keys(place[:-1])
+            yield f"{path}: " + nearest(place[-1], known, "setting") if known else f"{path}: unknown setting"
+        elif "ctx" in problem and isinstance(problem["ctx"].get("error"), ConfigError):
+            yield str(problem["ctx"]["error"])
+        elif problem["type"] == "missing_keyword_only_argument":
+            yield f"{path} is missing; write its value, as in {{{path}: ...}}"
+        elif problem["type"] == "missing":
+            yield f"{path}: missing; for instance {path}: [dgl]" if path == "method" else f"{path}: missing"
+        else:
+            yield f"{path}: {problem['msg']} (got {textwrap.shorten(repr(problem['input']), 100)})"
