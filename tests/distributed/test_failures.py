@@ -390,10 +390,9 @@ def test_misuse_of_the_command_is_refused_at_once(tmp_path: Path) -> None:
 
     for words, message in (
         (["--parallel", "data=2"], "needs --run-dir"),
-        (["--parallel", "data=0", "--run-dir", str(tmp_path)], "is no axis; write data=2"),
+        (["--parallel", "data=0", "--run-dir", str(tmp_path)], "'data=0' is none of data=2"),
         (["--parallel", "data=2,block=2", "--run-dir", str(tmp_path)], "torchrun --nproc-per-node=4"),
-        (["--parallel", "data=2", "--run-dir", str(tmp_path), "--wire", "int8"], "add block=2 to --parallel"),
-        (["--wire", "int8"], "add --parallel block=2"),
+        (["--parallel", "data=2,wire=int8", "--run-dir", str(tmp_path)], "add block=2 to --parallel"),
         (["--parallel", "block=2", "--run-dir", str(tmp_path), "train.precision=fp16"], "use bf16 with block > 1"),
         (["--parallel", "block=2", "--run-dir", str(tmp_path), "train.capture=true"], "switch it off with --parallel"),
         (["--parallel", "data=2", "--run-dir", str(tmp_path), "train.ema_decay=0.9"], "leave it out with --parallel"),
@@ -418,8 +417,8 @@ def test_a_run_goes_on_with_the_wire_format_it_was_begun_with(tmp_path: Path) ->
     assert parallel._prepared(settings, tmp_path, "int8", continues=False, overwrite=False) is None
     assert parallel.wire_of(tmp_path, None) == parallel.wire_of(tmp_path, "int8") == "int8"
     for words, message in (
-        (["--parallel", "block=2", "--wire", "bf16"], "was begun with --wire int8 and cannot go on with bf16"),
-        (["--parallel", "block=1"], "--wire int8 rounds features between ranks along the blocks"),
+        (["--parallel", "block=2,wire=bf16"], "was begun with wire=int8 and cannot go on with bf16"),
+        (["--parallel", "block=1"], "wire=int8 rounds features between ranks along the blocks"),
         (["--parallel", "block=2"], "torchrun --nproc-per-node=2"),
     ):
         result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path), *words])

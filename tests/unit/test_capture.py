@@ -135,8 +135,7 @@ def test_the_rate_on_the_device_is_the_rate() -> None:
         ({"train": {"precision": "fp16"}}, "fp16"),
         ({"train": {"compile": True}}, "compiled"),
         ({"method": ["dgl", "pgl"]}, "other blocks from step to step"),
-        ({"method": [{"infopro": {"image_every": 2}}]}, "rest on some steps"),
-        ({"method": ["dgl", {"pgl": {"guidance": "distill", "duration": 10}}]}, "a context of its own for each step"),
+        ({"method": ["dgl", {"last_head_distillation": {"every": 10}}]}, "a context of its own for each step"),
     ],
 )
 def test_steps_that_differ_are_refused(changes: dict[str, Any], reason: str) -> None:

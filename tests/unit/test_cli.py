@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
 import localgrad
@@ -68,8 +70,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "beside=[]",
                 "--epochs",
                 "2",
-                "--threads",
-                "1",
+                "train.threads=1",
                 "data.limit=300",
                 "--run-dir",
                 str(folder),
@@ -164,15 +165,14 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "clip per block": ([*DIGITS, "-m", "dgl+windows", "optim.per_block=true", "optim.clip_grad=1"], ["drop one"]),
     "contrastive with mixup": ([*DIGITS, "method=[{infopro: {loss: contrast}}]", "train.mixup=1"], ["mixup", "off"]),
     "loss": ([*DIGITS, "optim.lr=1e30", "--epochs", "3"], ["the loss of", "optim.lr", "last checkpoint"]),
-    "list of data with library": (["list", "data", "--library", "timm"], ["--library timm", "list models"]),
-    "library to list": (["list", "models", "--library", "keras"], ["unknown model library 'keras'"]),
+    "list of data with library": (["list", "data", "timm"], ["'timm' goes with", "list models"]),
+    "library to list": (["list", "models", "keras"], ["unknown model library 'keras'"]),
     "summary of nothing": (["summary"], ["nothing to summarise", "--model resnet32"]),
     "summary's size": (["summary", "--model", "resnet8", "-k", "2", "--image-size", "0"], ["--image-size 0"]),
-    "summary's batch": (["summary", "--model", "resnet8", "-k", "2", "train.batch_size=1"], ["BatchNorm needs more"]),
     "resume nothing": (["train", "--resume", "nowhere"], ["nowhere holds no run", "config.yaml"]),
     "resume with a recipe": (["train", "digits", "--resume", "x"], ["--resume", "leave digits out"]),
     "resume with a setting": (["train", "--resume", "x", "optim.lr=1"], ["leave optim.lr=1 out"]),
-    "resume with flags": (["train", "--resume", "x", "--seed", "0", "-m", "dgl"], ["leave --method, --seed out"]),
+    "resume with flags": (["train", "--resume", "x", "--epochs", "1", "-m", "dgl"], ["leave --method, --epochs out"]),
     "eval of nothing": (["eval", "nowhere"], ["nowhere holds no run"]),
 }  # fmt: skip
 
@@ -354,7 +354,7 @@ def test_exported_weights_are_the_bare_models(trained: Path) -> None:
 
 def test_eval_gives_the_figures_of_the_run(trained: Path, call: Call) -> None:
     result = json.loads((trained / "result.json").read_text())
-    said = call("eval", str(trained), "--json", "train.device=cpu")
+    said = call("eval", str(trained), "--json")
     assert said.code == 0
     scores = json.loads(said.out)
     assert scores["score"] == result["last"]["test"] and (scores["epoch"], scores["split"]) == (2, "test")
@@ -399,8 +399,7 @@ def test_a_run_without_a_recipe_has_its_own_name(call: Call) -> None:
         "2",
         "--epochs",
         "1",
-        "--threads",
-        "1",
+        "train.threads=1",
     )
     assert said.code == 0, said.err
     (folder,) = Path("runs").iterdir()
@@ -421,22 +420,19 @@ def test_lists(what: str, call: Call) -> None:
 
 
 def test_list_of_a_library(call: Call) -> None:
-    names = [row["name"] for row in json.loads(call("list", "models", "--library", "torchvision", "--json").out)]
+    names = [row["name"] for row in json.loads(call("list", "models", "torchvision", "--json").out)]
     assert "torchvision:resnet50" in names
 
 
 def test_doctor(call: Call) -> None:
-    rows = {row["what"]: row for row in json.loads(call("doctor", "--json").out)}
-    assert (
-        rows["torch"]["found"].split("+")[0] == torch.__version__.split("+")[0]
-        and rows["data digits"]["found"] == "found"
-    )
-    assert rows["data stl10"]["found"] == "not found" or rows["data stl10"]["remark"]
-    assert "torchvision ops" in call("doctor").out
+    said = call("doctor").out
+    rows = {line.strip().partition("  ")[0]: line for line in said.splitlines() if "  " in line.strip()}
+    assert torch.__version__.split("+")[0] in rows["torch"] and "torchvision ops" in said
+    assert " found " in rows["data digits"] and "not found" not in rows["data digits"]
 
 
 def test_summary_command(call: Call) -> None:
-    found = json.loads(call("summary", "digits", "train.batch_size=2", "--json").out)
+    found = json.loads(call("summary", "digits", "--json").out)
     assert sum(row["parameters"] for row in found["blocks"]) == found["total"]["parameters"]
     assert found["image_shape"] == [1, 8, 8]
     said = call("summary", "digits")
@@ -445,20 +441,20 @@ def test_summary_command(call: Call) -> None:
 
 
 def test_bench(call: Call, tmp_path: Path) -> None:
-    tiny = ["bench", "resnet8", "train.batch_size=4", "--image-size", "8", "--num-classes", "10", "--rounds", "1"]
+    tiny = ["bench", "resnet8", "--batch-size", "4", "--image-size", "8", "--rounds", "1"]
     files = [f"--{name}={tmp_path / file}" for name, file in
              (("out", "b.json"), ("picture", "p.png"), ("timeline", "t.png"))]  # fmt: skip
-    said = call(*tiny, "-m", "dgl", "-m", "[{dgl: {head: linear}}]", "-k", "2", "--no-combinations", "--json", *files)
-    names = [row["name"] for row in json.loads(said.out)["rows"]]
+    said = call(*tiny, "-m", "dgl", "-m", "[{dgl: {head: linear}}]", "-k", "2", "--no-combinations", *files)
+    names = [row["name"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]]
     assert names[-2:] == ["dgl K=2", "dgl(head=linear) K=2"] and names[0] == "end-to-end"
-    assert json.loads((tmp_path / "b.json").read_text()) == json.loads(said.out)
+    assert all(name in said.out for name in names)
     assert (tmp_path / "p.png").stat().st_size > 10_000 and (tmp_path / "t.png").stat().st_size > 10_000
     refused(call(*tiny, "--out", str(tmp_path / "none" / "b.json")), "there is no directory")
     refused(call(*tiny, "--variant", "fp16"), "unknown precision 'fp16'")
 
 
 def test_compare(call: Call, tmp_path: Path) -> None:
-    tiny = ["compare", "digits", "--epochs", "1", "-k", "2", "--parts", "1", "--rounds", "1", "data.limit=100"]
+    tiny = ["compare", "digits", "-k", "2", "train.epochs=1", "data.limit=100"]
     said = call(*tiny, "-m", "dgl", "--seed", "3", "--out", str(tmp_path))
     assert "| dgl, K=2 " in said.out and "as end-to-end, bit for bit" in said.out
     assert {"rows.jsonl", "costs.json", "table.md", "picture.png"} <= {path.name for path in tmp_path.iterdir()}
@@ -467,13 +463,25 @@ def test_compare(call: Call, tmp_path: Path) -> None:
     refused(call(*tiny, "-m", "dlg", "--out", str(tmp_path)), "unknown method 'dlg'; did you mean 'dgl'?")
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["train"], ["eval"], ["list"], ["summary"], ["doctor"], ["bench"], ["compare"]]
-)
-def test_help(command: list[str], call: Call) -> None:
-    said = call(*command, "--help")
+def commands() -> dict[str, Any]:
+    return {"": typer.main.get_command(cli.app), **typer.main.get_command(cli.app).commands}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", commands())
+def test_help_shows_every_word_of_every_text(name: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Square brackets are how methods and optional parts are written, and markup to the printer."""
+    monkeypatch.setenv("COLUMNS", "400")
+    said = call(*([name] if name else []), "--help")
     assert said.code == 0 and "Usage:" in said.out
-    assert "localgrad " in said.out or "--json" in said.out
+    shown = re.sub(r"[\s│]+", " ", said.out)
+    command = commands()[name]
+    texts = [parameter.help for parameter in command.params if getattr(parameter, "help", None)]
+    for line in (*texts, *re.sub(r"\[/?bold\]", "", command.help or "").replace("\\[", "[").splitlines()):
+        assert " ".join(line.split()) in shown, line
+
+
+def test_train_has_few_options() -> None:
+    assert len(commands()["train"].params) <= 14
 
 
 def test_help_imports_no_torch() -> None:
@@ -490,3 +498,13 @@ def test_extras_in_hints_are_printed_as_they_are(capsys: pytest.CaptureFixture[s
     table.add_row("timm", "pip install localgrad[timm]")
     new_console().print(table)
     assert "localgrad[timm]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_a_wrong_usage_is_said_by_the_first_rank_alone(rank: str, shown: bool) -> None:
+    """The command line is the same for all of them; each ends with code 2."""
+    done = subprocess.run(
+        [sys.executable, "-m", "localgrad", "train", "digits", "--no-such-option"],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "RANK": rank},
+    )  # fmt: skip
+    assert done.returncode == 2 and ("No such option" in done.stderr) == shown

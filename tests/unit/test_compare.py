@@ -17,7 +17,7 @@ import localgrad
 from localgrad import ConfigError
 from localgrad.config import Config, validate
 from localgrad.costs import cost
-from localgrad.study import compare, compare_command, compare_report
+from localgrad.study import compare, compare_report
 from localgrad.train import run as run_module
 from localgrad.train.experiment import build
 from localgrad.train.run import Interrupted
@@ -33,12 +33,11 @@ SETTINGS: dict[str, Any] = {
 BASE = validate(SETTINGS, "test")
 COMPARED: dict[str, Any] = {
     "num_blocks": [3],
-    "seed": [],
+    "seeds": [],
     "parts": 1,
     "equal_time": [],
     "rounds": 1,
     "keep": False,
-    "again": "it",
 }
 
 
@@ -171,14 +170,15 @@ def test_costs_are_those_of_a_literal_step_and_weighted_by_kind() -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compared")
-    compare_command.run(BASE, out, QUIET, **{**COMPARED, "method": ["dgl"], "seed": [0, 1]})
+    compare.compare(BASE, out, QUIET, **{**COMPARED, "methods": ["dgl"], "seeds": [0, 1]})
+    compare_report.report(out)
     return out
 
 
 def test_table_and_picture_come_from_the_files_alone(finished: Path, tmp_path: Path) -> None:
     for name in ("rows.jsonl", "costs.json"):
         (tmp_path / name).write_text((finished / name).read_text())
-    text = compare_command.report(tmp_path)
+    text = compare_report.report(tmp_path)
     assert text.splitlines()[1:] == (finished / "table.md").read_text().splitlines()[1:]
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     cells = {
@@ -220,17 +220,15 @@ def test_a_run_that_diverges_is_a_row_of_its_own_and_not_run_again(finished: Pat
 
 def test_what_is_wrong_is_said_before_anything_is_trained(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown method 'dgi'; did you mean 'dgl'"):
-        compare_command.run(BASE, tmp_path, QUIET, **{**COMPARED, "method": ["dgi"]})
+        compare.compare(BASE, tmp_path, QUIET, **{**COMPARED, "methods": ["dgi"]})
     assert not (tmp_path / "rows.jsonl").exists()
     with pytest.raises(ConfigError, match=r"--equal-time dgl.man: it is not among the methods; give it with -m too"):
-        compare_command.run(BASE, tmp_path, QUIET, **{**COMPARED, "method": ["dgl"], "equal_time": ["dgl+man"]})
+        compare.compare(BASE, tmp_path, QUIET, **{**COMPARED, "methods": ["dgl"], "equal_time": ["dgl+man"]})
     other = validate({**SETTINGS, "model": {"name": "resnet20"}}, "test")
     with pytest.raises(ConfigError, match=r"compares methods with model .*resnet8.*; give another --out"):
-        compare_command.run(other, finished, QUIET, **{**COMPARED, "method": ["dgl"]})
-    with pytest.raises(ConfigError, match="--rounds 0; it must be at least 1"):
-        compare_command.run(BASE, tmp_path, QUIET, **{**COMPARED, "method": ["dgl"], "rounds": 0})
+        compare.compare(other, finished, QUIET, **{**COMPARED, "methods": ["dgl"]})
     with pytest.raises(ConfigError, match="holds no comparison yet; run the command without --table first"):
-        compare_command.report(tmp_path / "nothing")
+        compare_report.report(tmp_path / "nothing")
 
 
 def test_work_of_a_step() -> None:

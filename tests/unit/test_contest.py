@@ -211,8 +211,6 @@ def test_pictures_json_and_table(found: Contest, tmp_path: Path) -> None:
     assert str(back) == str(found)
     with pytest.raises(ConfigError, match="timeline=True"):
         timeline_picture(back, tmp_path / "none.png")
-    with pytest.raises(ConfigError, match="accuracy of 'dgl K=4'"):
-        pareto_picture(found, tmp_path / "none.png", {"dgl K=4": 1.0})
     lines = [line for line in str(found).splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(found.rows) and len({line.count("|") for line in lines}) == 1
 

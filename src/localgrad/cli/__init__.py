@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -39,8 +41,22 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "train": train, "eval": evaluate, "predict": predict, "simulate": simulate, "list": list_, "summary": summary,
     "doctor": doctor, "survey": survey, "plan": plan, "bench": bench, "compare": compare,
 }  # fmt: skip
+_held = contextlib.ExitStack()  # the standard error of ranks whose words another one says too
+
+
+def _heard(command: Callable[..., None]) -> Callable[..., None]:
+    """``command``, which is called once its arguments are understood: what is said from then on is a rank's own."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        _held.close()
+        command(*args, **options)
+
+    return run
+
+
 for _name, _command in _COMMANDS.items():  # in the order of the help
-    app.command(_name)(_command)
+    app.command(_name)(_heard(_command))
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -69,7 +85,11 @@ def _one_paragraph() -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors of localgrad end as one paragraph and exit code 2, an interruption as 130."""
-    with _one_paragraph():
+    with _one_paragraph(), _held:
+        if (
+            os.environ.get("RANK", "0") != "0"
+        ):  # torchrun started several of us: the first says what is wrong with a usage
+            _held.enter_context(contextlib.redirect_stderr(io.StringIO()))
         app(arguments)
 
 

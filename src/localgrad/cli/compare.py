@@ -47,7 +47,7 @@ def compare(
 
     End-to-end training, checkpointing and accumulation are always among them.
 
-    [bold]localgrad compare cifar10_resnet32 -m dgl -m '[dgl, man_pp]' -k 16 --seed 0 --seed 1 data.limit=20000[/bold]
+    [bold]localgrad compare cifar10_resnet32 -m dgl -m '\\[dgl, man_pp]' -k 16 --seed 0 --seed 1 data.limit=20000[/bold]
 
     A finished run is never run again, a stopped one continues, and several processes may share one --out.
     """
