@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from localgrad.engine import local_losses
-from localgrad.measure.memory import measure
-from localgrad.measure.process_memory import allocated_growth
+from localgrad.measure.memory import Memory, measure
+from localgrad.measure.timing import in_turns
+from localgrad.measure.work import Rates, Work
 from localgrad.network import LocalNetwork
 
 
@@ -32,7 +32,7 @@ class Cost:
 
     activation_bytes: int
     total_bytes: int
-    flops: int
+    flops: float
     parameters: int
     auxiliary_parameters: int
     twin_parameters: int
@@ -45,35 +45,37 @@ def run_step(network: LocalNetwork, inputs: Any, targets: Any, autocast: torch.d
 
 
 def cost(network: LocalNetwork, inputs: Tensor, targets: Any, autocast: torch.dtype | None = None) -> Cost:
-    """Measure one step on a copy of ``network``, which is left as it is.
-
-    Bytes are exact: the live tensors of the CPU, or the peak of the CUDA allocator above what was there before (total;
-    there the activations are total less gradients).
-    """
+    """Measure one step on a copy of ``network``, which is left as it is."""
     network = copy.deepcopy(network).train()
     network.zero_grad(set_to_none=True)
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    if network.device.type == "cuda":
-        run_step(network, inputs, targets, autocast)  # libraries take their workspaces at the first step
-        network.zero_grad(set_to_none=True)
-        total = allocated_growth(lambda: run_step(network, inputs, targets, autocast))
-        activations = total - sum(p.grad.numel() * p.grad.element_size() for p in parameters if p.grad is not None)
-    else:
-        memory = measure(lambda: run_step(network, inputs, targets, autocast), parameters)
-        activations, total = memory.peak_activations, memory.peak_total
-    network.zero_grad(set_to_none=True)
-    with FlopCounterMode(display=False) as counter:
+
+    def step() -> None:
         run_step(network, inputs, targets, autocast)
-    model = sum(p.numel() for p in network.model.parameters())
+        network.zero_grad(set_to_none=True)
+
+    if network.device.type == "cuda":
+        step()  # libraries take their workspaces at the first step
+    return cost_of(network, step)[0]
+
+
+def cost_of(network: LocalNetwork, step: Callable[[], object], timeline: bool = False) -> tuple[Cost, Memory]:
+    """What ``step`` costs, which trains ``network`` and leaves no gradients; and the bytes that were alive meanwhile.
+
+    Bytes are exact: the live tensors, counted op by op, on any device.
+    """
+    trained = [p for p in network.parameters() if p.requires_grad]
+    with Work(Rates(1.0, 1.0)) as work:
+        memory = measure(step, trained, timeline)
     auxiliary = list(network.auxiliary.parameters())
-    return Cost(
-        activations,
-        total,
-        counter.get_total_flops(),
-        model,
-        sum(p.numel() for p in auxiliary if p.requires_grad),
-        sum(p.numel() for p in auxiliary if not p.requires_grad),
+    found = Cost(
+        activation_bytes=memory.peak_activations,
+        total_bytes=memory.peak_total,
+        flops=work.flops,
+        parameters=sum(p.numel() for p in network.model.parameters()),
+        auxiliary_parameters=sum(p.numel() for p in auxiliary if p.requires_grad),
+        twin_parameters=sum(p.numel() for p in auxiliary if not p.requires_grad),
     )
+    return found, memory
 
 
 def random_targets(kind: str, num_classes: int, inputs: Tensor, generator: torch.Generator) -> Any:
@@ -100,17 +102,11 @@ def step_seconds(
 
     A machine that slows down slows all of them: compare within one call.
     """
-    networks = [copy.deepcopy(network).train() for network in networks]
-    times: list[list[float]] = [[] for _ in networks]
-    for turn in range(rounds + 1):
-        for network, taken in zip(networks, times, strict=True):
-            network.zero_grad(set_to_none=True)
-            if network.device.type == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            run_step(network, inputs, targets, autocast)
-            if network.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn > 0:
-                taken.append(time.perf_counter() - started)
-    return [statistics.median(taken) for taken in times]
+    copies = [copy.deepcopy(network).train() for network in networks]
+
+    def step(network: LocalNetwork) -> None:
+        network.zero_grad(set_to_none=True)
+        run_step(network, inputs, targets, autocast)
+
+    taken = in_turns([partial(step, network) for network in copies], rounds, copies[0].device, warm=1)
+    return [statistics.median(seconds) for seconds in taken]

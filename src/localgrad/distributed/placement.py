@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from statistics import median
 from typing import Any
 
-import torch
-
 from localgrad.batches import parts_of
 from localgrad.engine import execute, in_context
 from localgrad.errors import ConfigError
+from localgrad.measure.timing import now
 from localgrad.network import LocalNetwork
 from localgrad.passes import Pass
 from localgrad.task import Batch
@@ -105,18 +103,12 @@ def _timed(
     """The rows; what passes until the next one is asked for is added to ``seconds``."""
     device = passes[0].network.device
     for row in table:
-        began = _now(device)
+        began = now(device)
         yield row
-        taken = _now(device) - began
+        taken = now(device) - began
         seconds[row.do, row.block] = seconds.get((row.do, row.block), 0.0) + taken
         if row.do == "forward":
             ran(passes[row.part], row.block)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def seconds_of_blocks(network: LocalNetwork, inputs: Any, targets: Any, rounds: int = 3) -> list[float]:

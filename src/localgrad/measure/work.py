@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from localgrad.errors import ConfigError
+from localgrad.measure.timing import in_turns
 
 aten = torch.ops.aten
 # Memory is only allocated, or a result already there is handed on.
@@ -55,15 +55,7 @@ def measure_rates(device: torch.device | None = None, dtype: torch.dtype = torch
     flops = 2 * 9 * 64 * x.numel()
 
     def seconds(work: Callable[[], object]) -> float:
-        taken = []
-        for turn in range(rounds + 2):
-            _wait(device)
-            started = time.perf_counter()
-            work()
-            _wait(device)
-            if turn > 1:
-                taken.append(time.perf_counter() - started)
-        return statistics.median(taken)
+        return statistics.median(in_turns([work], rounds, device, warm=2)[0])
 
     with torch.no_grad():
         convolution = seconds(lambda: nn.functional.conv2d(x, weight, padding=1))
@@ -71,11 +63,6 @@ def measure_rates(device: torch.device | None = None, dtype: torch.dtype = torch
     one = torch.ones(1, requires_grad=True)
     start = 0.0 if device.type == "cuda" else seconds(lambda: [one + 1 for _ in range(1000)]) / 1000
     return Rates(flops / convolution, 2 * values.numel() * values.element_size() / addition, start)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Work(TorchDispatchMode):

@@ -19,6 +19,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from localgrad.config import BlocksConfig, Config
+from localgrad.costs import cost_of
 from localgrad.engine import local_losses
 from localgrad.errors import ConfigError, TrainingError
-from localgrad.measure.memory import measure
+from localgrad.measure.timing import clock_of, in_turns
 from localgrad.network import LocalNetwork, exchange
-from localgrad.planning import Rates, Work
 from localgrad.randomness import keyed_randomness
 from localgrad.spec import MethodSpec, described, parse_method, plain
-from localgrad.study.contest import timed
 from localgrad.train.experiment import DTYPES, FREE, build_network, build_task, load_data, set_up_torch
 from localgrad.train.folder import RunFolder, write
 from localgrad.train.optim import Stepper
@@ -338,23 +338,17 @@ class _Contestant:
 
     def cost(self) -> dict[str, Any]:
         """Everything but the times, from the second step of each kind: in the first the optimizer makes its state."""
-        network = self.network
-        trained = [p for p in network.parameters() if p.requires_grad]
-        seen = []
+        costs = []
         for kind in self.kinds:
             kind.step()
-            with Work(Rates(1.0, 1.0, 0.0)) as work:
-                seen.append((kind, measure(kind.step, trained), work))
-        auxiliary = list(network.auxiliary.parameters())
+            costs.append((kind.share, cost_of(self.network, kind.step)[0]))
+        largest = max((cost for _, cost in costs), key=lambda cost: cost.total_bytes)
         return {
-            "activation_bytes": max(memory.peak_activations for _, memory, _ in seen),
-            "total_bytes": max(memory.peak_total for _, memory, _ in seen),
-            "flops": sum(kind.share * work.flops for kind, _, work in seen),
-            "parameters": sum(p.numel() for p in network.model.parameters()),
-            "auxiliary_parameters": sum(p.numel() for p in auxiliary if p.requires_grad),
-            "twin_parameters": sum(p.numel() for p in auxiliary if not p.requires_grad),
-            "blocks": network.num_blocks,
-            "cuts": [cut.name for cut in network.cuts],
+            **asdict(largest),
+            "activation_bytes": max(cost.activation_bytes for _, cost in costs),
+            "flops": sum(share * cost.flops for share, cost in costs),
+            "blocks": self.network.num_blocks,
+            "cuts": [cut.name for cut in self.network.cuts],
         }
 
 
@@ -363,11 +357,6 @@ class _Kind:
 
     def __init__(self, of: _Contestant, number: int, share: float) -> None:
         self.of, self.number, self.share = of, number, share
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self.of.network.device
 
     def step(self) -> None:
         """A whole training step, after which there are no gradients."""
@@ -411,11 +400,10 @@ def measure_costs(
         network = build_network(config, task, loaded.image_shape, device)
         contestants.append(_Contestant(config, network, inputs, targets, len(loaded.train) * config.train.epochs))
         found.append(contestants[-1].cost())
-    own = device.type == "cpu" and torch.get_num_threads() == 1
+    clock, named = clock_of(device)
     kinds = [kind for contestant in contestants for kind in contestant.kinds]
-    taken = dict(
-        zip(kinds, timed(kinds, rounds, time.process_time if own else time.perf_counter, progress), strict=True)
-    )
+    timed = in_turns([kind.step for kind in kinds], rounds, device, clock=clock, progress=progress)
+    taken = dict(zip(kinds, timed, strict=True))
     rows = [
         [math.fsum(kind.share * taken[kind][turn] for kind in contestant.kinds) for turn in range(rounds)]
         for contestant in contestants
@@ -428,7 +416,7 @@ def measure_costs(
             **cost,
             "seconds": statistics.median(seconds),
             "time_ratio": statistics.median(a / b for a, b in zip(seconds, rows[0], strict=True)),
-            "clock": "CPU time of one thread" if own else "wall clock",
+            "clock": named,
             "rounds": rounds,
             **where,
         }

@@ -13,23 +13,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from localgrad import cuts, methods, models
+from localgrad.costs import Cost, cost_of
 from localgrad.cutting import as_cutting
 from localgrad.engine import local_losses
 from localgrad.errors import ConfigError, MethodError, PartitionError, nearest
 from localgrad.localization import localize
-from localgrad.measure.memory import Memory, measure
+from localgrad.measure.memory import Memory
 from localgrad.measure.process_memory import allocated_growth, resident_growth, storages_mapped
+from localgrad.measure.timing import clock_of, in_turns
 from localgrad.method import Method
 from localgrad.network import LocalNetwork, exchange
 from localgrad.partition import Partition
-from localgrad.planning import EXACT, LOCAL, MICRO, Rates, Work
+from localgrad.planning import EXACT, LOCAL, MICRO
 from localgrad.planning.planner import several_units
 from localgrad.spec import MethodSpec, build_method, described, method_name
 
@@ -116,11 +118,11 @@ class Row:
     activation_bytes: int | None
     total_bytes: int | None
     peak_bytes: int | None
-    seconds: float
-    time_ratio: float
-    rounds: tuple[float, ...]
-    flops: int | None
+    flops: float | None
     auxiliary_parameters: int
+    seconds: float = 0.0
+    time_ratio: float = 0.0
+    rounds: tuple[float, ...] = ()
     timeline: tuple[tuple[float, int, int], ...] = ()
 
     @property
@@ -314,11 +316,6 @@ class _Contestant:
             for parameters in (groups if way.per_block else [self.trained])
         ]
 
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self.inputs.device
-
     def step(self) -> None:
         """One step, after which there are no gradients."""
         losses = local_losses(
@@ -353,24 +350,33 @@ class _Contestant:
     def row(self, timeline: bool) -> Row:
         """Everything but the times, from the second step: in the first the optimizer makes its state."""
         self.step()
-        activations = total = flops = None
+        cost: Cost | None = None
         ops: tuple[tuple[float, int, int], ...] = ()
         if self.way.has("compile"):
             peak = self._peak(self.step)
         else:
-            seen: list[Memory] = []
-            with Work(Rates(1.0, 1.0, 0.0)) as work, _Moments() as moments:
-                peak = self._peak(lambda: seen.append(measure(self.step, self.trained, timeline)))
-            activations, total, flops = seen[0].peak_activations, seen[0].peak_total, work.flops
+            seen: list[tuple[Cost, Memory]] = []
+            with _Moments() as moments:
+                peak = self._peak(lambda: seen.append(cost_of(self.network, self.step, timeline)))
+            ((cost, memory),) = seen
             if timeline:
-                ops = tuple((at, *alive) for at, alive in zip(moments.seconds, seen[0].timeline, strict=True))
-        way = self.way
+                ops = tuple((at, *alive) for at, alive in zip(moments.seconds, memory.timeline, strict=True))
         network = self.network
-        auxiliary = sum(p.numel() for p in network.auxiliary.parameters() if p.requires_grad)
         return Row(
-            way.name, way.kind, way.method.name, way.variant, self.gradients(), network.num_blocks,
-            tuple(cut.name for cut in network.cuts), activations, total, peak, 0.0, 0.0, (), flops, auxiliary, ops,
-        )  # fmt: skip
+            name=self.way.name,
+            kind=self.way.kind,
+            method=self.way.method.name,
+            variant=self.way.variant,
+            gradients=self.gradients(),
+            num_blocks=network.num_blocks,
+            cuts=tuple(cut.name for cut in network.cuts),
+            activation_bytes=None if cost is None else cost.activation_bytes,
+            total_bytes=None if cost is None else cost.total_bytes,
+            peak_bytes=peak,
+            flops=None if cost is None else cost.flops,
+            auxiliary_parameters=sum(p.numel() for p in network.auxiliary.parameters() if p.requires_grad),
+            timeline=ops,
+        )
 
 
 class _Moments(TorchDispatchMode):
@@ -477,9 +483,9 @@ def contest(
                 continue
             rows.append(contestant.row(timeline))
             contestants.append(contestant)
-    threads = torch.get_num_threads()
-    own = device.type == "cpu" and threads == 1
-    seconds = timed(contestants, rounds, time.process_time if own else time.perf_counter, progress)
+    clock, named = clock_of(device)
+    steps = [contestant.step for contestant in contestants]
+    seconds = in_turns(steps, rounds, device, clock=clock, progress=progress)
     ratios = [statistics.median(a / b for a, b in zip(taken, seconds[0], strict=True)) for taken in seconds]
     rows = [
         replace(row, seconds=statistics.median(taken), time_ratio=ratio, rounds=tuple(round(s, 6) for s in taken))
@@ -492,43 +498,9 @@ def contest(
         (channels, image_size, image_size),
         num_classes,
         torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        threads,
-        "CPU time" if own else "wall clock",
+        torch.get_num_threads(),
+        named,
         torch.__version__,
         tuple(rows),
         tuple(skipped),
     )
-
-
-class Stepping(Protocol):
-    """What can be timed: something that steps on a device."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    def step(self) -> None:
-        """One training step."""
-
-
-def timed(
-    contestants: Sequence[Stepping], rounds: int, clock: Callable[[], float], progress: Callable[[str], None]
-) -> list[list[float]]:
-    """Seconds of every step; each round begins with another way, and a machine that slows down slows all of them."""
-    taken: list[list[float]] = [[] for _ in contestants]
-    for turn in range(rounds):
-        progress(f"time, round {turn + 1} of {rounds}")
-        for offset in range(len(contestants)):
-            index = (turn + offset) % len(contestants)
-            contestant = contestants[index]
-            _wait(contestant.device)
-            started = clock()
-            contestant.step()
-            _wait(contestant.device)
-            taken[index].append(clock() - started)
-    return taken
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

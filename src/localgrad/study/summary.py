@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from localgrad import data, methods
 from localgrad.config import Config
@@ -18,6 +17,7 @@ from localgrad.errors import PartitionError
 from localgrad.forward import SuspendedForward
 from localgrad.localization import localize
 from localgrad.measure.memory import saved_storages
+from localgrad.measure.work import Rates, Work
 from localgrad.network import LocalNetwork, block_infos
 from localgrad.partition.units import called_as
 from localgrad.suspension.untouched import untouched
@@ -105,6 +105,6 @@ def _next(forward: SuspendedForward) -> Any:
 
 
 def _measured(function: Callable[[], Any], exclude: list[Tensor]) -> tuple[Any, int, int]:
-    with FlopCounterMode(display=False) as counter:
+    with Work(Rates(1.0, 1.0)) as work:
         result, storages = saved_storages(function, exclude)
-    return result, counter.get_total_flops(), sum(storages.values())
+    return result, work.flops, sum(storages.values())
