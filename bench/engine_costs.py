@@ -61,7 +61,7 @@ def overhead(rounds: int) -> None:
         gradients = [p.grad.clone() for p in network.parameters() if p.grad is not None]
         network.zero_grad(set_to_none=True)
         by_hand(network, blocks, x, y)
-        same = [torch.equal(p.grad, g) for p, g in zip(network.parameters(), gradients, strict=True)]  # type: ignore[arg-type]
+        same = [torch.equal(p.grad, g) for p, g in zip(network.parameters(), gradients, strict=True)]
         assert all(same), "both must compute the same gradients"
         hand, engine = alternate([lambda: by_hand(network, blocks, x, y), lambda: run_step(network, x, y)], turns)  # noqa: B023
         difference = statistics.median(b - a for a, b in zip(hand, engine, strict=True))

@@ -153,7 +153,12 @@ def transformers_swin() -> nn.Module:
     from transformers import SwinConfig, SwinForImageClassification
 
     config = SwinConfig(
-        image_size=64, embed_dim=24, depths=[2, 2, 4, 2], window_size=2, num_labels=CLASSES, hidden_dropout_prob=0.1
+        image_size=64,
+        embed_dim=24,
+        depths=[2, 2, 4, 2],
+        window_size=2,
+        num_labels=CLASSES,
+        hidden_dropout_prob=0.1,  # type: ignore[call-arg]
     )
     return Logits(SwinForImageClassification(config))
 
@@ -227,7 +232,7 @@ def roughen(network: LocalNetwork) -> None:
     """Add noise to vectors and to what is zero."""
     for parameter in network.parameters():
         if parameter.numel() == max(parameter.shape, default=1) or not parameter.any():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
 def stepped(network: LocalNetwork, inputs: Tensor, targets: Tensor, steps: Sequence[int]) -> dict[str, Tensor]:

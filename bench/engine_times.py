@@ -59,7 +59,8 @@ WEIGHED: dict[str, tuple[Any, ...]] = {
 def cut(model: nn.Module, method: Any, blocks: int, balance: str, example: torch.Tensor, old: bool) -> Any:
     """``localize`` in the words of either engine."""
     if old:
-        return localgrad.localize(model, method, num_blocks=blocks, balance=balance, example=example)
+        localize: Any = localgrad.localize
+        return localize(model, method, num_blocks=blocks, balance=balance, example=example)
     cutting = localgrad.cuts.by_bytes(blocks) if balance == "bytes" else localgrad.cuts.by_count(blocks)
     return localgrad.localize(model, method, cutting, example=example)
 

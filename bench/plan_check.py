@@ -11,7 +11,6 @@ from functools import partial
 from itertools import groupby
 
 import torch
-import yaml
 
 from localgrad import localize, models, tasks
 from localgrad.costs import run_step, step_seconds
@@ -61,20 +60,21 @@ for (name, pixels, batch), cases in groupby((c for c in CASES if arguments.only 
     contestants = [localize(model, plain, 1, example=x[:2])]
     steps = [planner.step(planner.network(plain, ()), plain)]
     rows = list(cases)
-    for _, _, _, k, text in rows:
-        method = build_method(yaml.safe_load(text) if text.startswith("[") else parse_method(text), task)
-        cuts = [cut.name for cut in planner.cuts(k, method)] if k > 1 else []
+    for _, _, _, count, text in rows:
+        method = build_method(parse_method(text), task)
+        cuts = [cut.name for cut in planner.cuts(count, method)] if count > 1 else []
         steps.append(planner.step(planner.network(method, cuts), method))
         contestants.append(localize(model, method, cuts or 1, example=x[:2]))
     seconds = step_seconds(contestants, x, y, rounds=arguments.rounds)
-    for (_, _, _, k, text), network, step, taken in zip(rows, contestants[1:], steps[1:], seconds[1:], strict=True):
+    for row, network, step, taken in zip(rows, contestants[1:], steps[1:], seconds[1:], strict=True):
+        *_, count, text = row
         network.train().zero_grad(set_to_none=True)
         trained = [p for p in network.parameters() if p.requires_grad]
         seen = measure(partial(run_step, network, x, y), trained).peak_total
         network.zero_grad(set_to_none=True)
         ratios = step.seconds / steps[0].seconds, taken / seconds[0]
         print(
-            f"| {name} | {pixels} | {batch} | {k} | {text.replace('|', ' ')} | {step.tracked / 2**20:.2f} "
+            f"| {name} | {pixels} | {batch} | {count} | {text.replace('|', ' ')} | {step.tracked / 2**20:.2f} "
             f"| {seen / 2**20:.2f} | {step.tracked / seen - 1:+.1%} | {ratios[0]:.3f} | {ratios[1]:.3f} "
             f"| {ratios[0] / ratios[1] - 1:+.1%} |",
             flush=True,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,22 +53,21 @@ def main() -> None:
     model = localgrad.models.create("torchvision:deeplabv3_resnet50", num_classes=CLASSES)
     inputs = torch.randn(asked.batch_size, 3, *asked.size)
     masks = torch.randint(CLASSES, (asked.batch_size, *asked.size))
+    large = infopro(task, head="imagenet", decoder="imagenet")
     ways: dict[str, Callable[[], localgrad.LocalNetwork]] = {}
-    for method in (e2e(task), checkpointing(e2e(task)), alone(task), dgl(task), infopro(task, network="imagenet"),
+    for method in (e2e(task), checkpointing(e2e(task)), alone(task), dgl(task), large,
                    man_pp(dgl(task)), checkpointing(man_pp(dgl(task)), where="auxiliary"), mlaan(dgl(task)),
                    checkpointing(mlaan(dgl(task))), mlaan(pooled(dgl(task), factor=2)),
                    checkpointing(mlaan(pooled(dgl(task), factor=2)))):  # fmt: skip
         for cut, cutting in (("stages", STAGES), ("bytes", localgrad.cuts.by_bytes(4))):
             if cut == "stages" or not any(name in method.name for name in ("mlaan", "infopro")):
-                ways[f"{method.name}, {cut}"] = lambda method=method, cutting=cutting: localgrad.localize(
-                    model, method, cutting, example=inputs
-                )
+                ways[f"{method.name}, {cut}"] = partial(localgrad.localize, model, method, cutting, example=inputs)
     reference = 0
     print("| way | peak MiB | of end-to-end | blocks begin at |\n|---|---|---|---|")
     for name, build in ways.items():
         network = build()
         network.zero_grad(set_to_none=True)
-        step = measure(lambda network=network: localgrad.backward(network, inputs, masks), network.parameters())
+        step = measure(partial(localgrad.backward, network, inputs, masks), list(network.parameters()))
         network.zero_grad(set_to_none=True)
         reference = reference or step.peak_activations
         begins = ", ".join(cut.name.removeprefix("backbone.") for cut in network.cuts)

@@ -55,7 +55,7 @@ class Released(Tensor):
     @staticmethod
     def __new__(cls, tensor: Tensor) -> Released:
         make: Any = Tensor._make_wrapper_subclass
-        return make(cls, tensor.shape, strides=tensor.stride(), dtype=tensor.dtype, device=tensor.device)  # type: ignore[no-any-return]
+        return make(cls, tensor.shape, strides=tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -93,7 +93,7 @@ class _Capture(torch.autograd.Function):
         return leaf.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
         known = ctx.gradients[ctx.index]
         ctx.gradients[ctx.index] = gradient if known is None else known + gradient
         return None, None, None, None
@@ -111,7 +111,7 @@ class _Stop(torch.autograd.Function):
         return leaf.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         return None, None
 
 
@@ -119,7 +119,7 @@ def stopped(tensor: Tensor, *, differentiable: bool = False) -> Tensor:
     """``tensor`` as the next block may read it when no span crosses."""
     with torch.enable_grad():
         alone = tensor.detach()
-        return _Stop.apply(torch.zeros((), requires_grad=True), alone) if differentiable else alone  # type: ignore[no-any-return]
+        return _Stop.apply(torch.zeros((), requires_grad=True), alone) if differentiable else alone
 
 
 class BlockGraph:
@@ -141,7 +141,7 @@ class BlockGraph:
         """``tensor`` without its graph, such that a backward pass from it leaves its gradient here."""
         with torch.enable_grad():
             anchor = torch.zeros((), requires_grad=True)
-            return _Capture.apply(anchor, tensor.detach(), self.gradients, slot)  # type: ignore[no-any-return]
+            return _Capture.apply(anchor, tensor.detach(), self.gradients, slot)
 
     def passed_on(self, tensor: Tensor, slot: int) -> Tensor:
         """``tensor`` as `captured`, for the blocks behind."""

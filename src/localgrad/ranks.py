@@ -88,5 +88,8 @@ class Stage(Protocol):
     def settle(self) -> None:
         """Move every twin as far as it would have moved in one process by now."""
 
+    def close(self) -> None:
+        """End the links to other ranks, behind the last step."""
+
     def gather(self) -> None:
         """Give every rank the whole network."""

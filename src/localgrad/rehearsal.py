@@ -32,7 +32,7 @@ class _Reads(TorchDispatchMode):
     """Which block reads which storage last; ``block`` is the one that runs."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.block = 0
         self.last: dict[int, int] = {}
         self.kept: list[Any] = []  # so that no other storage takes the place of one

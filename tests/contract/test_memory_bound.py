@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
 import localgrad
@@ -25,7 +25,7 @@ def peak(method: Method, cutting: Any, example_size: int = 2) -> int:
     return measure(lambda: localgrad.backward(network, inputs, targets), network.parameters()).peak_activations
 
 
-def test_blocks_keep_a_fraction_of_the_activations(record_property: pytest.RecordProperty) -> None:
+def test_blocks_keep_a_fraction_of_the_activations(record_property: Callable[[str, object], None]) -> None:
     dgl, e2e = localgrad.methods.dgl(TASK), localgrad.methods.e2e(TASK)
     whole = peak(e2e, 1)
     share = {
@@ -65,7 +65,7 @@ def trained(method: Method, num_blocks: int, per_block: bool, lean: bool) -> Mem
     return measure(step, network.parameters())
 
 
-def test_bf16_channels_last_and_a_step_per_block_keep_a_tenth(record_property: pytest.RecordProperty) -> None:
+def test_bf16_channels_last_and_a_step_per_block_keep_a_tenth(record_property: Callable[[str, object], None]) -> None:
     whole = trained(localgrad.methods.e2e(TASK), 1, per_block=False, lean=False)
     lean = trained(localgrad.methods.dgl(TASK), 16, per_block=True, lean=True)
     record_property("activations", round(lean.peak_activations / whole.peak_activations, 4))

@@ -8,17 +8,18 @@ import inspect
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from zoo import BASES, METHODS, MODELS, REFUSED, TASK, PlainCNN, Residual, batch, build, is_base, steps, widest
 
 import localgrad
 from localgrad import methods
 from localgrad.measure.memory import LiveBytes, measure
 from localgrad.spans import Local
 from localgrad.testing import assert_isolated, assert_transparent
+from zoo import BASES, METHODS, MODELS, REFUSED, TASK, PlainCNN, Residual, batch, build, is_base, steps, widest
 
 EVERY = pytest.mark.parametrize("name", METHODS)
 # TRGL needs residual branches: on a plain network it is refused, see tests/reference/test_trgl.py.
@@ -301,7 +302,7 @@ def test_on_block_done_comes_once_and_when_gradients_are_complete(name: str, mod
         seen: dict[int, dict[int, torch.Tensor | None]] = {}
         order: list[int] = []
 
-        def done(block: int, seen=seen, order=order) -> None:
+        def done(block: int, seen: Any = seen, order: Any = order) -> None:
             order.append(block)
             seen[block] = {id(p): None if p.grad is None else p.grad.clone() for p in network.block_parameters(block)}
 

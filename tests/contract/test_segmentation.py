@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import Layer, ResidualUnit, bases, composed, steps
 
 import localgrad
 from localgrad import heads
 from localgrad.measure.memory import measure
 from localgrad.method import Method
-from localgrad.methods import accumulation, checkpointing, dgl, e2e, man_pp, pgl
+from localgrad.methods import accumulation, checkpointing, dgl, e2e, last_head_distillation, man_pp
 from localgrad.testing import assert_isolated, assert_transparent
+from zoo import Layer, ResidualUnit, bases, composed, steps
 
 CLASSES, IGNORED = 3, 255
 TASK = localgrad.tasks.segmentation(CLASSES, mean=(0.5,) * 3, std=(0.25,) * 3, head_width=8)
@@ -242,7 +242,7 @@ def test_the_local_step_is_the_literal_one() -> None:
 
 def test_soft_targets_are_averaged_over_pixels() -> None:
     """PGL by distillation: the head's answer against the model's own, resized to the head's grid, by hand."""
-    network = build("tokens", pgl(dgl(TASK), guidance="distill", every=1, weight=1.0, temperature=2.0), 2).double()
+    network = build("tokens", last_head_distillation(dgl(TASK), every=1, weight=1.0, temperature=2.0), 2).double()
     inputs, masks = batch()
     network.eval()
     inputs = inputs.double()

@@ -292,7 +292,7 @@ def test_checkpoints_of_a_transformers_trainer(bf16: bool, tmp_path: Path) -> No
 def lightning_module() -> Any:
     lightning = pytest.importorskip("lightning")
 
-    class Local(lightning.LightningModule):
+    class Local(lightning.LightningModule):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False

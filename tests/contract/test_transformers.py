@@ -47,7 +47,7 @@ class ClassToken(nn.Module):
 
 def swin() -> Any:
     return SwinForImageClassification(
-        SwinConfig(
+        SwinConfig(  # type: ignore[call-arg]
             image_size=64,
             patch_size=4,
             embed_dim=16,
@@ -60,18 +60,18 @@ def swin() -> Any:
 
 
 def convnext() -> Any:
-    return ConvNextForImageClassification(ConvNextConfig(hidden_sizes=WIDTHS, depths=DEPTHS, num_labels=10))
+    return ConvNextForImageClassification(ConvNextConfig(hidden_sizes=WIDTHS, depths=DEPTHS, num_labels=10))  # type: ignore[call-arg]
 
 
 def segformer() -> Any:
     return SegformerForImageClassification(
-        SegformerConfig(hidden_sizes=WIDTHS, depths=DEPTHS, num_labels=10, num_attention_heads=[1, 1, 2, 4])
+        SegformerConfig(hidden_sizes=WIDTHS, depths=DEPTHS, num_labels=10, num_attention_heads=[1, 1, 2, 4])  # type: ignore[call-arg]
     )
 
 
 def vit() -> Any:
     sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 64}
-    return ViTForImageClassification(ViTConfig(**sizes, image_size=64, patch_size=16, num_labels=10))
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=64, patch_size=16, num_labels=10))  # type: ignore[call-arg]
 
 
 def check(model: nn.Module, network: LocalNetwork) -> None:

@@ -164,7 +164,7 @@ def disturbed(folder: Path, acts: list[str], seed: int) -> list[Hit]:
             early = draw.random() < 0.2
             if not early:
                 step = newest(folder)
-                waited("checkpoint", lambda step=step: newest(folder) > step)  # type: ignore[misc]
+                waited("checkpoint", lambda step=step: newest(folder) > step)
             time.sleep(draw.uniform(0, 5 if early else 3))
             ranks = sorted(alive())
             if len(ranks) != 2:  # an attempt failed by itself: its addresses were taken, or a rank was too slow
@@ -175,8 +175,8 @@ def disturbed(folder: Path, acts: list[str], seed: int) -> list[Hit]:
             ACTS[act](ranks[rank])
             start = time.monotonic()
             old += ranks
-            hit.gone = waited("end of the ranks", lambda ranks=ranks: not set(ranks) & set(workers(launcher)))  # type: ignore[misc]
-            waited("newer checkpoint", lambda hit=hit: newest(folder) > hit.step)  # type: ignore[misc]
+            hit.gone = waited("end of the ranks", lambda ranks=ranks: not set(ranks) & set(workers(launcher)))
+            waited("newer checkpoint", lambda hit=hit: newest(folder) > hit.step)
             hit.back = time.monotonic() - start
             hits.append(hit)
         launcher.wait(PATIENCE)

@@ -48,7 +48,7 @@ def test_commands_of_the_readme_exist() -> None:
 
     from localgrad.cli import app
 
-    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands = get_command(app).commands
     text = (ROOT / "README.md").read_text()
     for command in re.findall(
         r"localgrad ([a-z]+)", " ".join(re.findall(r"```(?:sh|console)?\n(.*?)```", text, re.DOTALL))

@@ -60,7 +60,7 @@ def test_picked_units(depth: int) -> None:
     for length in range(2, 31):
         for unit in range(length - 1):
             rest = tuple(SimpleNamespace(name=k, changes_form=False) for k in range(unit + 1, length))
-            found = [one.name for one in picked(rest, depth, unit)]  # type: ignore[arg-type]
+            found = [one.name for one in picked(rest, depth, unit)]
             assert found == picks(unit, length, depth), (length, unit)
 
 

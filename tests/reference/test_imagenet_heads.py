@@ -201,4 +201,4 @@ def test_infopro_chooses_between_them() -> None:
     )
     assert [term.head for term in contrast.terms] == [imagenet.Classifier(64), imagenet.Decoder(0.5)]
     with pytest.raises(MethodError, match="unknown decoder"):
-        localgrad.methods.infopro(TASK, decoder="coco")  # type: ignore[arg-type]
+        localgrad.methods.infopro(TASK, decoder="coco")

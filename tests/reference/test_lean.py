@@ -47,7 +47,7 @@ def literal(network: localgrad.LocalNetwork, tail: int, weights: list[float], si
     F.cross_entropy(model[5 - tail :](features.detach()), y).backward()
     found = [*gradients(model), *gradients(auxiliary)]
     assert all(g is not None for g in found)
-    return found  # type: ignore[return-value]
+    return found
 
 
 @pytest.mark.parametrize("tail", [1, 2, 4])

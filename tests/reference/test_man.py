@@ -118,7 +118,7 @@ def test_three_steps_of_the_paper(mix: str) -> None:
     method = (
         localgrad.methods.man_pp(base(), decay=DECAY)
         if mix == "scaled"
-        else localgrad.methods.man(base(), decay=DECAY, mix=mix)  # type: ignore[arg-type]
+        else localgrad.methods.man(base(), decay=DECAY, mix=mix)
     )
     network = network_of(method)
     theirs = bridges_of(network)
@@ -280,7 +280,7 @@ def test_variants(name: str, options: dict[str, object]) -> None:
     library: list[nn.Module] = []
     for boundary in (1, 2):
         theirs = network.auxiliary[f"{boundary - 1}-{boundary}"].bridge
-        units = [bare.get_submodule(unit) for unit in UNITS[boundary][: options.get("depth", 1)]]  # type: ignore[misc]
+        units = [bare.get_submodule(unit) for unit in UNITS[boundary][: options.get("depth", 1)]]
         bridges[boundary] = OwnBridge(units, mix).load(theirs)
         library.append(in_our_order(theirs))
     if mix == "pair":  # two copies drawn apart, neither of them the source, none frozen

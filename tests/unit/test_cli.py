@@ -464,7 +464,7 @@ def test_compare(call: Call, tmp_path: Path) -> None:
 
 
 def commands() -> dict[str, Any]:
-    return {"": typer.main.get_command(cli.app), **typer.main.get_command(cli.app).commands}  # type: ignore[attr-defined]
+    return {"": typer.main.get_command(cli.app), **typer.main.get_command(cli.app).commands}
 
 
 @pytest.mark.parametrize("name", commands())

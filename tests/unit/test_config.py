@@ -131,7 +131,7 @@ def test_methods_are_composed_from_names_and_options() -> None:
         ([{"windows": {}, "dgl": {}}], ConfigError, "must hold one name"),
     ):
         with pytest.raises(error, match=words):
-            build_method(spec, TASK)  # type: ignore[arg-type]
+            build_method(spec, TASK)
 
 
 def test_runs_side_by_side_have_names_of_their_own() -> None:

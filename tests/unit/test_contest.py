@@ -91,7 +91,7 @@ def test_bytes_of_a_local_step_are_those_of_a_literal_loop() -> None:
     step(True)
     trained = list(network.parameters())
     for per_block, label in ((False, "dgl K=3"), (True, "dgl K=3, per-block step")):
-        expected = measure(lambda per_block=per_block: step(per_block), trained)  # type: ignore[misc]
+        expected = measure(lambda per_block=per_block: step(per_block), trained)
         assert row(found, label).total_bytes == expected.peak_total
         assert row(found, label).activation_bytes == expected.peak_activations
     assert (row(found, "dgl K=3, per-block step").total_bytes or 0) < (row(found, "dgl K=3").total_bytes or 0)

@@ -41,7 +41,7 @@ def cost_of(method: Method) -> Cost:
 
 
 def infopro(**options: object) -> Method:
-    return methods.infopro(TASK, **options)  # type: ignore[arg-type]
+    return methods.infopro(TASK, **options)
 
 
 CHEAPER = {
@@ -141,7 +141,7 @@ def test_recomputing_a_bridge_saves_bytes() -> None:
 
 def test_where_is_checked() -> None:
     with pytest.raises(localgrad.MethodError, match="where"):
-        methods.checkpointing(methods.dgl(TASK), where="heads")  # type: ignore[arg-type]
+        methods.checkpointing(methods.dgl(TASK), where="heads")
     with pytest.raises(localgrad.MethodError, match="no auxiliary heads"):
         methods.checkpointing(methods.e2e(TASK), where="auxiliary")
 
@@ -208,7 +208,7 @@ def test_bridges_behind_the_pooling_read_pooled_features() -> None:
 )
 def test_a_head_that_is_not_known(spec: object, message: str) -> None:
     with pytest.raises(localgrad.MethodError, match=message):
-        methods.dgl(TASK, head=spec)  # type: ignore[arg-type]
+        methods.dgl(TASK, head=spec)
 
 
 def test_heads_by_name() -> None:
@@ -235,7 +235,7 @@ def test_the_head_of_man_pp_has_the_released_size() -> None:
 )
 def test_unknown_options_of_a_bridge(option: str, value: str) -> None:
     with pytest.raises(localgrad.MethodError, match=option):
-        bridges.Momentum(**{option: value})  # type: ignore[arg-type]
+        bridges.Momentum(**{option: value})
 
 
 def test_windows_side_by_side_need_one_backward_pass_per_block() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,14 +26,14 @@ CASES = {"digits": {}, "folder": {"image_size": 16}, "folder-workers": {"image_s
 
 
 @pytest.fixture(autouse=True)
-def _no_real_data(monkeypatch, tmp_path, request):
+def _no_real_data(monkeypatch: Any, tmp_path: Any, request: Any) -> None:
     if "data" not in request.keywords:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.setenv("LOCALGRAD_DATA", str(tmp_path / "nothing"))
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
+def images(tmp_path_factory: Any) -> Path:
     """A tiny folder set: 3 classes, 8 training and 3 test images of each, of several sizes and one of them grey."""
     root = tmp_path_factory.mktemp("images")
     for split, count in (("train", 8), ("val", 3)):
@@ -45,17 +46,17 @@ def images(tmp_path_factory) -> Path:
     return root
 
 
-def load(case: str, images: Path, **options) -> data.Data:
+def load(case: str, images: Path, **options: Any) -> data.Data:
     name = "digits" if case == "digits" else f"folder:{images}"
     return data.load(name, **({"batch_size": 5 if "folder" in case else 100} | CASES[case] | options))
 
 
-def joined(batches) -> tuple[torch.Tensor, torch.Tensor]:
+def joined(batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
     inputs, targets = zip(*batches, strict=True)
     return torch.cat(inputs), torch.cat(targets)
 
 
-def assert_equal(left, right):
+def assert_equal(left: Any, right: Any) -> None:
     left, right = list(left), list(right)
     assert len(left) == len(right) > 0
     for (x, y), (a, b) in zip(left, right, strict=True):
@@ -66,7 +67,7 @@ def assert_equal(left, right):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_epoch_entered_late_goes_on_as_it_would_have(case, images):
+def test_an_epoch_entered_late_goes_on_as_it_would_have(case: Any, images: Any) -> None:
     train = load(case, images).train
     whole = list(train.epoch(3))
     assert len(whole) == len(train)
@@ -77,7 +78,7 @@ def test_an_epoch_entered_late_goes_on_as_it_would_have(case, images):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_epochs_and_seeds_differ_and_evaluation_does_not(case, images):
+def test_epochs_and_seeds_differ_and_evaluation_does_not(case: Any, images: Any) -> None:
     zero, one = load(case, images, seed=0), load(case, images, seed=1)
     first = joined(zero.train.epoch(0))
     assert not torch.equal(joined(zero.train.epoch(1))[0], first[0])
@@ -86,14 +87,14 @@ def test_epochs_and_seeds_differ_and_evaluation_does_not(case, images):
         assert_equal(getattr(zero, split).epoch(0), getattr(one, split).epoch(5))
 
 
-def test_workers_change_no_bit(images):
+def test_workers_change_no_bit(images: Any) -> None:
     for split in ("train", "validation", "test"):
         alone, helped = (getattr(load("folder", images, workers=n), split) for n in (0, 2))
         assert_equal(alone.epoch(1, start=0), helped.epoch(1, start=0))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_global_generators_are_left_alone(case, images):
+def test_global_generators_are_left_alone(case: Any, images: Any) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     list(load(case, images).train.epoch(0))
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -101,14 +102,14 @@ def test_global_generators_are_left_alone(case, images):
 
 
 @pytest.mark.parametrize("case", ["digits", "folder"])
-def test_replicas_share_the_batches_of_one_process(case, images):
+def test_replicas_share_the_batches_of_one_process(case: Any, images: Any) -> None:
     options = {"batch_size": 6, "drop_last": case == "digits"}
     one = list(load(case, images, **options).train.epoch(2))
     parts = [list(load(case, images, **options, replica=r, num_replicas=3).train.epoch(2)) for r in range(3)]
     assert_equal((joined(shares) for shares in zip(*parts, strict=True)), one)
 
 
-def test_batch_shapes_and_lengths(images):
+def test_batch_shapes_and_lengths(images: Any) -> None:
     digits = data.load("digits", batch_size=100, eval_batch_size=50, validation=0.1)
     assert (digits.train.num_images, digits.validation.num_images, digits.test.num_images) == (1293, 144, 360)
     assert (len(digits.train), len(digits.validation), len(digits.test)) == (13, 3, 8)
@@ -128,7 +129,7 @@ def test_batch_shapes_and_lengths(images):
 
 
 @pytest.mark.parametrize("case", ["digits", "folder"])
-def test_validation_is_disjoint_fixed_and_from_the_training_images(case, images):
+def test_validation_is_disjoint_fixed_and_from_the_training_images(case: Any, images: Any) -> None:
     split = load(case, images, validation=0.25)
     train, held = split.train.order.indices, split.validation.order.indices
     every = load(case, images, validation=0).train.order.indices
@@ -138,7 +139,7 @@ def test_validation_is_disjoint_fixed_and_from_the_training_images(case, images)
     assert load(case, images, validation=0).validation is None
 
 
-def test_digits_split_covers_the_set_once():
+def test_digits_split_covers_the_set_once() -> None:
     whole = np.load(Path(sources.__file__).with_name("digits.npz"), allow_pickle=False)
     parts = [readers.digits(Path(sources.__file__).parent, split) for split in ("train", "test")]
     assert [len(x) for x, _ in parts] == [1437, 360]
@@ -147,7 +148,7 @@ def test_digits_split_covers_the_set_once():
     assert sorted(map(bytes, both)) == sorted(map(bytes, wanted))
 
 
-def test_limit_takes_the_first_images_before_validation_is_held_out(images):
+def test_limit_takes_the_first_images_before_validation_is_held_out(images: Any) -> None:
     few = data.load("digits", batch_size=10, limit=50, validation=0.2)
     assert (few.train.num_images, few.validation.num_images, few.test.num_images) == (40, 10, 360)
     assert torch.equal(few.train.images[:50], data.load("digits", batch_size=10).train.images[:50])
@@ -156,7 +157,7 @@ def test_limit_takes_the_first_images_before_validation_is_held_out(images):
     assert len(targets) == 9 and len(set(targets.tolist())) == 3  # not one class only
 
 
-def test_digits_are_normalised_by_their_own_statistics():
+def test_digits_are_normalised_by_their_own_statistics() -> None:
     inputs, _ = joined(data.load("digits", batch_size=500, validation=0, augment=False).train.epoch(0))
     assert abs(inputs.mean()) < 1e-3 and abs(inputs.std() - 1) < 1e-3
 
@@ -172,27 +173,29 @@ def literal_crop(image: np.ndarray, down: int, right: int, flip: int, pad: int, 
 
 
 @pytest.mark.parametrize("crop", [Crop(4, reflect=True), Crop(2, flip=False), Crop(4), Crop(0), Crop(1, flip=False)])
-def test_crop_equals_the_literal_one(crop):
+def test_crop_equals_the_literal_one(crop: Any) -> None:
     batch = torch.randint(0, 256, (64, 3, 9, 11), generator=randomness.generator("crop"), dtype=torch.uint8)
     draws = crop.draw(64, 0, "augment", 1)
-    wanted = [literal_crop(x.numpy(), *d.tolist(), crop.pad, crop.reflect) for x, d in zip(batch, draws, strict=True)]
+    cut: Any = literal_crop
+    wanted = [cut(x.numpy(), *map(int, d), crop.pad, crop.reflect) for x, d in zip(batch, draws, strict=True)]
     got = crop(batch, draws)
     assert got.dtype == torch.uint8 and np.array_equal(got.numpy(), np.stack(wanted))
     assert draws[:, :2].min() == 0 and draws[:, :2].max() == 2 * crop.pad
     assert set(draws[:, 2].tolist()) == ({0, 1} if crop.flip else {0})
 
 
-def test_the_loader_crops_each_image_by_its_own_draw():
+def test_the_loader_crops_each_image_by_its_own_draw() -> None:
     loader = data.load("digits", batch_size=64, seed=4).train
     raw, _ = readers.digits(Path(sources.__file__).parent, "train")
     draws = Crop(1, flip=False).draw(len(raw), 4, "augment", 2)
     order = loader.order.indices[torch.randperm(1293, generator=randomness.generator(4, "order", 2))]
-    literal = np.stack([literal_crop(raw[i], *draws[i].tolist(), 1, False) for i in order.tolist()])
+    cut: Any = literal_crop
+    literal = np.stack([cut(raw[i], *map(int, draws[i]), 1, False) for i in order.tolist()])
     inputs, _ = joined(loader.epoch(2))
     assert np.allclose(inputs.numpy(), (literal / 16 - 0.3045) / 0.376, atol=1e-6)
 
 
-def test_augment_false_only_shuffles(images):
+def test_augment_false_only_shuffles(images: Any) -> None:
     for case in ("digits", "folder"):
         plain = load(case, images, augment=False, validation=0).train
         left, right = joined(plain.epoch(0)), joined(plain.epoch(1))
@@ -201,7 +204,7 @@ def test_augment_false_only_shuffles(images):
         assert torch.equal(left[0].flatten(1).sort(0).values, right[0].flatten(1).sort(0).values)
 
 
-def test_normalise_and_resize():
+def test_normalise_and_resize() -> None:
     batch = torch.randint(0, 17, (3, 1, 8, 8), dtype=torch.uint8, generator=randomness.generator("resize"))
     assert torch.allclose(Normalise((0.5,), (0.25,), 16)(batch), (batch / 16 - 0.5) / 0.25)
     assert torch.equal(resize(batch, 8, 16), (batch * (255 / 16)).round().to(torch.uint8))
@@ -211,7 +214,7 @@ def test_normalise_and_resize():
     assert torch.equal(next(load_native().test.epoch(0))[0], next(load_native(image_size=8).test.epoch(0))[0])
 
 
-def load_native(**options):
+def load_native(**options: Any) -> Any:
     return data.load("digits", batch_size=32, **options)
 
 
@@ -239,17 +242,17 @@ def load_native(**options):
         ({"batch_size": 1292, "num_replicas": 4}, "too few for 4 replicas"),
     ],
 )
-def test_bad_arguments(options, words):
+def test_bad_arguments(options: Any, words: Any) -> None:
     with pytest.raises(ConfigError, match=words):
         data.load("digits", **({"batch_size": 8} | options))
 
 
-def test_start_beyond_the_epoch():
+def test_start_beyond_the_epoch() -> None:
     with pytest.raises(ConfigError, match="use 0 to 2"):
         Order(torch.arange(5), 3).batches(0, start=3)
 
 
-def test_unknown_and_missing_sets(tmp_path):
+def test_unknown_and_missing_sets(tmp_path: Any) -> None:
     with pytest.raises(DataError, match=r"did you mean 'cifar10'.*folder:/path"):
         data.load("cifar11", batch_size=8)
     for name in ("cifar10", "fashion_mnist", "svhn", "stl10", "imagenette224", "imagefolder"):
@@ -269,7 +272,7 @@ def write_idx(path: Path, array: np.ndarray, magic: int | None = None) -> None:
 
 
 @pytest.fixture
-def fashion(tmp_path) -> Path:
+def fashion(tmp_path: Any) -> Path:
     raw = tmp_path / "FashionMNIST" / "raw"
     for prefix, count in (("train", 20), ("t10k", 8)):
         pixels = torch.randint(0, 256, (count, 28, 28), generator=randomness.generator(prefix)).numpy()
@@ -278,7 +281,7 @@ def fashion(tmp_path) -> Path:
     return raw
 
 
-def test_fashion_mnist(fashion, tmp_path):
+def test_fashion_mnist(fashion: Any, tmp_path: Any) -> None:
     split = data.load("fashion_mnist", root=tmp_path, batch_size=4, augment=False)
     assert (split.train.num_images, split.validation.num_images, split.test.num_images) == (18, 2, 8)
     assert split.image_shape == (1, 28, 28)
@@ -288,8 +291,8 @@ def test_fashion_mnist(fashion, tmp_path):
     assert targets.tolist() == list(range(8))
 
 
-def test_damaged_idx_files(fashion, tmp_path):
-    def refused(name, content, words):
+def test_damaged_idx_files(fashion: Any, tmp_path: Any) -> None:
+    def refused(name: Any, content: Any, words: Any) -> None:
         path = fashion / f"{name}-ubyte.gz"
         good = path.read_bytes()
         content(path) if callable(content) else path.write_bytes(content)
@@ -309,7 +312,7 @@ def test_damaged_idx_files(fashion, tmp_path):
     refused(name, lambda path: write_idx(path, np.zeros((20, 14, 14))), r"\(20, 1, 14, 14\)")
 
 
-def write_cifar(root: Path, count: int = 12, spoil: int | None = None, **changes) -> None:
+def write_cifar(root: Path, count: int = 12, spoil: int | None = None, **changes: Any) -> None:
     for split in ("train", "test"):
         files = []
         for i in range(count):
@@ -324,7 +327,7 @@ def write_cifar(root: Path, count: int = 12, spoil: int | None = None, **changes
         np.savez(root / f"cifar10_{split}_jpeg.npz", **(arrays | changes))
 
 
-def test_cifar10_jpeg_is_decoded_once(tmp_path, monkeypatch):
+def test_cifar10_jpeg_is_decoded_once(tmp_path: Any, monkeypatch: Any) -> None:
     write_cifar(tmp_path)
     first = data.load("cifar10", root=tmp_path, batch_size=4)
     assert first.title == "CIFAR-10 (JPEG q75 copy)" and first.train.images[3, 0, 0, 0] == 60
@@ -341,7 +344,7 @@ def test_cifar10_jpeg_is_decoded_once(tmp_path, monkeypatch):
     assert torch.equal(data.load("cifar10", root=tmp_path, batch_size=4).test.images, first.test.images)
 
 
-def test_damaged_cifar10(tmp_path):
+def test_damaged_cifar10(tmp_path: Any) -> None:
     write_cifar(tmp_path, spoil=5)
     with pytest.raises(DataError, match=r"cifar10_train_jpeg.npz is damaged: image 5 "):
         data.load("cifar10", root=tmp_path, batch_size=4)
@@ -355,7 +358,7 @@ def test_damaged_cifar10(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "words"), [("cifar10", "CIFAR10"), ("svhn", "SVHN"), ("stl10", "STL10")])
-def test_files_with_a_wrong_md5_sum(name, words, tmp_path):
+def test_files_with_a_wrong_md5_sum(name: Any, words: Any, tmp_path: Any) -> None:
     (layout, *_) = sources.SOURCES[name].layouts
     for file in layout.files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -368,19 +371,19 @@ class FakeSets:
     """Stands in for ``torchvision.datasets``, whose real files are not at hand."""
 
     class CIFAR10:
-        def __init__(self, root, train):
+        def __init__(self, root: Any, train: Any) -> None:
             self.data, self.targets = np.zeros((20, 32, 32, 3), np.uint8), [i % 10 for i in range(20)]
 
     class STL10:
-        def __init__(self, root, split):
+        def __init__(self, root: Any, split: Any) -> None:
             self.data, self.labels = np.zeros((20, 3, 96, 96), np.uint8), np.arange(20, dtype=np.uint8) % 10
 
     class SVHN:
-        def __init__(self, root, split):
+        def __init__(self, root: Any, split: Any) -> None:
             raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
 
 
-def test_sets_read_by_torchvision(tmp_path, monkeypatch):
+def test_sets_read_by_torchvision(tmp_path: Any, monkeypatch: Any) -> None:
     for name in ("cifar10", "svhn", "stl10"):
         for file in sources.SOURCES[name].layouts[0].files:
             (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -393,8 +396,8 @@ def test_sets_read_by_torchvision(tmp_path, monkeypatch):
         data.load("svhn", root=tmp_path, batch_size=4)
 
 
-def test_broken_torchvision(images, monkeypatch):
-    def broken(name):
+def test_broken_torchvision(images: Any, monkeypatch: Any) -> None:
+    def broken(name: Any) -> None:
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr(readers.importlib, "import_module", broken)
@@ -403,13 +406,13 @@ def test_broken_torchvision(images, monkeypatch):
     data.load("digits", batch_size=8)
 
 
-def test_import_leaves_torchvision_alone():
+def test_import_leaves_torchvision_alone() -> None:
     code = "import sys, localgrad.data; sys.exit('torchvision' in sys.modules or 'PIL' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_damaged_folders(tmp_path):
-    def refused(words):
+def test_damaged_folders(tmp_path: Any) -> None:
+    def refused(words: Any) -> None:
         with pytest.raises(DataError, match=words):
             data.load(f"folder:{tmp_path}", batch_size=2, validation=0)
 
@@ -427,7 +430,7 @@ def test_damaged_folders(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path, workers):
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Any, workers: Any) -> None:
     for split in ("train", "test"):
         (tmp_path / split / "ant").mkdir(parents=True)
         Image.new("RGB", (20, 20)).save(tmp_path / split / "ant" / "a.jpg")
@@ -443,7 +446,7 @@ def write_tars(images: Path, root: Path) -> None:
             archive.add(images / split, split)
 
 
-def test_tars_are_unpacked_once(images, tmp_path):
+def test_tars_are_unpacked_once(images: Any, tmp_path: Any) -> None:
     write_tars(images, tmp_path)
     split = data.load("imagenette224", root=tmp_path, batch_size=4, image_size=16)
     assert (split.train.num_images, split.test.num_images) == (22, 9)
@@ -454,7 +457,7 @@ def test_tars_are_unpacked_once(images, tmp_path):
     assert folder.stat().st_mtime_ns == before and list(cache.folder().iterdir()) == [folder]
 
 
-def test_damaged_and_unsafe_tars(images, tmp_path):
+def test_damaged_and_unsafe_tars(images: Any, tmp_path: Any) -> None:
     write_tars(images, tmp_path)
     path = tmp_path / "imagenette224_train.tar"
     path.write_bytes(path.read_bytes()[:3000])
@@ -481,7 +484,7 @@ def test_damaged_and_unsafe_tars(images, tmp_path):
         ("imagenette224", (4_000, 1_000)),
     ],
 )
-def test_real_sets(name, counts):
+def test_real_sets(name: Any, counts: Any) -> None:
     root = Path(os.environ.get("LOCALGRAD_DATA") or Path(__file__).parents[2] / "../shared/data")
     found = {line.name: line for line in data.available(root)}[name]
     if not found.found:

@@ -86,7 +86,7 @@ def test_losses_see_the_micro_batch_and_the_step() -> None:
     class Watching:
         num_outputs: int = 3
 
-        def head(self, proposed: localgrad.method.HeadBuilder) -> localgrad.method.HeadBuilder:
+        def head(self, proposed: localgrad.site.HeadBuilder) -> localgrad.site.HeadBuilder:
             return proposed
 
         def loss(self, output: Tensor, batch: localgrad.Batch) -> Tensor:

@@ -1277,7 +1277,7 @@ class Reading:
     unwrap: Callable[[Any], Tensor]
     num_outputs: int = 3
 
-    def head(self, proposed: localgrad.method.HeadBuilder) -> localgrad.method.HeadBuilder:
+    def head(self, proposed: localgrad.site.HeadBuilder) -> localgrad.site.HeadBuilder:
         return proposed
 
     def loss(self, output: Any, batch: localgrad.Batch) -> Tensor:

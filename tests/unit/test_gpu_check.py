@@ -26,7 +26,7 @@ def test_no_gpu_is_said(tmp_path: Path) -> None:
 
 
 def test_every_option_it_gives_to_localgrad_exists() -> None:
-    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands = get_command(app).commands
     text = re.sub(r"\\\\\n\s*", "", SCRIPT.read_text())
     used = re.findall(r"-m localgrad (\w+)(.*)", text)
     assert {command for command, _ in used} >= {"doctor", "list", "bench", "train"}

@@ -373,7 +373,7 @@ class Dense(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.backbone = Backbone(3)
-        self.backbone.fc = None  # type: ignore[assignment]
+        self.backbone.fc = None
         self.head = nn.Conv2d(4, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:

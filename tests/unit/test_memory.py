@@ -219,7 +219,7 @@ def test_checkpointing_lowers_the_peak_in_forward_and_backward() -> None:
         h.sum().backward()
         x.grad = None
 
-    plain, recomputed = (measure(lambda r=r: step(r), [x]).peak_activations // 4000 for r in (False, True))  # type: ignore[misc]
+    plain, recomputed = (measure(lambda r=r: step(r), [x]).peak_activations // 4000 for r in (False, True))
     assert plain == 16 + 2  # every output, a gradient that comes in and one that goes out
     # A tensor between blocks each (the step's h is the last one), the outputs of the block that is being recomputed,
     # and two gradients.

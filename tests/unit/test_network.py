@@ -75,14 +75,14 @@ def test_a_model_without_cut_points_is_one_block(build: Any) -> None:
 
 def test_an_unknown_way_to_count_the_stem() -> None:
     with pytest.raises(PartitionError, match="unknown stem 'own '; did you mean 'own'"):
-        localize(mlp(), DGL, localgrad.cuts.by_count(2, stem="own "), example=X)  # type: ignore[arg-type]
+        localize(mlp(), DGL, localgrad.cuts.by_count(2, stem="own "), example=X)
 
 
 def test_models_that_cannot_be_trained_in_blocks() -> None:
     with pytest.raises(PartitionError, match="ReLU has no parameters"):
         localize(nn.ReLU(), DGL, 1, example=X)
     with pytest.raises(PartitionError, match="model is a builtin_function"):
-        localize(torch.relu, DGL, 1, example=X)  # type: ignore[arg-type]
+        localize(torch.relu, DGL, 1, example=X)
 
 
 def test_module_lists_that_are_not_the_model() -> None:

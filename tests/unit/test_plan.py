@@ -87,7 +87,7 @@ def test_more_micro_batches_are_predicted_from_two() -> None:
         planner = Planner(model, (3, 32, 32), 16, "fp32", RATES)
         predicted = planner.step(planner.network(several, cuts), several).tracked
         network = localize(model, several, cuts, example=x[:2]).train()
-        measured = measure(lambda n=network: run_step(n, x, y), list(network.parameters())).peak_total  # type: ignore[misc]
+        measured = measure(lambda n=network: run_step(n, x, y), list(network.parameters())).peak_total
         assert measured <= predicted <= 1.06 * measured
 
 
@@ -200,7 +200,7 @@ def test_memory_is_refused(text: str) -> None:
 def test_settings_are_refused(settings: dict[str, object], message: str) -> None:
     given: dict[str, object] = {"batch_size": 4, "image_size": 32, "num_classes": 10, "rates": RATES, **settings}
     with pytest.raises(ConfigError, match=message):
-        localgrad.plan("resnet8", **given)  # type: ignore[arg-type]
+        localgrad.plan("resnet8", **given)
 
 
 def test_localize_under_a_budget() -> None:

@@ -68,7 +68,7 @@ def gradients(model: nn.Module, x: Tensor, lean: bool, create_graph: bool = Fals
     first = torch.autograd.grad(loss, wanted, create_graph=create_graph, allow_unused=True)
     if create_graph:
         total = sum(g.square().sum() for g in first if g is not None)
-        return list(torch.autograd.grad(total, wanted, allow_unused=True))  # type: ignore[arg-type]
+        return list(torch.autograd.grad(total, wanted, allow_unused=True))
     return [*first, *model.buffers()]
 
 
@@ -81,7 +81,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "leaky relu in place": lambda: pair(True, nn.LeakyReLU),
     "frozen": lambda: pair(True).requires_grad_(False),
     "evaluated": lambda: pair(True).eval(),
-    "channels last": lambda: pair(True).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+    "channels last": lambda: pair(True).to(memory_format=torch.channels_last),
 }
 
 
@@ -223,7 +223,7 @@ def test_only_the_first_blocks_if_asked() -> None:
     assert gradients_of[0] and all(torch.equal(a, b) for a, b in zip(*gradients_of, strict=True))
     for kwargs in ({"where": "pointwise", "first": 0}, {"where": "blocks", "first": 1}):
         with pytest.raises(localgrad.MethodError, match="write where='pointwise' and first=1"):
-            methods.checkpointing(dgl, **kwargs)  # type: ignore[arg-type]
+            methods.checkpointing(dgl, **kwargs)
 
 
 def test_compiling_is_refused() -> None:

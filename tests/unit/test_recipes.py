@@ -160,7 +160,7 @@ def test_segments_are_the_published_ones(name: str) -> None:
 def test_infopro_cuts_deeplab_after_13_of_23_units() -> None:
     one = recipe("infopro/cityscapes_deeplabv3_resnet101_k2")
     assert starts_of(one) == ["backbone.layer3.13"]
-    ((_, options),) = one.method[0].items()  # type: ignore[union-attr]
+    ((_, options),) = one.method[0].items()
     assert options == {"head": "imagenet", "decoder": "imagenet", "image": [1.5, 1.5], "label": [1.0, 1.0]}
 
 
@@ -186,7 +186,7 @@ def test_infopro_leaves_no_block_without_a_loss(name: str) -> None:
     """Weights run linearly over the boundaries; with one boundary only the first value counts."""
     one = recipe(name)
     blocks = blocks_in_name(name)
-    ((_, options),) = one.method[0].items()  # type: ignore[union-attr]
+    ((_, options),) = one.method[0].items()
     assert options is not None
     terms = build_method(one.method[:1], TASK).terms
     for k in range(blocks - 1):
@@ -208,7 +208,7 @@ def test_infopro_leaves_no_block_without_a_loss(name: str) -> None:
 )  # fmt: skip
 def test_weights_are_those_the_released_code_reaches(name: str, label: int) -> None:
     """It runs from (5, 0.5) to (0, 0) by the number of the stage, 1 to 3, over the K of its own tables less 2."""
-    options = recipe(name).method[0]["infopro"]  # type: ignore[index]
+    options = recipe(name).method[0]["infopro"]
     first, last = 1 - 1 / (label - 2), 1 - 3 / (label - 2)
     assert options is not None
     assert options["image"] == pytest.approx([5 * first, 5 * last], abs=1e-4)
@@ -261,7 +261,7 @@ def test_infopro_k16_trains_every_block() -> None:
 def test_man_pp_heads_have_the_published_size() -> None:
     one = recipe("man_pp/cifar10_resnet32_k9_dgl")
     network = build_network(one, build_task(one, 10, (0.5,) * 3, (0.25,) * 3), (3, 32, 32), torch.device("cpu"))
-    found = {sum(p.numel() for p in aux.heads.parameters()) for aux in network.auxiliary.values()}  # type: ignore[union-attr]
+    found = {sum(p.numel() for p in aux.heads.parameters()) for aux in network.auxiliary.values()}
     assert min(found) == 635_146  # on 16 channels
 
 

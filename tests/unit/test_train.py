@@ -178,7 +178,7 @@ def quiet() -> Console:
 def start(config: Any, folder: Path, *, resume: bool = False) -> tuple[list[dict[str, Any]], str]:
     console = quiet()
     results = compare(config, folder, console, resume=resume, overwrite=False, resume_with="again")
-    return results, console.file.getvalue()  # type: ignore[attr-defined]
+    return results, console.file.getvalue()
 
 
 def test_a_finished_run_reports_again_and_a_torn_checkpoint_falls_back(tmp_path: Path) -> None:

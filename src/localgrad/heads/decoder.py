@@ -41,7 +41,7 @@ class Decoder:
         if site.layout.grid == size:
             return nn.Sequential(ToMaps(site.layout), *decoder)
         # Resized maps are made anew, and in this memory format what follows takes half the time on a CPU.
-        decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        decoder.to(memory_format=torch.channels_last)
         return nn.Sequential(ToMaps(site.layout), Resize(size), *decoder)
 
 

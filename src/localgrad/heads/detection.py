@@ -120,7 +120,7 @@ class _Local(nn.Module):
     def forward(self, features: Tensor) -> dict[str, Any]:
         levels = self.backbone(features)
         size = [side * self.backbone.stride for side in levels["0"].shape[-2:]]
-        return self.head(levels, size)  # type: ignore[no-any-return]
+        return self.head(levels, size)
 
     def joined(self, answers: dict[str, Any], count: int) -> dict[str, Any]:
         """Answers for ``count x count`` patches of each image, row by row, as those for whole images."""

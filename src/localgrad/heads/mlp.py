@@ -59,13 +59,13 @@ class MLP:
         volumes = len(grid) == 3
         pool = nn.AdaptiveAvgPool3d if volumes else nn.AdaptiveAvgPool2d
         convolution, norm = (nn.Conv3d, nn.BatchNorm3d) if volumes else (nn.Conv2d, nn.BatchNorm2d)
-        parts: list[nn.Module] = [ToMaps(site.layout, volumes=True), pool(grid)]  # type: ignore[arg-type]
+        parts: list[nn.Module] = [ToMaps(site.layout, volumes=True), pool(grid)]
         channels = site.channels
         for _ in range(self.convolutions):
             wide = self.width or channels
             parts += [convolution(channels, wide, 1, bias=False), norm(wide), nn.ReLU(inplace=True)]
             channels = wide
-        parts += [pool(pooled), nn.Flatten()]  # type: ignore[arg-type]
+        parts += [pool(pooled), nn.Flatten()]
         inputs = channels * math.prod(pooled)
         for _ in range(self.layers):
             hidden = self.hidden or inputs

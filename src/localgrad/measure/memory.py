@@ -64,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.current = 0
         self.peak = 0
         self.gradients = 0
@@ -97,14 +97,14 @@ class LiveBytes(TorchDispatchMode):
 
     def __enter__(self) -> LiveBytes:
         self._hooks = [p.register_post_accumulate_grad_hook(self._mark_gradient) for p in self._parameters]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):

@@ -80,7 +80,7 @@ class Work(TorchDispatchMode):
     """
 
     def __init__(self, rates: Rates) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rates = rates
         self.flops = 0
         self.seconds = 0.0

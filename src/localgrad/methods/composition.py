@@ -28,7 +28,7 @@ def base(function: Callable[Concatenate[Task, Options], Method]) -> Callable[Con
             )
         return function(task, *args, **options)
 
-    return checked
+    return checked  # type: ignore[return-value]  # parameters keep their names
 
 
 def plugin(function: Callable[Concatenate[Method, Options], Method]) -> Callable[Concatenate[Method, Options], Method]:
@@ -58,4 +58,4 @@ def _checked(
             raise MethodError(f"{name}({base.name}): {name} is part of it already; give it once, with all its options")
         return function(base, *args, **options)
 
-    return checked
+    return checked  # type: ignore[return-value]  # parameters keep their names

@@ -58,7 +58,7 @@ class Detector(nn.Module):
 
     def forward(self, inputs: Tensor) -> dict[str, Any]:
         """See the class."""
-        return self.head(self.backbone(inputs), inputs.shape[-2:])  # type: ignore[no-any-return]
+        return self.head(self.backbone(inputs), inputs.shape[-2:])
 
     @cached_property
     def strides(self) -> tuple[int, ...]:
@@ -214,4 +214,4 @@ class _TimmPyramid(nn.Module):
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         maps = self.body(inputs)
-        return self.fpn(OrderedDict((str(k), maps[index]) for k, index in enumerate(self.indices)))  # type: ignore[no-any-return]
+        return self.fpn(OrderedDict((str(k), maps[index]) for k, index in enumerate(self.indices)))

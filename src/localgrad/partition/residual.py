@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from localgrad.errors import MethodError
-from localgrad.partition.moments import Partition, Value
+from localgrad.partition.moments import Partition
+from localgrad.partition.record import Value
 
 
 def residual_branches(partition: Partition) -> list[tuple[int, str]]:

@@ -329,7 +329,8 @@ def channels_hint(node: fx.Node, traced: Trace, limit: int = 12) -> Literal["fir
     shape = node.meta.get("shape", ())
     if len(shape) != 4 or shape[1] == shape[3]:
         return None
-    for step in (lambda n: n.users, lambda n: n.all_input_nodes):
+    ways: tuple[Callable[[fx.Node], Collection[fx.Node]], ...] = (lambda n: n.users, lambda n: n.all_input_nodes)
+    for step in ways:
         seen, queue = {node}, list(step(node)) if step(node) else []
         for _ in range(limit):
             if not queue:

@@ -108,7 +108,7 @@ class _Watch(TorchDispatchMode):
     """Notes how the results in each storage came about."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.results: dict[int, tuple[weakref.ref[torch.UntypedStorage], _Result]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

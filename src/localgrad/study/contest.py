@@ -305,7 +305,7 @@ class _Contestant:
         self.way, self.inputs, self.targets = way, inputs, targets
         self.network = network = _cut(way, model, inputs[:2], balance, len(inputs)).train()
         if way.has("channels_last"):
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         if way.has("compile"):
             network.compile_blocks()
         groups = [network.block_parameters(k) for k in range(network.num_blocks)]
@@ -383,7 +383,7 @@ class _Moments(TorchDispatchMode):
     """When each op was done, in seconds since the first one began."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seconds: list[float] = []
         self.start: float | None = None
 
@@ -471,7 +471,7 @@ def contest(
         for way in ways:
             last = way.has("channels_last")
             if last not in laid_out:
-                other = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                other = copy.deepcopy(model).to(memory_format=torch.channels_last)
                 laid_out[last] = other, inputs.contiguous(memory_format=torch.channels_last)
             progress(f"memory of {way.name}, {way.variant}")
             try:

@@ -20,7 +20,7 @@ from torch import nn
 from localgrad.errors import PartitionError
 
 
-class Suspended(greenlet.greenlet):
+class Suspended(greenlet.greenlet):  # type: ignore[misc]  # it has no types
     """A forward that can be suspended; see `localgrad.forward.SuspendedForward`."""
 
     training: bool

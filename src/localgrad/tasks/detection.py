@@ -73,12 +73,12 @@ class Detection:
         kept = [trained_boxes(target) for target in targets]
         compute = answer["detector"].compute_loss
         if "bbox_ctrness" in answer:  # FCOS counts the anchors on objects over the whole batch
-            return compute(kept, answer, [anchors] * len(kept), [len(level) for level in levels])  # type: ignore[no-any-return]
+            return compute(kept, answer, [anchors] * len(kept), [len(level) for level in levels])
 
         names = ("cls_logits", "bbox_regression")
 
         def of_one(target: Target, *parts: Tensor) -> dict[str, Tensor]:
-            return compute([target], dict(zip(names, parts, strict=True)), [anchors])  # type: ignore[no-any-return]
+            return compute([target], dict(zip(names, parts, strict=True)), [anchors])
 
         images = zip(kept, *(answer[name].split(1) for name in names), strict=True)
         found = [checkpoint(of_one, *image, use_reentrant=False, preserve_rng_state=False) for image in images]
@@ -128,7 +128,7 @@ class Detection:
         seen, before = ([pair[k] for pair in shapes] for k in (0, 1))
         found = detector.postprocess_detections(split, [levels] * len(targets), seen)
         # The transform of a detector in training mode would leave boxes where they are.
-        return detector.transform.eval().postprocess(found, seen, before)  # type: ignore[no-any-return]
+        return detector.transform.eval().postprocess(found, seen, before)
 
     def metric(self) -> AveragePrecision:
         """COCO's mAP."""

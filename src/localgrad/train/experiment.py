@@ -243,7 +243,7 @@ def build_task(
             free = [option for option in allowed if option not in known]
             raise ConfigError(f"task.{name}: " + (nearest(name, free, f"option of {kind}") if free else "no options"))
     try:
-        return make(num_classes, **known, **config.task)  # type: ignore[no-any-return]
+        return make(num_classes, **known, **config.task)
     except TypeError as error:
         raise ConfigError(f"task: {config.task} does not suit {kind}: {error}") from error
 
@@ -313,7 +313,7 @@ def build_network(
         example = torch.randn(2, *image_shape, device=device)
         network = localize(model, method, cutting, example=example)
     if config.train.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)
     return network.train()
 
 

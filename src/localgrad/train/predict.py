@@ -182,7 +182,7 @@ def palette(num_classes: int) -> list[tuple[int, int, int]]:
     from matplotlib import colormaps
 
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    return [tuple(round(255 * part) for part in colours[k % 20]) for k in range(num_classes)]  # type: ignore[misc]
+    return [tuple(round(255 * part) for part in colours[k % 20]) for k in range(num_classes)]
 
 
 def overlay(picture: Tensor, mask: Tensor, num_classes: int, alpha: float = 0.55) -> Tensor:
