@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import multiprocessing
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,19 @@ import torch
 from torch import nn
 
 import localgrad
-from localgrad import methods
+from localgrad import heads, methods
 from localgrad.measure.memory import LiveBytes, measure
 from localgrad.spans import Local
-from localgrad.testing import assert_isolated, assert_transparent
+from localgrad.testing import (
+    assert_isolated,
+    assert_lean,
+    assert_method,
+    assert_nothing_idle,
+    assert_one_batchnorm_update,
+    assert_resumable,
+    assert_same_on_two_ranks,
+    assert_transparent,
+)
 from zoo import BASES, METHODS, MODELS, REFUSED, TASK, PlainCNN, Residual, batch, build, is_base, steps, widest
 
 EVERY = pytest.mark.parametrize("name", METHODS)
@@ -127,16 +137,20 @@ def test_every_batchnorm_moves_once_and_as_in_a_plain_forward(name: str, model: 
 
 @EVERY
 @ON_MAPS_AND_TOKENS
-def test_nothing_is_allocated_that_never_learns(name: str, model: str) -> None:
-    network = build(model, METHODS[name], 4)
-    for step in steps(network):
-        localgrad.backward(network, *batch(), step)
-    followed = {id(p) for twin in network.twins for p in twin.copy.parameters()}
-    for path, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, path
-        else:
-            assert id(parameter) in followed, path
+def test_nothing_is_idle(name: str, model: str) -> None:
+    assert_nothing_idle(build(model, METHODS[name], 4), *batch())
+
+
+@EVERY
+@ON_MAPS_AND_TOKENS
+def test_a_step_needs_what_its_spans_need(name: str, model: str) -> None:
+    if not differentiates_twice(METHODS[name]):
+        assert_lean(build(model, METHODS[name], 4), *batch())
+
+
+@EVERY
+def test_a_saved_network_goes_on_with_the_same_bits(name: str) -> None:
+    assert_resumable(lambda: build("residual", METHODS[name], 4), *batch())
 
 
 @EVERY
@@ -379,6 +393,68 @@ def test_the_asserts_can_fail() -> None:
     network.auxiliary["0-1"].unused = nn.Linear(2, 2)
     with pytest.raises(AssertionError, match=r"\(0, 1\) alone gave no gradient to auxiliary.0-1.unused.weight"):
         assert_isolated(network, inputs, targets)
+
+
+def of_mlaan() -> localgrad.LocalNetwork:
+    return build("residual", METHODS["mlaan(dgl)"], 4)
+
+
+def of_other_weights() -> localgrad.LocalNetwork:
+    """In the processes that are started, other weights than here."""
+    return build("residual", METHODS["dgl"], 2, seed=int(multiprocessing.parent_process() is None))
+
+
+def test_two_ranks_end_as_one_process_does() -> None:
+    assert_same_on_two_ranks(of_mlaan, *batch())
+
+
+def test_the_other_asserts_can_fail() -> None:
+    network = build("residual", METHODS["man(dgl)"], 3)
+    network.auxiliary["0-1"].unused = nn.Linear(2, 2)
+    with pytest.raises(AssertionError, match=r"no loss of man\(dgl\) gives a gradient to auxiliary.0-1.unused.weight"):
+        assert_nothing_idle(network, *batch())
+    network.auxiliary["0-1"].unused.requires_grad_(False)
+    with pytest.raises(AssertionError, match=r"neither a loss nor an exchange .* moves auxiliary.0-1.unused.bias"):
+        assert_nothing_idle(network, *batch())
+
+    network = build("residual", METHODS["dgl"], 3)
+    layer = next(m for m in network.model.modules() if isinstance(m, nn.BatchNorm2d))
+
+    def counts_again(module: nn.BatchNorm2d, *_: object) -> None:
+        module.num_batches_tracked += 1
+
+    layer.register_forward_hook(counts_again)
+    with pytest.raises(AssertionError, match="moved 2 times in a step of 1 micro-batches"):
+        assert_one_batchnorm_update(network, *batch())
+
+    kept: list[torch.Tensor] = []
+
+    def keeping(output: torch.Tensor, given: localgrad.Batch) -> torch.Tensor:
+        kept.append(torch.zeros(10**6))
+        return TASK.loss(output, given)
+
+    hoarding = replace(METHODS["dgl"], terms=(replace(METHODS["dgl"].terms[0], loss=keeping),))
+    with pytest.raises(AssertionError, match="bytes are alive at the peak of step 0; its spans need"):
+        assert_lean(build("residual", hoarding, 4), *batch())
+
+    seeds = iter(range(9))
+    with pytest.raises(AssertionError, match="a resumed run ended with another"):
+        assert_resumable(lambda: build("residual", METHODS["man(dgl)"], 3, seed=next(seeds)), *batch())
+    with pytest.raises(AssertionError, match="two ranks ended with another"):
+        assert_same_on_two_ranks(of_other_weights, *batch())
+    with pytest.raises(AssertionError, match=r"\(0, 1\) alone gave no gradient to auxiliary"):
+        assert_method(lambda task: methods.dgl(task, head=Wasteful))
+
+
+class Wasteful(nn.Module):
+    """A head with a layer that nothing reads."""
+
+    def __init__(self, site: localgrad.Site) -> None:
+        super().__init__()
+        self.head, self.unused = heads.Linear(3)(site), nn.Linear(2, 2)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.head(features)
 
 
 @pytest.mark.parametrize("name", methods.__all__)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import gang
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from zoo import METHODS, batch, build
 
+import gang
 import localgrad
 from bridged import bridged
 from localgrad import methods
 from localgrad.distributed import block_parallel
+from zoo import METHODS, batch, build
 
 DGL = METHODS["dgl"]
 EVERY = METHODS | {
@@ -83,6 +83,7 @@ def every_method(model: str, num_blocks: int, names: list[str]) -> dict[str, str
 REFUSED = {
     "local_critic": "lets heads follow",
     "feature_distillation": "over the whole model",
+    "last_head_distillation(dgl)": "over the whole model",
     "sgr(dgl)": "compares the gradients",
     "logit_consistency(dgl)": "compares the answers",
 }
