@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ Batch = tuple[Tensor, Any]
 OnDamage = Literal["raise", "skip"]
 
 
+@runtime_checkable
 class Loader(Protocol):
     """The batches of one split."""
 
