@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from localgrad.errors import PartitionError
-from localgrad.partition.trace import ROOT, Taps, Trace, note_values, trace
+from localgrad.partition.trace import ROOT, Trace, trace
 from localgrad.recompute.parts import recomputed
+from localgrad.suspension.points import Point
 
 INPUTS = "inputs"
 OUTPUT = "output"
@@ -160,24 +161,22 @@ def ancestors(paths: Iterable[str]) -> set[str]:
     return {".".join(path.split(".")[:n]) for path in paths for n in range(1, path.count(".") + 1)}
 
 
-def split(
-    model: nn.Module, example: Any, points: Sequence[str], taps: Taps = (), structured: Collection[str] = ()
-) -> list[Block]:
-    """Blocks that begin with the modules ``points`` (and one before them), in the order they run.
+def split(model: nn.Module, example: Any, points: Sequence[Point]) -> list[Block]:
+    """Blocks that begin at ``points`` (and one before them), in the order they run.
+
+    The features at a boundary are the argument that the point names. Whatever else crosses it is passed by name.
 
     Args:
         model: shared with the blocks.
         example: a tensor, or a tuple of them for several inputs.
-        points: paths of modules.
-        taps: paths of modules whose outputs may cross boundaries besides the features, or ``auto``.
-        structured: paths of modules that return several values.
+        points: of modules that are called once.
 
     Raises:
-        PartitionError: if a parameter is used on both sides of a boundary, or several tensors cross it.
+        PartitionError: the model cannot be traced through what holds the points, or a parameter is used on both sides.
     """
-    parts = {mode: _split_one(model, example, points, taps, structured, mode) for mode in (True, False)}
+    parts = {mode: _split_one(model, example, points, mode) for mode in (True, False)}
     blocks = [Block(model, {mode: parts[mode][k] for mode in parts}) for k in range(len(points) + 1)]
-    check_shared_parameters(model, blocks, points)
+    check_shared_parameters(model, blocks, [point.name for point in points])
     return blocks
 
 
@@ -209,32 +208,18 @@ def check_shared_parameters(model: nn.Module, blocks: Sequence[nn.Module], point
 
 
 def _split_one(
-    model: nn.Module,
-    example: Any,
-    points: Sequence[str],
-    taps: Taps,
-    structured: Collection[str],
-    training: bool,
+    model: nn.Module, example: Any, points: Sequence[Point], training: bool
 ) -> list[tuple[fx.GraphModule, tuple[str, ...], tuple[str, ...]]]:
-    watched = [*points, *(() if taps == "auto" else taps)]
     num_inputs = len(example) if isinstance(example, (tuple, list)) else None
-    through = {"", *ancestors(watched)}
-    traced = trace(model, num_inputs, training=training, through=through, structured=structured)
-    mode = "training" if training else "eval"
-    missing = [p for p in points if p not in traced.entered]
-    if missing:
-        raise PartitionError(f"module {missing[0]!r} is not reached in {mode} mode; cut the model elsewhere")
-    note_values(traced, model, example)
+    through = {"", *ancestors(point.name for point in points)}
+    traced = trace(model, num_inputs, training=training, through=through)
     features = []
     for point in points:
-        crossing = traced.features(traced.entered[point], taps)
-        if len(crossing) != 1:
-            raise PartitionError(
-                f"in {mode} mode {len(crossing)} tensors with gradient cross the boundary at {point!r}; one must. Cut "
-                "the model elsewhere"
-            )
-        features.append(crossing[0])
-    edges = [0, *(traced.entered[p] for p in points), len(traced.nodes)]
+        if point.name not in traced.entered:
+            mode = "training" if training else "eval"
+            raise PartitionError(f"module {point.name!r} is not reached in {mode} mode; cut the model elsewhere")
+        features.append(traced.taken[point.name][point.leaf].node)
+    edges = [0, *(traced.entered[point.name] for point in points), len(traced.nodes)]
     nodes = traced.nodes
     home = {node: k for k in range(len(edges) - 1) for node in nodes[edges[k] : edges[k + 1]]}
     result = []

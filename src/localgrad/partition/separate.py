@@ -6,7 +6,6 @@ the model's own forward computes. Chained they are a module like any other, whic
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -27,7 +26,6 @@ from localgrad.partition.blocks import (
     split,
 )
 from localgrad.partition.moments import Cut, Partition
-from localgrad.partition.trace import Taps
 from localgrad.recompute.parts import recomputed
 from localgrad.suspension.points import Point
 from localgrad.suspension.untouched import untouched
@@ -160,24 +158,12 @@ def separate_blocks(
     if isinstance(model, Chain):
         parts = _from_list(model, [int(cut.name.split(".")[1]) for cut in points])
     else:
-        parts = _by_tracing(partition, points, example, why)
+        _check_separable(model, points, example, why)
+        parts = split(model, example, [cut.point for cut in points])
     blocks = join(model, parts, sizes)
     several = isinstance(example, (tuple, list))
     _compare(SeparateBlocks(blocks, several=several), model, example, f"{why}: the blocks that torch.fx makes")
     return blocks
-
-
-def _by_tracing(partition: Partition, cuts: Sequence[Cut], example: Any, why: str) -> list[Block]:
-    """The blocks that torch.fx makes, with no taps if it can do without; naming them, it looks inside more modules."""
-    named = tuple(dict.fromkeys(name for cut in cuts for name in partition.holders(cut)))
-    points = [cut.point.name for cut in cuts]
-    _check_separable(partition.model, cuts, (), example, why)
-    fewer: tuple[Taps, ...] = ((), "auto")
-    for taps in fewer:
-        with contextlib.suppress(PartitionError):
-            return split(partition.model, example, points, taps)
-    _check_separable(partition.model, cuts, named, example, why)
-    return split(partition.model, example, points, named)
 
 
 def _as_by_now(model: nn.Module, example: Any) -> Any:
@@ -213,13 +199,13 @@ class Listed(nn.Module):
         return (call_model(self.module, value) if self.spread else self.module(value),)
 
 
-def _check_separable(model: nn.Module, cuts: Sequence[Cut], taps: Sequence[str], example: Any, why: str) -> None:
+def _check_separable(model: nn.Module, cuts: Sequence[Cut], example: Any, why: str) -> None:
     if not isinstance(example, (Tensor, tuple, list)):
         raise PartitionError(f"{why}: torch.fx takes a tensor or a tuple as example, not a {type(example).__name__}")
     if repeated := [cut.name for cut in cuts if cut.point.call]:
         raise PartitionError(f"{why}: {repeated[0]!r} is called several times; name a cut point that is called once")
     modules = dict(model.named_modules())
-    for path in ("", *sorted(ancestors((*(cut.point.name for cut in cuts), *taps)))):
+    for path in ("", *sorted(ancestors(cut.point.name for cut in cuts))):
         module = modules[path]
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             raise PartitionError(

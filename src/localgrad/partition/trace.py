@@ -1,29 +1,26 @@
-"""From any ``nn.Module`` to its cut points and blocks, by torch.fx.
+"""A model's forward as a graph, by torch.fx, for blocks that can be called one by one.
 
-A full trace is used for *analysis* only: it finds the places that a single tensor with gradient crosses. The *blocks*
-are made by tracing only through the ancestors of the chosen points, so that everything else stays the model's own
+Only the ancestors of the modules that blocks begin with are traced through. Everything else stays the model's own
 module, with its mode, its dropout and any batch size.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.immutable_collections import immutable_dict
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from localgrad.errors import PartitionError
 from localgrad.suspension.untouched import untouched
 
 ROOT = "model"
-Taps = Sequence[str] | Literal["auto"]
 
 
 class _Root(nn.Module):
@@ -40,20 +37,13 @@ class _Root(nn.Module):
         return self.model(*[inputs[i] for i in range(self.num_inputs)])
 
 
-def _library_leaves() -> tuple[tuple[type[nn.Module], ...], tuple[Callable[..., Any], ...]]:
-    """Modules and functions that timm and torchvision declare untraceable."""
-    modules: list[type[nn.Module]] = []
-    functions: list[Callable[..., Any]] = []
-    # A library that was never imported has no module in the model; importing it would take seconds.
-    if "torchvision.ops" in sys.modules:
-        members = (member for _, member in inspect.getmembers(sys.modules["torchvision.ops"], inspect.isclass))
-        modules += [m for m in members if issubclass(m, nn.Module) and not issubclass(m, nn.Sequential)]
-    if "timm.models" in sys.modules:
-        from timm.models import _features_fx
+def _library_functions() -> tuple[Callable[..., Any], ...]:
+    """Functions that timm declares untraceable; one that was never imported has none in the model."""
+    if "timm.models" not in sys.modules:
+        return ()
+    from timm.models import _features_fx
 
-        modules += _features_fx.get_notrace_modules()
-        functions += _features_fx.get_notrace_functions()
-    return tuple(modules), tuple(functions)
+    return tuple(_features_fx.get_notrace_functions())
 
 
 class _Tracer(fx.Tracer):
@@ -63,9 +53,7 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=autowrap)
         self._is_leaf = is_leaf
         self.entered: dict[str, int] = {}
-        self.left: dict[str, int] = {}
-        self.returned: dict[str, fx.Node] = {}
-        self.structured: set[str] = set()
+        self.taken: dict[str, list[Any]] = {}
         self.inside: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -77,18 +65,12 @@ class _Tracer(fx.Tracer):
         caller = self.inside[-1] if self.inside else ""
         if not caller or path.startswith(caller + "."):  # else it is shared, and called where its path does not lead
             self.entered.setdefault(path, len(self.graph.nodes))
+            self.taken.setdefault(path, tree_leaves((args, kwargs)))
         if self.is_leaf_module(m, name):
-            result = super().call_module(m, forward, args, kwargs)
-        else:
-            self.inside.append(path)
-            result = super().call_module(m, forward, args, kwargs)
-            self.inside.pop()
-        if path in self.entered:
-            self.left.setdefault(path, len(self.graph.nodes))
-        if isinstance(result, fx.Proxy):
-            self.returned.setdefault(path, result.node)
-        else:
-            self.structured.add(path)
+            return super().call_module(m, forward, args, kwargs)
+        self.inside.append(path)
+        result = super().call_module(m, forward, args, kwargs)
+        self.inside.pop()
         return result
 
 
@@ -98,126 +80,37 @@ class Trace:
 
     Args:
         graph: nodes in the order they run.
-        entered: module path -> number of nodes before its first call began; ``left`` before it had ended.
-        returned: module path -> the node it returned.
-        structured: paths of modules that returned several values; torch.fx must see each, so they are never kept whole.
-        differentiable: nodes whose values carry gradient, once `note_values` has run.
+        entered: module path -> number of nodes before its first call began.
+        taken: module path -> what that call took, each argument by itself.
     """
 
     root: nn.Module
     graph: fx.Graph
     entered: dict[str, int]
-    left: dict[str, int]
-    returned: dict[str, fx.Node]
-    structured: set[str] = field(default_factory=set)
-    differentiable: set[fx.Node] = field(default_factory=set)
+    taken: dict[str, list[Any]]
 
     @property
     def nodes(self) -> list[fx.Node]:
         return list(self.graph.nodes)
-
-    def crossing(self, position: int) -> list[fx.Node]:
-        """Values made before ``position`` and used from there on, attributes of the model left out."""
-        nodes = self.nodes
-        before = set(nodes[:position])
-        return [
-            node
-            for node in nodes[:position]
-            if node.op != "get_attr" and any(user not in before for user in node.users)
-        ]
-
-    def features(self, position: int, taps: Taps) -> list[fx.Node]:
-        """Values with gradient that cross ``position``, taps left out; the last tap if only taps cross.
-
-        Taps are those that modules ``taps`` returned and those `_tapped` recognises; with ``auto`` whatever the
-        features are computed from.
-        """
-        carrying = [node for node in self.crossing(position) if node in self.differentiable]
-        if taps == "auto":
-            return carrying[-1:] if carrying and set(carrying) <= _sources(carrying[-1]) else carrying
-        named = {self.returned.get(tap) for tap in taps}
-        left = [node for node in carrying if node not in named] or carrying[-1:]
-        return left[-1:] if len(left) > 1 and self._tapped(position, left[:-1], left[-1]) else left
-
-    def _tapped(self, position: int, others: list[fx.Node], features: fx.Node) -> bool:
-        """Whether ``others`` only wait for a later head, while all goes on from ``features``, the youngest value.
-
-        So it is in encoders whose stages are read again by a decoder or a feature pyramid: what runs next reads the
-        features, they were computed from each of the others, and each other one are maps of finer resolution, or
-        nothing reads it before the model's own child that runs at ``position`` has ended. The input of a module that is
-        still running, such as the shortcut of a residual unit, does not wait for a head.
-        """
-        nodes = self.nodes
-        index = {node: k for k, node in enumerate(nodes)}
-        running = [path for path, start in self.entered.items() if path and start < position < self.left[path]]
-        end = min((self.left[path] for path in running if "." not in path), default=position)
-
-        def reads_first(start: int, values: Collection[fx.Node]) -> list[fx.Node]:
-            reading = ([v for v in n.all_input_nodes if v in values] for n in nodes[start:] if n in self.differentiable)
-            return next(filter(None, reading), [])
-
-        if features not in reads_first(position, {*others, features}):
-            return False
-        sources = _sources(features)
-        for other in others:
-            uses = [index[user] for user in other.users if index[user] >= position]
-            finer = _side(other, self) > _side(features, self) > 0
-            if other not in sources or not (finer or (end > position and min(uses) >= end)):
-                return False
-            for path in running:
-                entry = self.entered[path]
-                if index[other] < entry and min(uses) < self.left[path]:
-                    entering = [n for n in self.crossing(entry) if n in self.differentiable]
-                    if other in reads_first(entry, entering):
-                        return False
-        return True
-
-
-def _side(node: fx.Node, traced: Trace) -> int:
-    """Height of maps in positions; 0 for other values."""
-    shape = node.meta.get("shape", ())
-    return 0 if len(shape) != 4 else shape[1] if channels_hint(node, traced) == "last" else shape[2]
-
-
-def _sources(node: fx.Node) -> set[fx.Node]:
-    """The node and everything that it is computed from."""
-    found, queue = {node}, [node]
-    while queue:
-        new = [source for source in queue.pop().all_input_nodes if source not in found]
-        found.update(new)
-        queue += new
-    return found
 
 
 def trace(
     model: nn.Module,
     num_inputs: int | None,
     *,
-    training: bool = False,
-    through: Collection[str] | None = None,
-    structured: Collection[str] = (),
+    training: bool,
+    through: Collection[str],
 ) -> Trace:
-    """Trace ``model``, wholly or only through the modules ``through``, and ``structured`` ones directly inside those.
+    """Trace ``model`` through the modules ``through``; every other one is kept whole.
 
-    A module whose ``forward`` cannot be traced is kept whole; if one of ``through`` cannot, `PartitionError`
-    says where.
+    Raises:
+        PartitionError: one of them cannot be traced; the message says where.
     """
-    library_modules, library_functions = _library_leaves()
-    default = fx.Tracer()
-    opaque: set[str] = set()  # modules that cannot be traced and are kept whole
     # What is computed from buffers alone is recorded; frozen into the graph only where a forward branches on buffers.
     record_buffers = True
-
-    def is_leaf(module: nn.Module, path: str) -> bool:
-        if path in opaque:
-            return True
-        if through is not None:
-            return path not in through and path not in structured
-        return isinstance(module, library_modules) or default.is_leaf_module(module, path)
-
     while True:
         root = _Root(model, num_inputs)
-        tracer = _Tracer(is_leaf, library_functions)
+        tracer = _Tracer(lambda module, path: path not in through, _library_functions())
         tracer.proxy_buffer_attributes = record_buffers
         try:
             with untouched(model, training), warnings.catch_warnings():
@@ -227,20 +120,17 @@ def trace(
                 drawn = not torch.equal(before, torch.get_rng_state())
         except Exception as error:  # a forward may fail in any way when it is given proxies
             culprit = next((path for path in reversed(tracer.inside) if path), "")
-            if not culprit or (through is not None and culprit in through):
-                if record_buffers:
-                    record_buffers = False
-                    continue
-                raise PartitionError(_untraceable(model, culprit, error)) from error
-            opaque.add(culprit)
-            continue
-        if drawn and through is not None:
+            if record_buffers:
+                record_buffers = False
+                continue
+            raise PartitionError(_untraceable(model, culprit, error)) from error
+        if drawn:
             raise PartitionError(
                 f"{type(model).__name__} draws random numbers of a fixed size (torch.rand(...), say) in a forward that "
                 "has to be traced, so every step would see the same draw. Move the draw into a module of its own, or "
                 "pass a list of modules that run one after the other."
             )
-        return Trace(root, graph, tracer.entered, tracer.left, tracer.returned, tracer.structured)
+        return Trace(root, graph, tracer.entered, tracer.taken)
 
 
 def _where(error: Exception) -> str:
@@ -268,83 +158,3 @@ def _untraceable(model: nn.Module, path: str, error: Exception) -> str:
         + ("" if len(children) <= 3 else ", ...")
         + "], example=...)."
     )
-
-
-class _Values(fx.Interpreter):
-    """Runs a trace on an example and notes the shape of each value and whether it carries a gradient."""
-
-    def __init__(self, traced: Trace) -> None:
-        super().__init__(traced.root, graph=traced.graph)
-        self.traced = traced
-
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
-        return _mutable(super().fetch_args_kwargs_from_env(n))
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            n.meta["shape"] = tuple(result.shape)
-        floating = any(
-            isinstance(t, Tensor) and t.is_floating_point()
-            for t in (result if isinstance(result, (tuple, list)) else [result])
-        )
-        if floating and n.op != "placeholder" and (self._has_parameters(n) or self._reads_differentiable(n)):
-            self.traced.differentiable.add(n)
-        return result
-
-    def _has_parameters(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return any(True for _ in self.module.get_submodule(str(node.target)).parameters())
-        return node.op == "get_attr" and isinstance(attribute(self.traced.root, str(node.target)), nn.Parameter)
-
-    def _reads_differentiable(self, node: fx.Node) -> bool:
-        return any(arg in self.traced.differentiable for arg in node.all_input_nodes)
-
-
-def _mutable(value: Any) -> Any:
-    """Lists and dicts as a module gets them outside a graph: it may append to them."""
-    if isinstance(value, list):
-        return [_mutable(item) for item in value]
-    if type(value) in (dict, immutable_dict):  # a dict of another kind may have attributes, as transformers' outputs do
-        return {key: _mutable(item) for key, item in value.items()}
-    return tuple(_mutable(item) for item in value) if type(value) is tuple else value
-
-
-def attribute(root: nn.Module, target: str) -> Any:
-    """What a ``get_attr`` node fetches."""
-    value: Any = root
-    for name in target.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def note_values(traced: Trace, model: nn.Module, example: Any) -> None:
-    """Fill in shapes and ``differentiable`` by running ``example`` in eval mode."""
-    with untouched(model, False), torch.no_grad():
-        _Values(traced).run(example)
-
-
-def channels_hint(node: fx.Node, traced: Trace, limit: int = 12) -> Literal["first", "last"] | None:
-    """Where the layers next to a value look for channels, by the first one with weights downstream, else upstream."""
-    shape = node.meta.get("shape", ())
-    if len(shape) != 4 or shape[1] == shape[3]:
-        return None
-    ways: tuple[Callable[[fx.Node], Collection[fx.Node]], ...] = (lambda n: n.users, lambda n: n.all_input_nodes)
-    for step in ways:
-        seen, queue = {node}, list(step(node)) if step(node) else []
-        for _ in range(limit):
-            if not queue:
-                break
-            current = queue.pop(0)
-            if current in seen:
-                continue
-            seen.add(current)
-            if current.op == "call_module":
-                module = traced.root.get_submodule(str(current.target))
-                if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)):
-                    return "first"
-                if isinstance(module, (nn.Linear, nn.LayerNorm)):
-                    width = module.weight.shape[-1]
-                    return "last" if width == shape[3] and width != shape[1] else "first"
-            queue += list(step(current))
-    return "last" if shape[1] == shape[2] != shape[3] else None
