@@ -94,7 +94,9 @@ METHODS = {
     if name in BASES or name.endswith("(dgl)") or name == "man_pp(infopro)"
 }
 # These compare what heads say with one class for each image, or with the softmax of another head.
-NEEDS_ONE_CLASS = {name for name in METHODS if name in ("predsim", "logit_consistency(dgl)", "last_head_distillation(dgl)")}
+NEEDS_ONE_CLASS = {
+    name for name in METHODS if name in ("predsim", "logit_consistency(dgl)", "last_head_distillation(dgl)")
+}
 ON_EVERY_METHOD = pytest.mark.parametrize("name", [name for name in METHODS if name not in NEEDS_ONE_CLASS])
 
 
