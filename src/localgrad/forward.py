@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from localgrad.batches import tensors_in
-from localgrad.errors import PartitionError, TrainingError
+from localgrad.errors import PartitionError
 from localgrad.suspension import thread_state
 from localgrad.suspension.doors import Suspended
 from localgrad.suspension.frames import Tag, depth_of, held_by_frames
@@ -69,13 +69,6 @@ class SuspendedForward(Suspended):
         self.features, self.arguments = None, Arguments((), {})
         try:
             output = self.switch() if error is None else self.throw(error)
-        except greenlet.error as wrong:
-            if error is not None:
-                raise
-            raise TrainingError(
-                "a step is advanced in another thread than the one it was begun in: run the whole loop over "
-                "local_losses in one thread"
-            ) from wrong
         finally:
             thread_state.set_values(callers)
         if self.dead:
