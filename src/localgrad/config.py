@@ -116,7 +116,6 @@ class TrainConfig:
     batch_size: int = 128
     eval_batch_size: int = 500
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    mixup: float = 0.0
     ema_decay: float | None = None
     compile: bool = False
     capture: bool = False
@@ -133,10 +132,6 @@ class TrainConfig:
         for name in ("threads", "checkpoint_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name}={value}; it must be at least 1, or null")
-        _require(
-            self.mixup >= 0 and math.isfinite(self.mixup),
-            f"train.mixup={self.mixup}; it must be at least 0 (0 is off)",
-        )
         _require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
             f"train.ema_decay={self.ema_decay}; it must lie between 0 and 1, or null",

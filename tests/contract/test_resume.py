@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # 80 steps: enough for eight kills of which each comes within a few steps, and soon done.
 TRAIN = [
     "train", "digits", "beside=[]", "--epochs", "5", "train.threads=1", "data.limit=280", "train.batch_size=16",
-    "train.checkpoint_every=2", "train.ema_decay=0.9", "train.mixup=0.2",
+    "train.checkpoint_every=2", "train.ema_decay=0.9",
 ]  # fmt: skip
 
 

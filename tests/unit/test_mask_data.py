@@ -530,7 +530,6 @@ def test_overlay_mixes_the_colour_of_the_class() -> None:
         ("task.class_weigths=[1, 2]", "class_weights"),
         ("task.mean=[1]", "task.mean"),
         ("data.image_size=32", r"write \[height, width\]"),
-        ("train.mixup=0.2", "mixup"),
         ("model.weights=nix.pth", "cannot read weights"),
     ],
 )

@@ -94,7 +94,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "per block": {"optim": {"per_block": True}, "train": {"ema_decay": 0.9}},
     "adamw, warm-up": {"optim": {"name": "adamw", "lr": 0.002, "warmup_epochs": 1}},
-    "mixup, average": {"train": {"mixup": 0.4, "ema_decay": 0.8}, "task": {"label_smoothing": 0.1}},
+    "average": {"train": {"ema_decay": 0.8}, "task": {"label_smoothing": 0.1}},
     "bf16": {"train": {"precision": "bf16"}, "data": {"limit": 120}},
     "fp16": {"train": {"precision": "fp16"}, "optim": {"per_block": True}, "data": {"limit": 120}},
     "accumulation": {"method": ["e2e", "checkpointing", {"accumulation": {"parts": 3}}]},

@@ -73,22 +73,22 @@ def clocked(
         rounds: steps, after one that warms up.
         ran: called with a micro-batch and a block that has just run forward.
     """
-    twin = copy.deepcopy(network)
-    twin.replicas = twin.stage = None
-    spans = twin.spans(1)
+    copied = copy.deepcopy(network)
+    copied.replicas = copied.stage = None
+    spans = copied.spans(1)
     found: dict[tuple[Do, int], list[float]] = {}
     for _ in range(rounds + 1):
         seconds: dict[tuple[Do, int], float] = {}
-        with twin.opened(spans) as opened:
+        with copied.opened(spans) as opened:
             passes = []
-            for part, (x, y, share) in enumerate(parts_of(inputs, targets, twin.method.accumulate.parts)):
-                batch = in_context(twin, Batch(x, y, 1), part, None)
-                passes.append(Pass(twin, opened, spans, batch, part, share))
-            late = any(rule.late for rule in twin.rules)
-            table = timetable(spans, twin.num_blocks, len(passes), late=late)
-            for _, loss in execute(twin, _timed(table, passes, seconds, ran), passes, None, lambda block: None):
+            for part, (x, y, share) in enumerate(parts_of(inputs, targets, copied.method.accumulate.parts)):
+                batch = in_context(copied, Batch(x, y, 1), part, None)
+                passes.append(Pass(copied, opened, spans, batch, part, share))
+            late = any(rule.late for rule in copied.rules)
+            table = timetable(spans, copied.num_blocks, len(passes), late=late)
+            for _, loss in execute(copied, _timed(table, passes, seconds, ran), passes, None, lambda block: None):
                 loss.backward()
-        twin.zero_grad(set_to_none=True)
+        copied.zero_grad(set_to_none=True)
         for row, taken in seconds.items():
             found.setdefault(row, []).append(taken)
     return {row: median(column[1:]) for row, column in found.items()}

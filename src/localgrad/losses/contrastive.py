@@ -24,7 +24,7 @@ class Contrastive:
         temperature: t.
 
     Raises:
-        TrainingError: for mixed targets (mixup) and masks, which have no one class.
+        TrainingError: for mixed targets (such as mixup gives) and masks, which have no one class.
 
     Source: Khosla et al., 2020, arXiv:2004.11362, as used by InfoPro, ICLR 2021, arXiv:2101.10832.
     """

@@ -12,12 +12,12 @@ from localgrad.task import Task
 
 
 @base
-def lean(task: Task, *, depth: int = 2, tail: int = 1) -> Method:
+def lean(task: Task, *, depth: int = 2, tail: int = 1, factor: int = 2, least: int = 4) -> Method:
     """AugLocal whose heads read pooled features, but for the first one: most of its accuracy for less of its cost.
 
-    ``pooled(auglocal(task, depth=depth, tail=tail), least=4, start=1)``. Later blocks hardly
-    become better than what the first block and its head can do, so that one keeps all positions; the others keep what
-    there is at a quarter of the cost. ``docs/lean.md`` has the measurements. Cut into as few blocks as memory allows,
+    ``pooled(auglocal(task, depth=depth, tail=tail), factor=factor, least=least, start=1)``. Later blocks hardly become
+    better than what the first block and its head can do, so that one keeps all positions; the others keep what there is
+    at a quarter of the cost. ``docs/lean.md`` has the measurements. Cut into as few blocks as memory allows,
     by bytes: ``cuts.fits("2GiB")`` or ``cuts.by_bytes(8)``.
 
     Args:
@@ -25,6 +25,8 @@ def lean(task: Task, *, depth: int = 2, tail: int = 1) -> Method:
         depth: units of the first head; later ones are shallower.
         tail: blocks at the end that share one span. In a network whose features shrink, several of one unit each take
             no more memory than the first block.
+        factor: sides of the pooling, less where fewer than ``least`` positions would remain.
+        least: positions per side that pooling leaves at least.
 
     Raises:
         MethodError: for a value out of range.
@@ -37,4 +39,4 @@ def lean(task: Task, *, depth: int = 2, tail: int = 1) -> Method:
     Source: ours; the heads are AugLocal's (arXiv:2402.17318).
     """
     looking_ahead = auglocal(task, depth=depth, tail=tail)
-    return replace(pooled(looking_ahead, least=4, start=1), name="lean")
+    return replace(pooled(looking_ahead, factor=factor, least=least, start=1), name="lean")

@@ -13,13 +13,12 @@ from localgrad import heads
 from localgrad.batches import num_samples
 from localgrad.method import Auxiliary, Method, Network, Observer, Rule, Term
 from localgrad.methods.composition import base
-from localgrad.site import HeadBuilder
 from localgrad.spans import Local
 from localgrad.task import Batch, Task, alone
 
 
 @base
-def local_critic(task: Task, *, head: heads.Spec | HeadBuilder | None = None) -> Method:
+def local_critic(task: Task) -> Method:
     """Every block minimises what its critic says the loss will be; critics learn to say what the next one says.
 
     ``block k: task.loss(c_k(h_k))``, ``c_k: | task.loss(c_k(stop_gradient(h_k))) - stop_gradient(L_{k+1}) |``, where
@@ -27,7 +26,6 @@ def local_critic(task: Task, *, head: heads.Spec | HeadBuilder | None = None) ->
 
     Args:
         task: from `localgrad.tasks`.
-        head: the critic; default `localgrad.heads.Critic`. It runs twice a step: choose one without BatchNorm.
 
     Example:
         >>> import localgrad
@@ -37,8 +35,7 @@ def local_critic(task: Task, *, head: heads.Spec | HeadBuilder | None = None) ->
     Source: Lee et al., Local Critic Training, arXiv:2102.01963.
     Differs: critics share the blocks' optimizer (theirs: Adam, 1e-4); the distance is that of the batch's mean losses.
     """
-    critic = task.head(heads.Critic(task.num_outputs)) if head is None else heads.named(head, task)
-    term = Term(critic, task.loss)
+    term = Term(task.head(heads.Critic(task.num_outputs)), task.loss)
     return Method("local_critic", task, terms=(term,), spans=Local(), rules=(_Following(),))
 
 

@@ -69,8 +69,8 @@ class _Reconcile(Rule):
         return _Seam(self.penalty) if alone else Observer()
 
     def tried(self, network: Network, example: Any) -> None:
-        assert isinstance(network, LocalNetwork)
         """Raise `MethodError` unless the gradient of each block by its input can be differentiated again."""
+        assert isinstance(network, LocalNetwork)
         with network.opened(()) as opened:
             one = Pass(network, opened, (), Batch(example, None, 0))
             seam = _Seam(self.penalty)

@@ -98,20 +98,20 @@ def plan(
     options, skipped = _Ways(planner, task, local, text, optimizer, budget, headroom).all()
     largest, largest_name = planner.largest_unit()
     return Plan(
-        name,
-        sum(p.numel() for p in model.parameters()),
-        batch_size,
-        planner.shape,
-        planner.classes,
-        optimizer,
-        precision,
-        budget,
-        headroom,
-        rates,
-        largest,
-        largest_name,
-        tuple(options),
-        tuple(skipped),
+        model=name,
+        parameters=sum(p.numel() for p in model.parameters()),
+        batch_size=batch_size,
+        image_shape=planner.shape,
+        num_classes=planner.classes,
+        optimizer=optimizer,
+        precision=precision,
+        memory=budget,
+        headroom=headroom,
+        rates=rates,
+        largest_unit=largest,
+        largest_name=largest_name,
+        options=tuple(options),
+        skipped=tuple(skipped),
     )
 
 
@@ -338,20 +338,20 @@ class _Ways:
         for by_block in per_block:
             gradients, rest = step.per_block if by_block else step.peak
             option = Option(
-                name + ", per-block step" * by_block,
-                kind,
-                text,
-                cuts,
-                tuple(recompute),
-                parts,
-                by_block,
-                step.weights,
-                self.states * step.trained,
-                gradients,
-                rest,
-                step.flops / self.plain.flops,
-                step.seconds / self.plain.seconds,
-                update,
+                name=name + ", per-block step" * by_block,
+                kind=kind,
+                method=text,
+                cuts=cuts,
+                recompute=tuple(recompute),
+                micro_batches=parts,
+                per_block=by_block,
+                weights=step.weights,
+                optimizer=self.states * step.trained,
+                gradients=gradients,
+                activations=rest,
+                flops_ratio=step.flops / self.plain.flops,
+                time_ratio=step.seconds / self.plain.seconds,
+                update=update,
             )
             same = (o for o in self.options if (o.kind, o.num_blocks, o.micro_batches) == (kind, len(cuts) + 1, parts))
             known = min((o.peak for o in same), default=math.inf)

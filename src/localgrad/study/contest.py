@@ -492,15 +492,15 @@ def contest(
         for row, taken, ratio in zip(rows, seconds, ratios, strict=True)
     ]
     return Contest(
-        title,
-        sum(p.numel() for p in model.parameters()),
-        batch_size,
-        (channels, image_size, image_size),
-        num_classes,
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        torch.get_num_threads(),
-        named,
-        torch.__version__,
-        tuple(rows),
-        tuple(skipped),
+        model=title,
+        parameters=sum(p.numel() for p in model.parameters()),
+        batch_size=batch_size,
+        image_shape=(channels, image_size, image_size),
+        num_classes=num_classes,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        threads=torch.get_num_threads(),
+        clock=named,
+        torch=torch.__version__,
+        rows=tuple(rows),
+        skipped=tuple(skipped),
     )

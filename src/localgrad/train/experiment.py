@@ -196,9 +196,6 @@ def load_data(config: Config, device: torch.device, replica: int = 0, num_replic
         "num_replicas": num_replicas,
     }
     size = settings.image_size
-    dense = data.masks.knows(settings.name) or data.boxes.knows(settings.name)
-    if dense and config.train.mixup:
-        raise ConfigError(f"mixup mixes classes of whole images; switch it off for {settings.name!r}")
     if data.boxes.knows(settings.name):
         if settings.crop_size is not None or settings.scale != (1.0, 1.0):
             raise ConfigError(f"data.crop_size and data.scale need masks, not {settings.name!r}")

@@ -17,7 +17,7 @@ from localgrad.engine import local_losses
 from localgrad.method import Term
 from localgrad.models import freeze_batchnorm
 from localgrad.network import exchange
-from localgrad.randomness import keyed_randomness, seeded
+from localgrad.randomness import keyed_randomness
 from localgrad.spans import Span
 from localgrad.train.capture import Captured, Record
 from localgrad.train.experiment import Experiment, explained
@@ -51,7 +51,7 @@ def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch
                 if config.train.channels_last:
                     inputs = inputs.contiguous(memory_format=torch.channels_last)
                 run.stepper.set_learning_rate(rate_of(run, run.batch))
-                one_step(*mixed(run, inputs, targets))
+                one_step(inputs, targets)
                 run.batch += 1
                 run.step += 1
                 meter.end_batch()
@@ -114,17 +114,6 @@ def captured_step(run: Experiment, record: Record | None = None) -> Callable[[Te
         counted[:] = [before, run.meter.counts()]
 
     return Captured(work, again=lambda: run.meter.count_again(*counted), record=record)
-
-
-def mixed(run: Experiment, inputs: Tensor, targets: Any) -> tuple[Tensor, Any]:
-    """Mixup, as configured."""
-    settings = run.config.train
-    if not settings.mixup:
-        return inputs, targets
-    from torchvision.transforms import v2
-
-    with seeded(settings.seed, "mix", run.step, device=inputs.device):
-        return v2.MixUp(alpha=settings.mixup, num_classes=run.data.num_classes)(inputs, targets)
 
 
 def row(run: Experiment, seconds: float) -> dict[str, Any]:
