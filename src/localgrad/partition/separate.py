@@ -1,7 +1,7 @@
 """Blocks that can be called one by one, for what needs them: ranks of block parallel, and blocks that run again.
 
-They come from torch.fx (`localgrad.partition.blocks`) or from a list of modules, and must compute in training mode what
-the model's own forward computes. Chained they are a module like any other, which the engine suspends at its cuts.
+They come from torch.fx (`localgrad.partition.trace`) and must compute in training mode what the model's own forward
+computes. Chained they are a module like any other, which the engine suspends at its cuts.
 """
 
 from __future__ import annotations
@@ -16,18 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.batches import call_model
 from localgrad.errors import PartitionError
-from localgrad.partition.blocks import (
-    INPUTS,
-    OUTPUT,
-    Block,
-    RecomputedBlock,
-    ancestors,
-    check_shared_parameters,
-    join,
-    split,
-)
+from localgrad.partition.blocks import Block, RecomputedBlock, check_shared_parameters, join, split
 from localgrad.partition.moments import Cut, Partition
-from localgrad.partition.trace import Taps
+from localgrad.partition.trace import INPUTS, OUTPUT
 from localgrad.recompute.parts import recomputed
 from localgrad.suspension.points import Point
 from localgrad.suspension.untouched import untouched
@@ -157,27 +148,31 @@ def separate_blocks(
         points += inner
         sizes[index] += len(inner)
     points.sort(key=lambda cut: cut.position)
-    if isinstance(model, Chain):
-        parts = _from_list(model, [int(cut.name.split(".")[1]) for cut in points])
-    else:
-        parts = _by_tracing(partition, points, example, why)
-    blocks = join(model, parts, sizes)
-    several = isinstance(example, (tuple, list))
-    _compare(SeparateBlocks(blocks, several=several), model, example, f"{why}: the blocks that torch.fx makes")
-    return blocks
+    if not isinstance(example, (Tensor, tuple, list)):
+        raise PartitionError(f"{why}: torch.fx takes a tensor or a tuple as example, not a {type(example).__name__}")
+    if repeated := [cut.name for cut in points if cut.point.call]:
+        raise PartitionError(f"{why}: {repeated[0]!r} is called several times; name a cut point that is called once")
 
+    def made(inside: Collection[str]) -> list[Block | RecomputedBlock]:
+        paths = [*(cut.point.name for cut in points), *inside]
+        through = {"", *(path[:end] for path in paths for end, mark in enumerate(path) if mark == ".")}
+        _check_hooks(model, through, why)
+        blocks = join(model, split(model, example, [cut.point for cut in points], through), sizes)
+        chained = SeparateBlocks(blocks, several=isinstance(example, (tuple, list)))
+        shapes: list[Any] = []
+        for door in chained.doors:
+            door.register_forward_pre_hook(lambda _, args: shapes.append(getattr(tree_leaves(args)[0], "shape", None)))
+        _compare(chained, model, example, f"{why}: the blocks that torch.fx makes")
+        if shapes != [cut.shape for cut in cuts]:
+            raise PartitionError(f"{why}: torch.fx does not see which values are the features; pass a list of modules")
+        return blocks
 
-def _by_tracing(partition: Partition, cuts: Sequence[Cut], example: Any, why: str) -> list[Block]:
-    """The blocks that torch.fx makes, with no taps if it can do without; naming them, it looks inside more modules."""
-    named = tuple(dict.fromkeys(name for cut in cuts for name in partition.holders(cut)))
-    points = [cut.point.name for cut in cuts]
-    _check_separable(partition.model, cuts, (), example, why)
-    fewer: tuple[Taps, ...] = ((), "auto")
-    for taps in fewer:
-        with contextlib.suppress(PartitionError):
-            return split(partition.model, example, points, taps)
-    _check_separable(partition.model, cuts, named, example, why)
-    return split(partition.model, example, points, named)
+    try:
+        return made(())
+    except PartitionError as e:
+        with open('/tmp/second.log','a') as fff: fff.write(f"{__import__('os').environ.get('PYTEST_CURRENT_TEST')} {e}\n")
+    # What a module returns as a list, say, and others open, torch.fx has to see being made.
+    return made([name for cut in points for name in partition.holders(cut)])
 
 
 def _as_by_now(model: nn.Module, example: Any) -> Any:
@@ -191,36 +186,9 @@ def _as_by_now(model: nn.Module, example: Any) -> Any:
     return tree_map_only(Tensor, moved, example)
 
 
-def _from_list(chain: Chain, starts: Sequence[int]) -> list[Block]:
-    edges = [0, *starts, len(chain.steps)]
-    blocks = []
-    for k in range(len(edges) - 1):
-        steps = nn.Sequential(*chain.steps[edges[k] : edges[k + 1]])
-        names = ((INPUTS if k == 0 else f"features_{k}",), (OUTPUT if k == len(edges) - 2 else f"features_{k + 1}",))
-        wrapped = Listed(steps, spread=k == 0)
-        blocks.append(Block(chain, {True: (wrapped, *names), False: (wrapped, *names)}))
-    return blocks
-
-
-class Listed(nn.Module):
-    """A block given as a list of modules."""
-
-    def __init__(self, module: nn.Module, spread: bool) -> None:
-        super().__init__()
-        self.module, self.spread = module, spread
-
-    def forward(self, value: Any) -> tuple[Any]:
-        return (call_model(self.module, value) if self.spread else self.module(value),)
-
-
-def _check_separable(model: nn.Module, cuts: Sequence[Cut], taps: Sequence[str], example: Any, why: str) -> None:
-    if not isinstance(example, (Tensor, tuple, list)):
-        raise PartitionError(f"{why}: torch.fx takes a tensor or a tuple as example, not a {type(example).__name__}")
-    if repeated := [cut.name for cut in cuts if cut.point.call]:
-        raise PartitionError(f"{why}: {repeated[0]!r} is called several times; name a cut point that is called once")
-    modules = dict(model.named_modules())
-    for path in ("", *sorted(ancestors((*(cut.point.name for cut in cuts), *taps)))):
-        module = modules[path]
+def _check_hooks(model: nn.Module, through: Collection[str], why: str) -> None:
+    for path in sorted(through):
+        module = model.get_submodule(path)
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             raise PartitionError(
                 f"{why} call the parts of {path or type(model).__name__!r} one by one, which would pass by the hooks "
