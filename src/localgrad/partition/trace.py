@@ -6,6 +6,7 @@ own module, with its mode, its dropout and any batch size.
 
 from __future__ import annotations
 
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -41,11 +42,20 @@ class _Root(nn.Module):
         return self.model(*[inputs[i] for i in range(self.num_inputs)])
 
 
+def _opaque_functions() -> tuple[Callable[..., Any], ...]:
+    """Functions that timm declares untraceable."""
+    if "timm.models" not in sys.modules:  # then the model has none of them, and importing it would take seconds
+        return ()
+    from timm.models import _features_fx
+
+    return tuple(_features_fx.get_notrace_functions())
+
+
 class _Tracer(fx.Tracer):
     """Traces through the modules ``through``, and remembers where each of ``points`` begins and the features there."""
 
     def __init__(self, points: Sequence[Point], through: Collection[str], record_buffers: bool) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=_opaque_functions())
         self.points, self.through = {point.name: point for point in points}, through
         self.proxy_buffer_attributes = record_buffers
         self.entered: dict[str, tuple[int, Any]] = {}  # point -> number of nodes before, features
