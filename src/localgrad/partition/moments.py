@@ -438,15 +438,10 @@ class Partition:
                 found[name] = () if block is None else (block,)
         return found
 
-    def holders(self, cut: Cut) -> tuple[str, ...]:
-        """The modules that returned what crosses at a cut besides the features, or passed the features on."""
-        (crossing,) = self._crossing([cut.position])
-        features = next(value for leaf, _, value, _ in self._call_at(cut).taken if leaf == cut.point.leaf)
-        ended = sorted((c for c in self.calls if 0 < c.exit <= cut.position), key=lambda c: c.exit)
-        returned = [(c.name, value) for c in ended for value, _ in c.returned if value in crossing]
-        maker = next((name for name, value in returned if value == features), "")
-        own = {name for name, value in returned if value == features and f"{maker}.".startswith(f"{name}.")}
-        return tuple(dict.fromkeys(name for name, _ in returned if name not in own))
+    def returning_several(self) -> set[str]:
+        """The modules that return anything but one tensor, those of torch left out."""
+        found = {call.name for call in self.calls if call.structured}
+        return {name for name in found if not type(self.modules[name]).__module__.startswith("torch.nn.")}
 
     def units_after(self, cut: Cut) -> tuple[Unit, ...]:
         """The model's modules that the units from ``cut`` on consist of, as far as each is one module."""

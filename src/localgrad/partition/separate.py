@@ -6,7 +6,6 @@ computes. Chained they are a module like any other, which the engine suspends at
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -154,8 +153,8 @@ def separate_blocks(
         raise PartitionError(f"{why}: {repeated[0]!r} is called several times; name a cut point that is called once")
 
     def made(inside: Collection[str]) -> list[Block | RecomputedBlock]:
-        paths = [*(cut.point.name for cut in points), *inside]
-        through = {"", *(path[:end] for path in paths for end, mark in enumerate(path) if mark == ".")}
+        names = [cut.point.name for cut in points]
+        through = {"", *inside, *(name[:end] for name in names for end, mark in enumerate(name) if mark == ".")}
         _check_hooks(model, through, why)
         blocks = join(model, split(model, example, [cut.point for cut in points], through), sizes)
         chained = SeparateBlocks(blocks, several=isinstance(example, (tuple, list)))
@@ -169,10 +168,10 @@ def separate_blocks(
 
     try:
         return made(())
-    except PartitionError as e:
-        with open('/tmp/second.log','a') as fff: fff.write(f"{__import__('os').environ.get('PYTEST_CURRENT_TEST')} {e}\n")
-    # What a module returns as a list, say, and others open, torch.fx has to see being made.
-    return made([name for cut in points for name in partition.holders(cut)])
+    except PartitionError:  # somebody opens the list that a module returns: torch.fx has to see it being made
+        if not (lists := partition.returning_several()):
+            raise
+        return made(lists)
 
 
 def _as_by_now(model: nn.Module, example: Any) -> Any:
