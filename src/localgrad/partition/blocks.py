@@ -166,9 +166,8 @@ def check_shared_parameters(model: nn.Module, blocks: Sequence[nn.Module], point
         for parameter in block.parameters():
             first = owner.setdefault(id(parameter), index)
             if first != index:
-                where = points[index - 1] if index - 1 < len(points) else str(index)
                 raise PartitionError(
                     f"parameter {names.get(id(parameter), '?')!r} is used by block {first} and by block {index} (from "
-                    f"{where!r}): two losses would train it. Untie it (copy.deepcopy), or cut so that both uses are in "
-                    "one block."
+                    f"{points[index - 1]!r}): two losses would train it. Untie it (copy.deepcopy), or cut so that both "
+                    "uses are in one block."
                 )

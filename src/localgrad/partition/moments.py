@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from localgrad.batches import num_samples, tensors_in
 from localgrad.errors import PartitionError, nearest
 from localgrad.layout import Layout, layout_of
-from localgrad.partition.record import Call, Graph, Listener, Value
+from localgrad.partition.record import Call, Graph, Listener, Taken, Value
 from localgrad.partition.units import Called, Key, Unit
 from localgrad.suspension.frames import outermost
 from localgrad.suspension.points import Point
@@ -105,7 +105,7 @@ class Partition:
         self._head = self._head_position()
         self.all = self._find()
         self.cuts = tuple(cut for cut, plain in self.all if plain and (shared or not cut.shared))
-        self.finest = tuple(self._finest())
+        self.finest = self._finest()
 
     # One forward -------------------------------------------------------------------------------------------------
 
@@ -129,16 +129,14 @@ class Partition:
         self.calls = listener.calls
         self.known: dict[Value, str] = {}
         self.shapes: dict[Value, tuple[int, ...]] = {}
-        for call in self.calls:
-            call.taken = [(p, k, v, s) for p, k, edge, s in call.taken if (v := graph.value(edge)) is not None]
-            call.returned = [(v, s) for edge, s in call.returned if (v := graph.value(edge)) is not None]
-            call.frames = {v: name for edge, name in call.frames.items() if (v := graph.value(edge)) is not None}
-            seen = [(v, s) for _, _, v, s in call.taken] + call.returned
-            for value, shape in seen:
-                self.known.setdefault(value, call.name)
-                self.shapes.setdefault(value, shape)
         numbers: dict[Any, int] = {}
         for call in self.calls:
+            call.taken = [t._replace(value=v) for t in call.taken if (v := graph.value(t.value)) is not None]
+            call.returned = [(v, s) for edge, s in call.returned if (v := graph.value(edge)) is not None]
+            call.frames = {v: name for edge, name in call.frames.items() if (v := graph.value(edge)) is not None}
+            for value, shape in [*((t.value, t.shape) for t in call.taken), *call.returned]:
+                self.known.setdefault(value, call.name)
+                self.shapes.setdefault(value, shape)
             call.same = {k: tuple(numbers.setdefault(one, len(numbers)) for one in v) for k, v in call.same.items()}
             call.overwritten = frozenset(
                 k for k, (tensor, version) in call.watched.items() if tensor._version != version
@@ -184,7 +182,7 @@ class Partition:
                     found[index] = (_with_alias(cut, call.name), plain)
                 continue
             by_place[place] = len(found)
-            plain = self._plain(call, features, others) and not self._aside(call.enter)
+            plain = (not others or self._tapped(call, features, others)) and not self._aside(call.enter)
             found.append((self._cut(call, features, others), plain))
         spaced: list[tuple[Cut, bool]] = []
         any_before = plain_before = 0
@@ -235,9 +233,6 @@ class Partition:
                 own += work
         return other > own
 
-    def _plain(self, call: Call, features: Value, others: Sequence[Value]) -> bool:
-        return not others or self._tapped(call, features, others)
-
     def _tapped(self, call: Call, features: Value, others: Sequence[Value]) -> bool:
         """Whether ``others`` only wait for a later head, while all goes on from ``features``, the youngest value.
 
@@ -279,7 +274,7 @@ class Partition:
         return shape[1] if hint == "last" else shape[2]
 
     def _cut(self, call: Call, features: Value, others: Sequence[Value]) -> Cut:
-        leaf, _, _, shape = next(taken for taken in call.taken if taken[2] == features)
+        leaf, _, _, shape = next(taken for taken in call.taken if taken.value == features)
         moment = call.enter
         later = (c for c in self._weighted if c.enter >= moment)
         shared = [n for n, reads in self.graph.readers.items() if min(reads) < moment <= max(reads)]
@@ -296,20 +291,15 @@ class Partition:
             tuple(shared),
         )
 
-    def _finest(self) -> Iterator[Cut]:
+    def _finest(self) -> tuple[Cut, ...]:
         """Cut points where taps cross too, as long as the features are computed from them; outermost modules only."""
         chosen: list[Cut] = []
         for cut, plain in self.all:
             inside = any(cut.name.startswith(other.name + ".") for other in chosen)
-            if (
-                (cut.shared and not self.shared)
-                or cut.overwritten
-                or (inside and not plain)
-                or self._aside(cut.position)
-            ):
-                continue
-            chosen.append(cut)
-            yield cut
+            allowed = (self.shared or not cut.shared) and not cut.overwritten and (plain or not inside)
+            if allowed and not self._aside(cut.position):
+                chosen.append(cut)
+        return tuple(chosen)
 
     def _channels_hint(self, moment: int, shape: tuple[int, ...]) -> Hint:
         """Where the layers next to a moment look for channels: the first one with weights behind it, else before it."""
@@ -401,8 +391,8 @@ class Partition:
                 return cut
         started = bisect.bisect_left(self.graph.first_reads, call.enter)
         covered = 0
-        for _, _, value, _ in call.taken:
-            covered |= self.graph.bits[value[0]] if value in crossing else 0
+        for taken in call.taken:
+            covered |= self.graph.bits[taken.value[0]] if taken.value in crossing else 0
         left = [n for k, n in enumerate(self.graph.order[:started]) if not covered >> k & 1]
         if left:
             raise PartitionError(
@@ -473,7 +463,7 @@ class Partition:
         """A module, such that it can be called with the features alone, and whether the cut has all that it needs."""
         module = self.modules[call.name]
         here, begins = self._call_at(cut), self._call_at(own)
-        wanted = begins.same[next(key for leaf, key, _, _ in begins.taken if leaf == own.point.leaf)]
+        wanted = begins.same[self._taken_at(own).key]
         features = [key for key, same in call.same.items() if same == wanted]
         others = {key: value for key, value in call.others.items() if key not in features}
         if not any(value is not None for value in others.values()) and features == [0] and not call.structured:
@@ -490,12 +480,15 @@ class Partition:
         """The call that a cut lies before."""
         return next(call for call in self.calls if (call.name, call.number) == (cut.point.name, cut.point.call))
 
+    def _taken_at(self, cut: Cut) -> Taken:
+        """What that call takes as features."""
+        return next(taken for taken in self._call_at(cut).taken if taken.leaf == cut.point.leaf)
+
     def _reads_taps(self, call: Call, cut: Cut) -> bool:
         """Whether a module reads more than the features that cross where it begins."""
         (crossing,) = self._crossing([cut.position])
-        features = next((v for leaf, _, v, _ in call.taken if leaf == cut.point.leaf), None)
-        early = {value for value in crossing if value != features}
-        return any(any(call.enter < time < call.exit for time in self.graph.reads[value]) for value in early)
+        early = set(crossing) - {self._taken_at(cut).value}
+        return any(call.enter < time < call.exit for value in early for time in self.graph.reads[value])
 
     def _units_at(self, cut: Cut, until: Layout | None) -> Iterator[Call]:
         """The modules that begin at ``cut``, the best unit first.
@@ -510,8 +503,7 @@ class Partition:
         alone = [calls[name] for name in names if not any(other.startswith(name + ".") for other in later)]
         holding = [calls[name] for name in reversed(names) if calls[name] not in alone]
         whole = [call for call in alone if until is None or self._makes(call, until)]
-        features = next(value for leaf, _, value, _ in self._call_at(cut).taken if leaf == cut.point.leaf)
-        reads = [time for time in self.graph.reads[features] if cut.position < time < stop]
+        reads = [time for time in self.graph.reads[self._taken_at(cut).value] if cut.position < time < stop]
         joined = bool(alone and holding) and not all(alone[0].enter < time < alone[0].exit for time in reads)
         rest = [*holding, *alone] if joined else [*alone, *holding]
         return iter({id(call): call for call in (*whole[:1], *rest)}.values())
