@@ -56,21 +56,20 @@ def by_count(partition: Partition, num_blocks: int, stem: Stem = "unit") -> tupl
     Raises:
         PartitionError: for more blocks than cut points allow, or fewer than 1.
     """
-    name = type(partition.model).__name__
     cuts = _available(partition, num_blocks)
     if stem == "own" and num_blocks < 2:
         raise PartitionError(
             "1 block with stem='own': the stem and the rest are two blocks; write by_count(2, stem='own')"
         )
-    body = [cut for cut in cuts if not cut.tail]
-    units = body if stem in ("own", "merged") else [None, *body]
+    first = [None] if stem == "unit" else []
+    units = [*first, *(cut for cut in cuts if not cut.tail)]
     wanted = num_blocks - 1 if stem == "own" else num_blocks
     if wanted > len(units):
-        units = list(cuts) if stem in ("own", "merged") else [None, *cuts]
+        units = [*first, *cuts]
     if wanted > len(units):
         raise PartitionError(
-            f"{num_blocks} blocks with stem={stem!r}: this {name} has {len(units)} units besides the stem; use "
-            f"at most {len(units) + (stem == 'own')} blocks, or stem='unit'"
+            f"{num_blocks} blocks with stem={stem!r}: this {type(partition.model).__name__} has {len(units)} units "
+            f"besides the stem; use at most {len(units) + (stem == 'own')} blocks, or stem='unit'"
         )
     size, extra = divmod(len(units), wanted)
     starts = [k * size + min(k, extra) for k in range(wanted)]

@@ -167,26 +167,21 @@ class Partition:
         calls = [c for c in self.calls if c.taken and not c.stray and is_unit(self.modules[c.name])]
         calls.sort(key=lambda c: c.enter)
         across = self._crossing([c.enter for c in calls])
-        found: list[tuple[Cut, bool]] = []
-        by_place: dict[tuple[int, Value], int] = {}
+        found: dict[tuple[int, Value], tuple[Cut, bool]] = {}
         for call, crossing in zip(calls, across, strict=True):
             features = self._features(call, crossing)
             if features is None:
                 continue
-            others = [value for value in crossing if value != features]
             place = (bisect.bisect_right(self.graph.times, call.enter), features)
-            if place in by_place:
-                index = by_place[place]
-                cut, plain = found[index]
-                if call.number == 0:
-                    found[index] = (_with_alias(cut, call.name), plain)
-                continue
-            by_place[place] = len(found)
-            plain = (not others or self._tapped(call, features, others)) and not self._aside(call.enter)
-            found.append((self._cut(call, features, others), plain))
+            if place not in found:
+                plain = self._tapped(call, features, crossing) and not self._aside(call.enter)
+                found[place] = (self._cut(call, features, crossing), plain)
+            elif call.number == 0:
+                cut, plain = found[place]
+                found[place] = (_with_alias(cut, call.name), plain)
         spaced: list[tuple[Cut, bool]] = []
         any_before = plain_before = 0
-        for cut, plain in found:  # between two cut points lies at least one layer with weights
+        for cut, plain in found.values():  # between two cut points lies at least one layer with weights
             plain = plain and not cut.overwritten and self._layers_between(plain_before, cut.position)
             if plain or self._layers_between(any_before, cut.position):
                 spaced.append((cut, plain))
@@ -233,8 +228,8 @@ class Partition:
                 own += work
         return other > own
 
-    def _tapped(self, call: Call, features: Value, others: Sequence[Value]) -> bool:
-        """Whether ``others`` only wait for a later head, while all goes on from ``features``, the youngest value.
+    def _tapped(self, call: Call, features: Value, crossing: Sequence[Value]) -> bool:
+        """Whether all goes on from ``features``, the youngest value, and others that cross only wait for a later head.
 
         So it is in encoders whose stages are read again by a decoder or a feature pyramid: what runs next reads the
         features, they were computed from each of the others, and each other one are maps of finer resolution, or
@@ -242,9 +237,11 @@ class Partition:
         still running, such as the shortcut of a residual unit, does not wait for a head.
         """
         graph, moment = self.graph, call.enter
+        if not (others := set(crossing) - {features}):
+            return True
         running = [c for c in self.calls if c.enter < moment < c.exit]
         end = min((c.exit for c in running if "." not in c.name), default=moment)
-        if features not in self._reads_first(moment, {*others, features}):
+        if features not in self._reads_first(moment, crossing):
             return False
         above = graph.ancestors[features[0]]
         for other in others:
@@ -273,7 +270,7 @@ class Partition:
         hint = self._channels_hint(self.graph.times[value[0]], shape)
         return shape[1] if hint == "last" else shape[2]
 
-    def _cut(self, call: Call, features: Value, others: Sequence[Value]) -> Cut:
+    def _cut(self, call: Call, features: Value, crossing: Sequence[Value]) -> Cut:
         leaf, _, _, shape = next(taken for taken in call.taken if taken.value == features)
         moment = call.enter
         later = (c for c in self._weighted if c.enter >= moment)
@@ -287,7 +284,7 @@ class Partition:
             moment >= self._head or not any(_has_positions(c.makes) for c in later),
             Point(call.name, call.number, leaf),
             leaf in call.overwritten,
-            tuple(self.known.get(value) or call.frames[value] for value in others),
+            tuple(self.known.get(value) or call.frames[value] for value in crossing if value != features),
             tuple(shared),
         )
 
@@ -325,9 +322,8 @@ class Partition:
         if not self._weighted or not _has_positions(self._weighted[-1].makes):
             return end
         paths = [call.name.split(".") for call in self._weighted]
-        # The least and the greatest path differ where any two do.
-        pairs = zip(min(paths)[:-1], max(paths)[:-1], strict=False)
-        shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        levels = zip(*(path[:-1] for path in paths), strict=False)
+        shared = len(list(itertools.takewhile(lambda names: len(set(names)) == 1, levels)))
         parts = [".".join(path[: shared + 1]) for path in paths]
         going_on: set[str] = set()
         above: list[frozenset[str]] = []
@@ -386,7 +382,7 @@ class Partition:
             raise PartitionError(f"cuts: {name!r} takes nothing that was computed from parameters before it; {valid}")
         (crossing,) = self._crossing([call.enter])
         if (features := self._features(call, crossing)) is not None:  # a layer without weights, say
-            cut = self._cut(call, features, [value for value in crossing if value != features])
+            cut = self._cut(call, features, crossing)
             if not cut.shared or self.shared:
                 return cut
         started = bisect.bisect_left(self.graph.first_reads, call.enter)
