@@ -193,6 +193,34 @@ def test_modules_that_return_several_values_are_traced_through() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+class Opaque(nn.Module):
+    """Returns and takes pairs, and cannot be traced."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, width)
+
+    def forward(self, pair: tuple[Tensor, Tensor], shift: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        x, y = pair if isinstance(pair, tuple) else (pair, pair)
+        x = self.inner(-x if x.sum() > 100 else x + y + shift)
+        return x, x.detach()
+
+
+class Opaques(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = Opaque(8), Opaque(8), Opaque(3)
+
+    def forward(self, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        return self.c(self.b(self.a(x, shift)))
+
+
+def test_modules_of_a_list_hand_on_what_they_return_as_it_is() -> None:
+    model = Opaques()
+    network = localize(model, E2E, [model.a, model.b, model.c], example=(X, X))
+    assert torch.equal(run(separate_blocks(network), (X, 2 * X))[0], model(X, 2 * X)[0])
+
+
 class Stages(nn.Module):
     """Returns what each stage made, as encoders do."""
 

@@ -128,7 +128,8 @@ def separate_blocks(
         PartitionError: the model does not allow it, or they would not compute what its own forward does.
     """
     model, example = partition.model, _as_by_now(partition.model, partition.example)
-    if which and isinstance(model, Chain):
+    listed = isinstance(model, Chain)
+    if which and listed:
         raise PartitionError(
             f"recomputed blocks {tuple(which)}: a list of modules has no units to run again; name cut points instead"
         )
@@ -152,26 +153,29 @@ def separate_blocks(
     if repeated := [cut.name for cut in points if cut.point.call]:
         raise PartitionError(f"{why}: {repeated[0]!r} is called several times; name a cut point that is called once")
 
+    names = [cut.point.name for cut in points]
+    # A module of a list takes one value: the features, or a nest whose first tensor they are.
+    places = [Point(name) for name in names] if listed else [cut.point for cut in points]
+
     def made(inside: Collection[str]) -> list[Block | RecomputedBlock]:
-        names = [cut.point.name for cut in points]
         through = {"", *inside, *(name[:end] for name in names for end, mark in enumerate(name) if mark == ".")}
         _check_hooks(model, through, why)
-        blocks = join(model, split(model, example, [cut.point for cut in points], through), sizes)
+        blocks = join(model, split(model, example, places, through), sizes)
         chained = SeparateBlocks(blocks, several=isinstance(example, (tuple, list)))
         shapes: list[Any] = []
         for door in chained.doors:
             door.register_forward_pre_hook(lambda _, args: shapes.append(getattr(tree_leaves(args)[0], "shape", None)))
         _compare(chained, model, example, f"{why}: the blocks that torch.fx makes")
         if shapes != [cut.shape for cut in cuts]:
-            raise PartitionError(f"{why}: torch.fx does not see which values are the features; pass a list of modules")
+            raise PartitionError(f"{why}: a module takes a nest of tensors, the first of which are not the features")
         return blocks
 
     try:
         return made(())
     except PartitionError:  # somebody opens the list that a module returns: torch.fx has to see it being made
-        if not (lists := partition.returning_several()):
+        if listed or not (several := partition.returning_several()):
             raise
-        return made(lists)
+        return made(several)
 
 
 def _as_by_now(model: nn.Module, example: Any) -> Any:
