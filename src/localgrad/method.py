@@ -9,6 +9,7 @@ each head, and ``total``.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal, Protocol, get_args
@@ -45,14 +46,16 @@ class Network(Protocol):
         """The spans of one step."""
 
 
-class Context(Hashable, Protocol):
-    """Something computed once for a batch before the first block runs, without gradient: a teacher's answer, say.
+class Context(ABC):
+    """Something computed once for a batch before the first block runs, without gradient: a teacher's answer, say."""
 
-    One that has nothing to do at some steps says so by a method ``rests(step)``.
-    """
-
+    @abstractmethod
     def __call__(self, network: Network, batch: Batch) -> Any:
         """What losses find in ``batch.context[self]``."""
+
+    def rests(self, step: int) -> bool:
+        """Whether there is nothing to do at ``step``."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,7 @@ class Method:
 
     def work(self, num_blocks: int, step: int) -> Hashable:
         """What a step consists of: equal for steps that do the same, whatever their number."""
-        resting = [context.rests(step) for context in self.contexts if hasattr(context, "rests")]
+        resting = [context.rests(step) for context in self.contexts]
         return self.spans(num_blocks, step), tuple(step % term.every == 0 for term in self.terms), tuple(resting)
 
     def require_heads(self, plugin: str) -> None:

@@ -12,6 +12,7 @@ import greenlet
 import torch
 from torch import nn
 
+from localgrad.errors import TrainingError
 from localgrad.forward import SuspendedForward
 from localgrad.suspension.doors import put_door, refuse_reentrant
 from localgrad.suspension.frames import outermost
@@ -66,11 +67,14 @@ class OpenModel:
     def _close(self, forward: SuspendedForward) -> None:
         try:
             forward.close()
-        except (greenlet.error, ValueError):
+        except (greenlet.error, ValueError) as error:
             # Closed in another thread: its own closes it with its next step; if that has ended, the forward has, too.
             if self._thread.is_alive():
                 _LEFT.setdefault(self._thread, []).append(forward)
-                raise
+                raise TrainingError(
+                    "a step is advanced or closed in another thread than the one it was begun in: run the whole loop "
+                    "over local_losses in one thread"
+                ) from error
 
 
 # Forwards that could not be closed, by thread.

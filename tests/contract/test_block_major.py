@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import METHODS, MODELS, batch, build, steps, widest
 
 import localgrad
 from localgrad.measure.memory import LiveBytes
 from localgrad.method import Accumulate, Method
 from localgrad.spans import groups
+from zoo import METHODS, MODELS, batch, build, steps, widest
 
 EVERY = pytest.mark.parametrize("name", METHODS)
 BLOCKS = 4

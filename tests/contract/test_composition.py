@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from zoo import BASES, COMPOSED, REFUSED, TASK, batch, build, is_base
 
 import localgrad
 from localgrad.method import Method
@@ -33,6 +32,7 @@ from localgrad.methods import (
     trgl,
     windows,
 )
+from zoo import BASES, COMPOSED, REFUSED, TASK, batch, build, is_base
 
 PLUGINS = [name for name in localgrad.methods.__all__ if not is_base(name)]
 

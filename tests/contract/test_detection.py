@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import ResidualUnit, bases, composed, steps
 
 import localgrad
 from localgrad import heads
@@ -21,6 +20,7 @@ from localgrad.models import Detector, freeze_batchnorm
 from localgrad.task import Batch
 from localgrad.tasks.detection import anchors_of
 from localgrad.testing import assert_isolated, assert_transparent
+from zoo import ResidualUnit, bases, composed, steps
 
 CLASSES, PIXELS = 3, 64
 TASK = localgrad.tasks.detection(CLASSES, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -94,7 +94,9 @@ METHODS = {
     if name in BASES or name.endswith("(dgl)") or name == "man_pp(infopro)"
 }
 # These compare what heads say with one class for each image, or with the softmax of another head.
-NEEDS_ONE_CLASS = {name for name in METHODS if name in ("predsim", "logit_consistency(dgl)")}
+NEEDS_ONE_CLASS = {
+    name for name in METHODS if name in ("predsim", "logit_consistency(dgl)", "last_head_distillation(dgl)")
+}
 ON_EVERY_METHOD = pytest.mark.parametrize("name", [name for name in METHODS if name not in NEEDS_ONE_CLASS])
 
 

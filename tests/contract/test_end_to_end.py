@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import BASES, METHODS, MODELS, batch, build, steps
 
 import localgrad
 from localgrad.methods import accumulation, checkpointing, e2e
 from localgrad.spans import EndToEnd
+from zoo import BASES, METHODS, MODELS, batch, build, steps
 
 ON_EVERY_MODEL = pytest.mark.parametrize("model", MODELS)
 # Deep supervision is also one way back through everything, but with several losses: see test_wide_spans.py.

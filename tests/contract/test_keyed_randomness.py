@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import METHODS, MODELS, batch, build
 
 import localgrad
+from zoo import METHODS, MODELS, batch, build
 
 EVERY = pytest.mark.parametrize("name", METHODS)
 

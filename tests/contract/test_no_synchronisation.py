@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo import METHODS, batch, build, steps
 
 import localgrad
 from localgrad import data
@@ -17,6 +16,7 @@ from localgrad.method import Term
 from localgrad.spans import Span
 from localgrad.train.meters import Meter
 from localgrad.train.optim import Stepper
+from zoo import METHODS, batch, build, steps
 
 META = torch.device("meta")
 

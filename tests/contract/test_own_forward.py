@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from zoo import MODELS, TASK, batch
 
 import localgrad
 from gradients import gradients
 from localgrad import PartitionError, TrainingError, methods
 from localgrad.partition import Partition
+from zoo import MODELS, TASK, batch
 
 E2E, DGL = methods.e2e(TASK), methods.dgl(TASK)
 X, Y = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])

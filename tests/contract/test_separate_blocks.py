@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from zoo import METHODS, batch, build, steps
 
 import localgrad
 from localgrad.partition import SeparateBlocks
 from localgrad.rehearsal import rehearse
+from zoo import METHODS, batch, build, steps
 
 
 def separated(network: localgrad.LocalNetwork, example: torch.Tensor) -> localgrad.LocalNetwork:

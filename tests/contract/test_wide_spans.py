@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import BASES, CLASSES, MODELS, TASK, batch, build
 
 import localgrad
 from localgrad.methods import accumulation, checkpointing, deep_supervision, dgl, infopro, predsim, windows
 from localgrad.randomness import draws_of
 from localgrad.spans import Constant, Span, check
+from zoo import BASES, CLASSES, MODELS, TASK, batch, build
 
 CPU = torch.device("cpu")
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import gang
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
-from zoo import METHODS, batch, build
 
+import gang
 import localgrad
+from zoo import METHODS, batch, build
 
 PERIOD, STEPS = 3, 8
 
@@ -39,7 +39,7 @@ def replica_of_two() -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow_distributed
 def test_weights_averaged_every_few_steps_equal_the_simulation() -> None:
-    """Bar D13 where nobody joins or leaves; where replicas do, test_elastic.py."""
+    """Nobody joins or leaves; where replicas do, see test_elastic.py."""
     found = gang.run(replica_of_two, 2)
     pairs = [made() for _ in range(2)]
     networks = [network for network, _ in pairs]

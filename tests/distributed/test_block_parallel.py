@@ -34,7 +34,7 @@ EVERY = METHODS | {
         methods.windows(DGL, width=2, stride=2), parts=3, wait="bf16"
     ),
 }
-# Bar D1: ten batches by these, and a few by all others.
+# Ten batches by these, and a few by all others.
 LONG = ("dgl", "man(dgl)", "man_pp(dgl)", "mlaan(dgl)", "pgl(dgl)", "2 parts, pgl(man(mlaan))")
 
 

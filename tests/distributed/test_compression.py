@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import gang
 import pytest
 import torch
 import torch.distributed as dist
 from test_block_parallel import train
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from zoo import METHODS, build
 
+import gang
 import localgrad
 from localgrad import methods
 from localgrad.distributed import block_parallel
 from localgrad.distributed.compression import compressed, restored
+from zoo import METHODS, build
 
 DGL = METHODS["dgl"]
 NAMES = ("dgl", "man(dgl)")

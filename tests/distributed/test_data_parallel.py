@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 
-import gang
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from zoo import METHODS, MODELS, TASK, batch, steps
 
+import gang
 import localgrad
 from localgrad import methods
 from localgrad.distributed import data_parallel
+from zoo import METHODS, MODELS, TASK, batch, steps
 
 SHARES = {"equal": (4, 4), "unequal": (5, 3)}
 EVERY = METHODS | {

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from threading import Barrier
 
-import gang
 import pytest
 import torch
 from test_averaging import made, update
 
+import gang
 import localgrad
 from localgrad.distributed.elastic import ElasticAverager
 
@@ -81,7 +81,6 @@ def simulated(seed: int, back: int) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.slow_distributed
 def test_a_replica_dies_another_goes_on_alone_and_heals_the_one_that_comes_back(tmp_path: Path) -> None:
-    """Bar D13."""
     coordination = pytest.importorskip("torchft.coordination", reason="pip install localgrad[elastic]")
     lighthouse = coordination.LighthouseServer("[::]:0", min_replicas=1, heartbeat_timeout_ms=4000)
     start, apart, alone, back = (gang.CONTEXT.Barrier(2) for _ in range(4))

@@ -283,7 +283,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow_distributed
 @pytest.mark.timeout(2 * PATIENCE)
 def test_a_killed_launcher_leaves_nothing_and_one_process_takes_all_blocks(single: Path, tmp_path: Path) -> None:
-    """Bar D11: every batch is in the final lineage once, whoever trained it, or weights would differ."""
+    """Every batch is in the final lineage once, whoever trained it, or weights would differ."""
     folder = tmp_path / "run"
     launcher = launched(folder, *SIX, "--parallel", "block=2")
     try:
@@ -311,7 +311,7 @@ def test_a_killed_launcher_leaves_nothing_and_one_process_takes_all_blocks(singl
 @pytest.mark.slow_distributed
 @pytest.mark.timeout(2 * PATIENCE)
 def test_a_stop_signal_on_one_rank_stops_all_at_one_step(single: Path, tmp_path: Path) -> None:
-    """Bar D12, and that such a run continues exactly."""
+    """A run that ends this way continues exactly."""
     folder = tmp_path / "run"
     launcher = launched(folder, *SIX, "--parallel", "block=2")
     try:

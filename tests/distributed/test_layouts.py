@@ -6,16 +6,16 @@ import math
 import tempfile
 from pathlib import Path
 
-import gang
 import pytest
 import torch
 from test_block_parallel import EVERY
 from test_data_parallel import apart, network_of
 from torch.distributed.device_mesh import init_device_mesh
-from zoo import batch, build
 
+import gang
 import localgrad
 from localgrad.distributed import Checkpoints, block_parallel, data_parallel
+from zoo import batch, build
 
 NAME = "2 parts, pgl(man(windows))"
 SAVED, END = 4, 7
@@ -101,7 +101,7 @@ LAYOUTS = {
     ],
 )
 def test_a_checkpoint_continues_exactly_on_every_layout(saver: str, loaders: list[str]) -> None:
-    """Bar D9; its shards by FSDP2 are in test_sharded.py."""
+    """Its shards by FSDP2 are in test_sharded.py."""
     reference = network()
     train(reference, adam(reference), 0, END)
     expected = reference.state_dict()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import gang
 import pytest
 import torch
 import torch.distributed as dist
 from test_block_parallel import train
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from zoo import METHODS, batch, build
 
+import gang
 import localgrad
 from bridged import bridged
 from localgrad import methods
@@ -23,6 +22,7 @@ from localgrad.distributed.placement import balanced, seconds_of_blocks
 from localgrad.measure.memory import LiveBytes
 from localgrad.train.meters import evaluate
 from localgrad.train.optim import Stepper
+from zoo import METHODS, batch, build
 
 DGL = METHODS["dgl"]
 
@@ -236,7 +236,6 @@ def test_placement_balances_costs() -> None:
 
 
 def test_nothing_private_of_torch_distributed_is_used() -> None:
-    """Bar D16."""
     sources = Path(localgrad.__file__).parent.rglob("*.py")
     private = re.compile(r"(torch\.distributed|\bdist|\bdcp)(\.\w+)*\._|from torch\.distributed[\w.]* import .*\b_")
     assert [f"{p.name}: {line}" for p in sources for line in p.read_text().splitlines() if private.search(line)] == []
@@ -268,7 +267,7 @@ def memory() -> dict[str, int]:
 
 
 def test_a_rank_takes_the_memory_of_its_blocks_and_of_what_is_on_its_way() -> None:
-    """Bar D15: at most twice ``depth`` messages of features and targets more than the blocks themselves."""
+    """At most twice ``depth`` messages of features and targets more than the blocks themselves."""
     message = 32 * 8 * 16 * 16 * 4 + 32 * 8
     for found in gang.run(memory, 2):
         assert found["stage"] <= 1.05 * (found["alone"] + 2 * 2 * message), found

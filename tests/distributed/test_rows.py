@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from zoo import METHODS
 
 from localgrad import methods
 from localgrad.distributed.rows import acts, rank_table, ways_through
 from localgrad.spans import EndToEnd, Local, Overlapping
 from localgrad.timetable import drawn, timetable
+from zoo import METHODS
 
 DGL = METHODS["dgl"]
 HALVES = (range(2), range(2, 4))

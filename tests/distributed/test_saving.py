@@ -7,16 +7,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import gang
 import pytest
 import torch
 import torch.distributed as dist
 from test_layouts import END, SAVED, adam
 from torch.distributed.device_mesh import init_device_mesh
-from zoo import METHODS, batch, build
 
+import gang
 import localgrad
 from localgrad.distributed import Checkpoints, block_parallel, data_parallel
+from zoo import METHODS, batch, build
 
 DELAY = 4.0
 
@@ -54,7 +54,7 @@ def with_a_straggler(folder: str) -> dict[str, object]:
 
 @pytest.mark.slow_distributed
 def test_a_rank_that_is_ahead_is_not_held_back_by_saving_and_a_slow_one_changes_nothing() -> None:
-    """Bar D10, and stragglers."""
+    """Also where a rank is late."""
     reference = network()
     optimizer = adam(reference)
     expected = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 
-import gang
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,11 +11,12 @@ from test_data_parallel import EVERY, apart, network_of, without_batch_statistic
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from zoo import METHODS, batch, build, steps
 
+import gang
 import localgrad
 from localgrad import methods
 from localgrad.distributed import Checkpoints, block_parallel, data_parallel
+from zoo import METHODS, batch, build, steps
 
 BRIEF = ["man_pp(dgl)", "accumulation(windows(dgl))", "pgl(man(mlaan(dgl)))"]
 
@@ -154,7 +154,7 @@ def on_both_axes(folder: str) -> None:
 
 @pytest.mark.slow_distributed
 def test_two_by_two_sharded_saves_what_one_process_continues() -> None:
-    """Bars D3 and D9."""
+    """The same weights, and a checkpoint that either layout loads."""
     with tempfile.TemporaryDirectory() as folder:
         gang.run(on_both_axes, 4, folder, timeout=200)
         for name in NAMES:

@@ -6,15 +6,13 @@ import json
 import time
 from pathlib import Path
 
-import gang
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from zoo import METHODS, TASK, build
-from zoo import batch as images
 
+import gang
 import localgrad
 from bridged import bridged
 from localgrad import methods
@@ -22,6 +20,8 @@ from localgrad.distributed import block_parallel
 from localgrad.distributed.link import GRADIENTS, VALUES, WEIGHTS
 from localgrad.distributed.simulate import BlockCost, Forecast, LinkSpeed, forecast, layouts
 from localgrad.distributed.timeline import Event, chrome_trace, picture
+from zoo import METHODS, TASK, build
+from zoo import batch as images
 
 FAST = LinkSpeed(1e15, 0.0)
 
@@ -123,7 +123,7 @@ def literal(name: str, delays: dict[int, float], micro: int, ranks: int) -> dict
 
 
 def test_virtual_clocks_of_real_runs_follow_the_stated_timing() -> None:
-    """Bar D6: the events of real runs, every message sent, on clocks that do not depend on the machine."""
+    """The events of real runs, every message sent, on clocks that do not depend on the machine."""
     ranks = gang.run(every_case, 3)
     for index, (name, delays, micro) in enumerate(CASES):
         expected = literal(name, delays, micro, 3)
@@ -202,7 +202,7 @@ MEASURED = {
 
 @pytest.mark.slow_distributed
 def test_forecasts_are_within_fifteen_percent_of_the_wall(tmp_path: Path) -> None:
-    """Bars D7 and of the issue: sleeping blocks, two ranks, four configurations."""
+    """Blocks that sleep, on two ranks, in four configurations."""
     for name, (seconds, place, local, micro) in MEASURED.items():
         rows = [[Event(*event) for event in rank] for rank in gang.run(sleeping, 2, *MEASURED[name])]
         ends = [max(e.end for e in rows[1] if e.step == step) for step in (4, 12)]

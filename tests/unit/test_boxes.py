@@ -64,7 +64,7 @@ def test_coco_by_hand(coco: Path) -> None:
     data = load(coco)
     assert (data.classes, data.num_classes, data.kind) == (("cat", "dog"), 2, "detection")
     assert (data.train.num_images, data.validation, data.test.num_images) == (3, None, 1)
-    order = [Path(data.train.images[k].path).stem for k in data.train.order.batches(0)[0]]
+    order = [Path(data.train.items[k].path).stem for k in data.train.order.batches(0)[0]]
     inputs, targets = next(data.train.epoch(0))
     assert inputs.shape == (3, 3, 64, 64) and data.image_shape == (3, 64, 64)
     by_name = dict(zip(order, targets, strict=True))
@@ -133,14 +133,14 @@ def test_unknown_categories_are_left_out_when_asked(coco: Path) -> None:
     change(coco, category_id=4)
     with pytest.warns(UserWarning, match="category_id 4 .* left out"):
         data = load(coco, on_damage="skip")
-    assert sum(len(image.boxes) for image in data.train.images) == 2
+    assert sum(len(image.boxes) for image in data.train.items) == 2
 
 
 def test_boxes_without_an_area_are_left_out_with_a_warning(coco: Path) -> None:
     change(coco, bbox=[10, 5, 0, 30])
     with pytest.warns(UserWarning, match=r"1 of 3 boxes have no area and were left out, the first in .*12.png"):
         data = load(coco)
-    assert sum(len(image.boxes) for image in data.train.images) == 2
+    assert sum(len(image.boxes) for image in data.train.items) == 2
 
 
 def test_boxes_outside_their_image_and_damaged_files(coco: Path) -> None:
@@ -206,13 +206,13 @@ def test_sizes_out_of_range(coco: Path) -> None:
 def test_the_sets_at_hand(real_data: Path) -> None:
     data = boxes.load("coco128", root=real_data, batch_size=4, image_size=(64, 64), validation=0.0)
     assert (data.train.num_images, data.test.num_images, data.num_classes) == (128, 128, 80)
-    assert [sum(len(i.boxes) for i in split.images) for split in (data.train, data.test)] == [929, 898]
-    assert sum(not len(image.boxes) for image in data.train.images) == 2
+    assert [sum(len(i.boxes) for i in split.items) for split in (data.train, data.test)] == [929, 898]
+    assert sum(not len(image.boxes) for image in data.train.items) == 2
     with pytest.warns(UserWarning, match="have no area"):
         cells = boxes.load("bccd", root=real_data, batch_size=4, image_size=(64, 64))
     assert cells.classes == ("Platelets", "RBC", "WBC")
     assert [s.num_images for s in (cells.train, cells.validation, cells.test)] == [205, 87, 72]
-    assert sum(len(i.boxes) for s in (cells.train, cells.validation, cells.test) for i in s.images) == 4888 - 2
+    assert sum(len(i.boxes) for s in (cells.train, cells.validation, cells.test) for i in s.items) == 4888 - 2
 
 
 def test_train_evaluate_and_predict(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

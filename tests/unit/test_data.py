@@ -436,7 +436,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Any, workers: Any) -
         Image.new("RGB", (20, 20)).save(tmp_path / split / "ant" / "a.jpg")
     (tmp_path / "train" / "ant" / "b.jpg").write_bytes((tmp_path / "train" / "ant" / "a.jpg").read_bytes()[:-300])
     split = data.load("imagefolder", root=tmp_path, batch_size=2, validation=0, workers=workers)
-    with pytest.raises(DataError, match=r"^cannot decode image .*b.jpg \(number 1\)"):
+    with pytest.raises(DataError, match=r"^cannot decode image .*b.jpg"):
         list(split.train.epoch(0))
 
 

@@ -732,7 +732,8 @@ def test_a_step_that_is_advanced_from_another_thread_is_refused() -> None:
     steps = localgrad.local_losses(network, *data())
     next(steps)[1].backward()
     before = state()
-    assert "thread" in str(in_thread(steps.__next__))
+    refused = in_thread(steps.__next__)
+    assert isinstance(refused, localgrad.TrainingError) and "in one thread" in str(refused)
     assert next(steps, None) is None
     del steps
     assert not left_on(net) and state() == before
@@ -762,7 +763,7 @@ def test_a_forward_that_another_thread_could_not_close_ends_by_the_next_step(way
 
 def test_a_step_whose_thread_has_ended_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its forward died with the thread; a later thread, which may have the same identity, is not disturbed."""
-    monkeypatch.setattr("localgrad.forward._LEFT", {}, raising=False)  # what is left there is this test's own
+    monkeypatch.setattr("localgrad.opened._LEFT", {})  # what is left there is this test's own
     network = localized(Net())
     expected = step(copy.deepcopy(network))
 

@@ -202,7 +202,7 @@ def peak(method: Any, num_blocks: int) -> int:
 
 
 def test_bytes_of_resnet32_fall_end_to_end_and_by_blocks() -> None:
-    """The bars of the fused BatchNorm and ReLU: 0.16 of end-to-end where plain blocks have 0.19."""
+    """What the fused BatchNorm and ReLU need: at most 0.16 of end-to-end where plain blocks have 0.19."""
     whole = peak(methods.e2e(TASK), 1)
     assert peak(methods.checkpointing(methods.e2e(TASK), where="pointwise"), 1) <= 0.79 * whole
     assert peak(methods.checkpointing(methods.dgl(TASK), where="pointwise"), 16) <= 0.16 * whole

@@ -252,7 +252,7 @@ def test_attention_kernels_can_be_read_and_written() -> None:
         finally:
             write(before)
     order = torch._C._get_sdp_priority_order()
-    assert sorted(order) == sorted(set(order)) and all(isinstance(number, int) for number in order)
+    assert order and all(isinstance(number, int) for number in order)  # 2.8 names the overridable kernel twice
     try:
         torch._C._set_sdp_priority_order(order[::-1])
         assert torch._C._get_sdp_priority_order() == order[::-1]

@@ -6,8 +6,9 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from localgrad import randomness
 from localgrad.data import cache
 from localgrad.data.dataset import Data, Found, default_root, hold_out
-from localgrad.data.loaders import Batch, OnDamage, Order, decoded_batches, sound
+from localgrad.data.loaders import Batch, Files, OnDamage, Order
 from localgrad.data.readers import torchvision
 from localgrad.errors import ConfigError, DataError
 
@@ -30,8 +31,7 @@ _COCO_GET = (
 _VOC_GET = "Expected are JPEGImages, Annotations and ImageSets/Main/<split>.txt for the splits train, val and test."
 
 
-@dataclass(frozen=True)
-class Boxed:
+class Boxed(NamedTuple):
     """An image file and, for each of its boxes, (x, y) of two corners in pixels, class, whether it is a crowd, area."""
 
     path: str
@@ -235,73 +235,20 @@ def without_degenerate(images: list[Boxed]) -> list[Boxed]:
     return kept
 
 
-@dataclass(frozen=True, eq=False)
-class BoxFiles:
-    """A split held as image files, a `localgrad.data.Loader` whose targets are as `localgrad.tasks.detection` says.
-
-    Args:
-        order: which images make up which batch; one with a seed is one for training.
-        images: see `Boxed`.
-        augment: a transform of a ``tv_tensors.Image`` and a mapping with ``tv_tensors.BoundingBoxes``, for training.
-        resize: torchvision's ``GeneralizedRCNNTransform``: normalises and resizes each image, pads those of a batch.
-        workers: processes that decode; 0 for this one.
-        device: where batches are given.
-        on_damage: ``raise`` for an image that cannot be used, or ``skip`` it; ``skipped`` then says why, by its path.
-    """
-
-    order: Order
-    images: list[Boxed] = field(repr=False)
-    augment: Callable[..., Any] = field(repr=False)
-    resize: Any = field(repr=False)
-    workers: int
-    device: torch.device
-    on_damage: OnDamage = "raise"
-    skipped: dict[str, str] = field(default_factory=dict, repr=False)
-
-    @property
-    def num_images(self) -> int:
-        """Images in the split, over all replicas."""
-        return len(self.order.indices)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """See `localgrad.data.Loader.epoch`; a batch that lost every image is left out.
-
-        Raises:
-            DataError: a file cannot be decoded, or a box leaves its image; the message names the file.
-        """
-        for items in decoded_batches(_Decoded(self, epoch), self.order.batches(epoch, start), self.workers):
-            good = sound(items, self.on_damage, self.skipped, lambda index: self.images[index].path)
-            if good:
-                inputs = self.resize.batch_images([image for image, _ in good], DIVISIBLE)
-                targets = [{name: value.to(self.device) for name, value in target.items()} for _, target in good]
-                yield inputs.to(self.device), targets
+def resized(resize: Any, change: Callable[..., Any], image: Tensor, target: dict[str, Tensor]) -> tuple[Any, Any]:
+    """An image and its target after ``change``, normalised and resized, with both sizes of the image."""
+    original = image.shape[-2:]
+    image, target = change(image, target)
+    pixels = resize.normalize(image.as_subclass(Tensor) / 255)
+    plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
+    pixels, plain = resize.resize(pixels, plain)
+    sizes = {"size": torch.tensor(pixels.shape[-2:]), "original_size": torch.tensor(original)}
+    return pixels, {**plain, **sizes}
 
 
-@dataclass(frozen=True, eq=False)
-class _Decoded(torch.utils.data.Dataset[Any]):
-    """One epoch's images by index; what is wrong with one is returned, to be raised outside the workers."""
-
-    split: BoxFiles
-    epoch: int
-
-    def __getitem__(self, index: int) -> tuple[int, tuple[Tensor, dict[str, Tensor]] | str]:
-        split = self.split
-        try:
-            image, target = read_boxed(split.images[index])
-        except DataError as error:
-            return index, str(error)
-        original = image.shape[-2:]
-        if split.order.seed is not None:
-            with randomness.seeded_everywhere(split.order.seed, "augment", self.epoch, index):
-                image, target = split.augment(image, target)
-        pixels = split.resize.normalize(image.as_subclass(Tensor) / 255)
-        plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
-        pixels, plain = split.resize.resize(pixels, plain)
-        sizes = {"size": torch.tensor(pixels.shape[-2:]), "original_size": torch.tensor(original)}
-        return index, (pixels, {**plain, **sizes})
+def padded(resize: Any, samples: list[tuple[Tensor, dict[str, Tensor]]]) -> Batch:
+    """Images as one batch, padded, and the targets as `localgrad.tasks.detection` says."""
+    return resize.batch_images([image for image, _ in samples], DIVISIBLE), [target for _, target in samples]
 
 
 def read_boxed(one: Boxed) -> tuple[Tensor, dict[str, Tensor]]:
@@ -385,7 +332,7 @@ def load(
             instead, unless this is 0.
         limit: the first so many training images of a fixed keyed permutation.
         augment: whether half of the training images are mirrored.
-        on_damage: ``raise`` for what cannot be used, or ``skip`` it; see `BoxFiles`.
+        on_damage: ``raise`` for what cannot be used, or ``skip`` it; see `localgrad.data.loaders.Files`.
 
     Raises:
         DataError: the set is missing or damaged.
@@ -405,9 +352,14 @@ def load(
     if validation > 0 and not found.validation:
         held, training = hold_out(training, validation)
 
-    def split(images: list[Boxed], indices: Tensor) -> BoxFiles:
+    def split(images: list[Boxed], indices: Tensor) -> Files:
         order = Order(indices, eval_batch_size or batch_size)
-        return BoxFiles(order, without_degenerate(images), mirror, resize, workers, torch.device(device), on_damage)
+        augment, fit = partial(resized, resize, mirror), partial(resized, resize, lambda *sample: sample)
+        stack = partial(padded, resize)
+        return Files(
+            order, without_degenerate(images), read_boxed, augment, fit, stack, lambda inputs: inputs, workers,
+            torch.device(device), on_damage,
+        )  # fmt: skip
 
     train, test = split(found.train, training), split(found.test, torch.arange(len(found.test)))
     train = replace(train, order=Order(training, batch_size, seed, drop_last, replica, num_replicas))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,10 @@ def _files(
     def split(found: folders.Folder, limit: int | None) -> Files:
         order = torch.randperm(len(found.samples), generator=randomness.generator("limit"))[:limit].sort().values
         normalise = Normalise(source.mean, source.std)
-        return Files(Order(order, len(order)), found.samples, found.read, augment, fit, normalise, workers, device)
+        read = partial(folders.read, decode=found.read)
+        return Files(
+            Order(order, len(order)), found.samples, read, augment, fit, folders.stacked, normalise, workers, device
+        )
 
     train, test = folders.scan(folder)
     return split(train, limit), split(test, None), source.classes or train.classes

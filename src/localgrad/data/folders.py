@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from localgrad.data.readers import torchvision
@@ -50,8 +52,8 @@ def _split(place: Path) -> Folder:
     return Folder(found.samples, tuple(found.classes), found.loader)
 
 
-def transforms(size: int) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
-    """For training and for evaluation: PIL image -> uint8 (3, size, size).
+def transforms(size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """For training and for evaluation: PIL image -> uint8 (3, size, size), with its class.
 
     Training takes a random resized crop and mirrors half of the images; evaluation resizes the shorter edge to
     size * 256 / 224 and crops the centre.
@@ -62,4 +64,28 @@ def transforms(size: int) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tens
     v2 = torchvision("transforms.v2")
     train = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), v2.ToImage()])
     evaluate = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size), v2.ToImage()])
-    return train, evaluate
+    return partial(_both, train), partial(_both, evaluate)
+
+
+def read(sample: tuple[str, int], decode: Callable[[str], Any]) -> tuple[Any, int]:
+    """The image at a path, as PIL decodes it, and its class.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    path, target = sample
+    try:
+        return decode(path), target
+    except Exception as error:  # the decoders of damaged files raise nearly anything
+        raise DataError(f"cannot decode image {path}: {error}. Replace or remove this file.") from error
+
+
+def stacked(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Images uint8 (B, C, H, W) and classes int64 (B,)."""
+    images, targets = zip(*samples, strict=True)
+    return torch.stack(images).as_subclass(Tensor), torch.tensor(targets)
+
+
+def _both(change: Callable[[Any], Tensor], image: Any, target: int) -> tuple[Tensor, int]:
+    """A transform of the image alone."""
+    return change(image), target

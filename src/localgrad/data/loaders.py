@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from localgrad import randomness
 from localgrad.data.augment import Crop, Normalise
@@ -17,6 +19,7 @@ Batch = tuple[Tensor, Any]
 OnDamage = Literal["raise", "skip"]
 
 
+@runtime_checkable
 class Loader(Protocol):
     """The batches of one split."""
 
@@ -126,59 +129,35 @@ class Resident:
             yield self.normalise(images), self.targets[index]
 
 
-def decoded_batches(
-    images: torch.utils.data.Dataset[Any],
-    batches: Sequence[Tensor],
-    workers: int,
-    collate: Callable[[list[Any]], Any] = list,
-    pin_memory: bool = False,
-) -> torch.utils.data.DataLoader[Any]:
-    """What ``images`` gives for the indices of each batch, decoded by ``workers`` processes; 0 for this one."""
-    return torch.utils.data.DataLoader(
-        images,
-        batch_sampler=[batch.tolist() for batch in batches],
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        generator=randomness.generator("workers"),  # else the loader would draw from torch's global one
-    )
-
-
-def sound(
-    items: Iterable[tuple[int, Any]], on_damage: OnDamage, skipped: dict[str, str], path_of: Callable[[int], str]
-) -> list[Any]:
-    """The images of a batch that can be used; an item that is a text says why it cannot.
-
-    Raises:
-        DataError: one cannot be used, and ``on_damage`` is ``raise``; with ``skip`` it is noted in ``skipped``.
-    """
-    good = []
-    for index, item in items:
-        if not isinstance(item, str):
-            good.append(item)
-        elif on_damage == "raise":
-            raise DataError(item)
-        else:
-            skipped[path_of(index)] = item
-    return good
-
-
 @dataclass(frozen=True, eq=False)
 class Files:
-    """A split held as image files, decoded and transformed by ``workers`` processes (0: by this one).
+    """A split held as files, read and transformed by ``workers`` processes (0: by this one).
 
-    ``samples`` are (path, class) pairs; ``read`` gives the decoded image of a path, and ``augment`` or ``fit`` makes it
-    uint8 (C, H, W), for training or evaluation. What they draw is keyed by (seed, epoch, image index), in any worker.
+    What a transform draws is keyed by (seed, epoch, index), in any worker.
+
+    Args:
+        order: which items make up which batch; one with a seed is one for training.
+        items: what is known of each image; the first entry is its path.
+        read: the sample of an item, image and target; raises `DataError` if it cannot be used.
+        augment, fit: transforms of image and target together, for training and for evaluation.
+        stack: a batch of samples as inputs and targets.
+        finish: what is done to inputs on the device.
+        workers: processes.
+        device: where batches are given.
+        on_damage: ``raise`` for an image that cannot be used, or ``skip`` it; ``skipped`` then says why, by its path.
     """
 
     order: Order
-    samples: list[tuple[str, int]] = field(repr=False)
-    read: Callable[[str], Any] = field(repr=False)
-    augment: Callable[[Any], Tensor] = field(repr=False)
-    fit: Callable[[Any], Tensor] = field(repr=False)
-    normalise: Normalise
+    items: Sequence[tuple[Any, ...]] = field(repr=False)
+    read: Callable[[Any], tuple[Any, Any]] = field(repr=False)
+    augment: Callable[..., Any] = field(repr=False)
+    fit: Callable[..., Any] = field(repr=False)
+    stack: Callable[[list[Any]], Batch] = field(repr=False)
+    finish: Callable[[Tensor], Tensor] = field(repr=False)
     workers: int
     device: torch.device
+    on_damage: OnDamage = "raise"
+    skipped: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def num_images(self) -> int:
@@ -189,45 +168,53 @@ class Files:
         return len(self.order)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """See `Loader.epoch`.
+        """See `Loader.epoch`; a batch that lost every image is left out.
 
         Raises:
-            DataError: a file cannot be decoded; the message names it.
+            DataError: an image cannot be used; the message names the file.
         """
-        batches = self.order.batches(epoch, start)
-        pin = self.device.type == "cuda"
-        for batch in decoded_batches(_Decoded(self, epoch), batches, self.workers, _collate, pin):
-            if isinstance(batch, DataError):
-                raise batch
-            images, targets = (x.to(self.device, non_blocking=True) for x in batch)
-            yield self.normalise(images), targets
+        loader: Any = torch.utils.data.DataLoader(
+            _Read(self, epoch),
+            batch_sampler=[batch.tolist() for batch in self.order.batches(epoch, start)],
+            num_workers=self.workers,
+            collate_fn=partial(_gathered, self.stack),
+            pin_memory=self.device.type == "cuda",
+            generator=randomness.generator("workers"),  # else the loader would draw from torch's global one
+        )
+        for problems, batch in loader:
+            for index, error in problems:
+                if self.on_damage == "raise" or not isinstance(error, DataError):
+                    raise error
+                self.skipped[self.items[index][0]] = str(error)
+            if batch is not None:
+                inputs, targets = tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), batch)
+                yield self.finish(inputs), targets
 
 
 @dataclass(frozen=True, eq=False)
-class _Decoded(torch.utils.data.Dataset[Any]):
-    """One epoch's images by index; a file that cannot be read gives its error, to be raised outside the workers."""
+class _Read(torch.utils.data.Dataset[Any]):
+    """One epoch's samples by index; what is wrong with one is returned, to be raised outside the workers."""
 
     split: Files
     epoch: int
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | DataError:
-        path, target = self.split.samples[index]
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        split, seed = self.split, self.split.order.seed
         try:
-            image = self.split.read(path)
-        except Exception as error:  # the decoders of damaged files raise nearly anything
-            return DataError(f"cannot decode image {path} (number {index}): {error}. Replace or remove this file.")
-        seed = self.split.order.seed
+            sample = split.read(split.items[index])
+        except DataError as error:
+            return index, error
         if seed is None:
-            return self.split.fit(image), target
+            return index, split.fit(*sample)
         with randomness.seeded_everywhere(seed, "augment", self.epoch, index):
-            return self.split.augment(image), target
+            return index, split.augment(*sample)
 
 
-def _collate(items: list[tuple[Tensor, int] | DataError]) -> Batch | DataError:
-    decoded: list[tuple[Tensor, int]] = []
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-        decoded.append(item)
-    images, targets = zip(*decoded, strict=True)
-    return torch.stack(images), torch.tensor(targets)
+def _gathered(stack: Callable[[list[Any]], Batch], found: list[tuple[int, Any]]) -> tuple[list[Any], Batch | None]:
+    """What is wrong with samples of a batch, by index, and the others as one."""
+    problems = [(index, sample) for index, sample in found if isinstance(sample, DataError)]
+    sound = [sample for _, sample in found if not isinstance(sample, DataError)]
+    try:
+        return problems, stack(sound) if sound else None
+    except ConfigError as error:
+        return [(found[0][0], error)], None

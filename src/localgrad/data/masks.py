@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from localgrad import randomness
 from localgrad.data import cache
 from localgrad.data.augment import Normalise
 from localgrad.data.dataset import Data, Found, default_root, hold_out
-from localgrad.data.loaders import Batch, OnDamage, Order, decoded_batches, sound
+from localgrad.data.loaders import Batch, Files, OnDamage, Order
 from localgrad.data.readers import torchvision
 from localgrad.errors import ConfigError, DataError
 
@@ -150,78 +151,19 @@ def available(root: str | Path | None = None) -> Iterator[Found]:
         yield Found(name, title, bool(places), str(places[0].resolve()) if places else f"not in {base.resolve()}")
 
 
-@dataclass(frozen=True, eq=False)
-class MaskFiles:
-    """A split held as image and mask files, a `localgrad.data.Loader` whose targets are masks (B, H, W) int64.
+def stacked(samples: list[tuple[Tensor, Tensor]]) -> Batch:
+    """Images uint8 (B, 3, H, W) and masks int64 (B, H, W).
 
-    Args:
-        order: which pairs make up which batch; one with a seed is one for training.
-        pairs: paths of images and masks.
-        ids: see `MaskSet`.
-        augment, fit: joint transforms of a ``tv_tensors.Image`` and a ``tv_tensors.Mask``, for training and evaluation.
-        normalise: of the images.
-        workers: processes that decode; 0 for this one.
-        device: where batches are given.
-        on_damage: ``raise`` for a pair that cannot be used, or ``skip`` it; ``skipped`` then says why, by its image.
+    Raises:
+        ConfigError: they differ in size.
     """
-
-    order: Order
-    pairs: list[Pair] = field(repr=False)
-    ids: np.ndarray = field(repr=False)
-    augment: Callable[..., Any] = field(repr=False)
-    fit: Callable[..., Any] = field(repr=False)
-    normalise: Normalise
-    workers: int
-    device: torch.device
-    on_damage: OnDamage = "raise"
-    skipped: dict[str, str] = field(default_factory=dict, repr=False)
-
-    @property
-    def num_images(self) -> int:
-        """Images in the split, over all replicas."""
-        return len(self.order.indices)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """See `localgrad.data.Loader.epoch`; a batch that lost every pair is left out.
-
-        Raises:
-            DataError: a file cannot be decoded, the sizes of image and mask differ, or a mask holds an unknown id; the
-                message names the file.
-        """
-        for items in decoded_batches(_Decoded(self, epoch), self.order.batches(epoch, start), self.workers):
-            good = sound(items, self.on_damage, self.skipped, lambda index: self.pairs[index][0])
-            if good:
-                images, masks = zip(*good, strict=True)
-                if len({image.shape for image in images}) > 1:
-                    raise ConfigError(
-                        "images of one batch differ in size; set data.image_size, or train.eval_batch_size=1 if they "
-                        "are those of evaluation"
-                    )
-                yield self.normalise(torch.stack(images).to(self.device)), torch.stack(masks).to(self.device)
-
-
-@dataclass(frozen=True, eq=False)
-class _Decoded(torch.utils.data.Dataset[Any]):
-    """One epoch's pairs by index; what is wrong with one is returned, to be raised outside the workers."""
-
-    split: MaskFiles
-    epoch: int
-
-    def __getitem__(self, index: int) -> tuple[int, tuple[Tensor, Tensor] | str]:
-        split = self.split
-        try:
-            image, mask = read_pair(split.pairs[index], split.ids)
-        except DataError as error:
-            return index, str(error)
-        if split.order.seed is None:
-            image, mask = split.fit(image, mask)
-        else:
-            with randomness.seeded_everywhere(split.order.seed, "augment", self.epoch, index):
-                image, mask = split.augment(image, mask)
-        return index, (image.as_subclass(Tensor), mask.as_subclass(Tensor).long())
+    images, masks = zip(*samples, strict=True)
+    if len({image.shape for image in images}) > 1:
+        raise ConfigError(
+            "images of one batch differ in size; set data.image_size, or train.eval_batch_size=1 if they are those of "
+            "evaluation"
+        )
+    return torch.stack(images).as_subclass(Tensor), torch.stack(masks).as_subclass(Tensor).long()
 
 
 def read_pair(pair: Pair, ids: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -327,7 +269,7 @@ def load(
             instead, unless this is 0.
         limit: the first so many training images of a fixed keyed permutation.
         augment: whether training images are transformed at random.
-        on_damage: ``raise`` for files that cannot be used, or ``skip`` those pairs; see `MaskFiles`.
+        on_damage: ``raise`` for files that cannot be used, or ``skip`` those pairs; see `localgrad.data.loaders.Files`.
 
     Raises:
         DataError: the set is missing or damaged.
@@ -352,10 +294,12 @@ def load(
     if validation > 0 and not found.validation:
         held, training = hold_out(training, validation)
 
-    def split(pairs: list[Pair], indices: Tensor) -> MaskFiles:
+    def split(pairs: list[Pair], indices: Tensor) -> Files:
         order = Order(indices, eval_batch_size)
         normalise, where = Normalise(_MEAN, _STD), torch.device(device)
-        return MaskFiles(order, pairs, found.ids, joint if augment else fit, fit, normalise, workers, where, on_damage)
+        read = partial(read_pair, ids=found.ids)
+        change = joint if augment else fit
+        return Files(order, pairs, read, change, fit, stacked, normalise, workers, where, on_damage)
 
     train, test = split(found.train, training), split(found.test, torch.arange(len(found.test)))
     train = replace(train, order=Order(training, batch_size, seed, drop_last, replica, num_replicas))

@@ -1,4 +1,7 @@
-"""Replicas that may come and go, and that average their weights every few steps, by torchft."""
+"""Replicas that may come and go, and that average their weights every few steps, by torchft.
+
+Experimental: it was tried with processes of one machine, never on machines that fail.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from localgrad.errors import MethodError, nearest
 from localgrad.heads.attention_map import Energy
 from localgrad.layout import ToMaps, layout_of
 from localgrad.losses import AttentionTransfer
-from localgrad.method import Method, Network, Term
+from localgrad.method import Context, Method, Network, Term
 from localgrad.methods.composition import base
 from localgrad.partition import Partition, by_count
 from localgrad.spans import Local
@@ -64,8 +64,8 @@ def feature_distillation(
 
 
 @dataclass(frozen=True, eq=False)
-class Teacher:
-    """A `localgrad.method.Context`: the attention maps of the teacher at each boundary, (B, 1, H, W)."""
+class Teacher(Context):
+    """The attention maps of the teacher at each boundary, (B, 1, H, W)."""
 
     model: nn.Module = field(repr=False)
     layers: tuple[str, ...] | None

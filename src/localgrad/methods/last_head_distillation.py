@@ -8,7 +8,7 @@ from typing import Any
 from localgrad.batches import call_model
 from localgrad.errors import MethodError
 from localgrad.losses import Distilled
-from localgrad.method import Method, Network
+from localgrad.method import Context, Method, Network
 from localgrad.methods.composition import plugin
 from localgrad.recompute.parts import BuffersKept
 from localgrad.spans import Periodic
@@ -56,8 +56,8 @@ def last_head_distillation(base: Method, *, every: int = 10, weight: float = 0.5
 
 
 @dataclass(frozen=True)
-class FinalLogits:
-    """A `localgrad.method.Context`: what the model answers to the batch on guided steps, None on others."""
+class FinalLogits(Context):
+    """What the model answers to the batch on guided steps, None on others."""
 
     schedule: Periodic
 

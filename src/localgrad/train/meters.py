@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from localgrad.batches import num_samples
+from localgrad.data.loaders import Loader
 from localgrad.engine import local_outputs
 from localgrad.errors import TrainingError
 from localgrad.method import Term
@@ -136,7 +137,7 @@ def evaluate(network: LocalNetwork, batches: Any, autocast: torch.dtype | None =
     meter, metrics = Meter(network), dict[str, Metric]()
     loss, samples = torch.zeros((), device=meter.device), 0
     try:
-        for inputs, targets in batches.epoch(0) if hasattr(batches, "epoch") else batches:
+        for inputs, targets in batches.epoch(0) if isinstance(batches, Loader) else batches:
             inputs, targets = tree_map_only(Tensor, lambda t: t.to(meter.device), (inputs, targets))
             for span, term, output in local_outputs(network, inputs, autocast=autocast, scored_only=True):
                 metrics.setdefault(meter.name(span), meter.task.metric()).update(output, targets)
