@@ -193,6 +193,89 @@ def test_modules_that_return_several_values_are_traced_through() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+class Opaque(nn.Module):
+    """Returns and takes pairs, and cannot be traced."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, width)
+
+    def forward(self, pair: tuple[Tensor, Tensor], shift: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        x, y = pair if isinstance(pair, tuple) else (pair, pair)
+        x = self.inner(-x if x.sum() > 100 else x + y + shift)
+        return x, x.detach()
+
+
+class Opaques(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = Opaque(8), Opaque(8), Opaque(3)
+
+    def forward(self, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        return self.c(self.b(self.a(x, shift)))
+
+
+def test_modules_of_a_list_hand_on_what_they_return_as_it_is() -> None:
+    model = Opaques()
+    network = localize(model, E2E, [model.a, model.b, model.c], example=(X, X))
+    assert torch.equal(run(separate_blocks(network), (X, 2 * X))[0], model(X, 2 * X)[0])
+
+
+class Stages(nn.Module):
+    """Returns what each stage made, as encoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found = [x]
+        for stage in self.stages:
+            found.append(stage(found[-1]).relu())
+        return found[1:]
+
+
+class Joined(nn.Module):
+    """Takes the features behind something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 8)
+
+    def forward(self, skip: Tensor, *, features: Tensor) -> Tensor:
+        return self.inner(torch.cat([skip, features], 1)).relu()
+
+
+class Skips(nn.Module):
+    """A decoder that opens the list of its encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = Stages(), nn.Linear(8, 3)
+        self.decoder = nn.ModuleList(Joined() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *skips, x = self.encoder(x)
+        for step, skip in zip(self.decoder, reversed(skips), strict=True):
+            x = step(skip, features=x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("cuts", "made"),
+    [(["decoder.0"], [3, 1]), (["head"], [1, 1]), (["encoder.stages.1", "decoder.0", "decoder.1"], [1, 2, 1, 1])],
+)
+def test_features_are_the_argument_that_a_cut_names_and_what_else_crosses_goes_by_name(
+    cuts: list[str], made: list[int]
+) -> None:
+    model = Skips()
+    blocks = separate_blocks(localize(model, DGL, cuts, example=X))
+    assert [len(block.outputs) for block in blocks] == made
+    assert torch.equal(run(blocks, X), model(X))
+    if cuts == ["decoder.0"]:
+        assert torch.equal(blocks[0](X)[0], model.encoder(X)[-1])
+
+
 def test_shared_parameters() -> None:
     model = Tied()
     assert cut_names(model) == ["b", "head"]

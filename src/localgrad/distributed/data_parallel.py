@@ -18,7 +18,6 @@ from localgrad.distributed.agreement import agree, explained, facts_about, gathe
 from localgrad.errors import ConfigError, MethodError, TrainingError
 from localgrad.network import LocalNetwork
 from localgrad.partition import SeparateBlocks
-from localgrad.partition.separate import Listed
 
 
 def data_parallel(network: LocalNetwork, mesh: DeviceMesh, *, shard: bool = False) -> LocalNetwork:
@@ -129,8 +128,6 @@ def _called_by_separate_blocks(network: LocalNetwork) -> set[nn.Module] | None:
         if isinstance(graph, fx.GraphModule):
             calls = (node for node in graph.graph.nodes if node.op == "call_module")
             found |= {graph.get_submodule(str(node.target)) for node in calls}
-        elif isinstance(graph, Listed):
-            found |= set(graph.modules())
     return found
 
 

@@ -1,9 +1,10 @@
 """Cutting any model into blocks."""
 
-from localgrad.partition.blocks import INPUTS, OUTPUT, Block, RecomputedBlock
+from localgrad.partition.blocks import Block, RecomputedBlock
 from localgrad.partition.choose import AuxiliaryBytes, by_bytes, by_count
 from localgrad.partition.moments import Cut, Partition
 from localgrad.partition.separate import Chain, SeparateBlocks, separate_blocks
+from localgrad.partition.trace import INPUTS, OUTPUT
 from localgrad.partition.units import Unit
 
 __all__ = [

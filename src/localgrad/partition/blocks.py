@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from localgrad.errors import PartitionError
-from localgrad.partition.trace import ROOT, Trace, trace
+from localgrad.partition.trace import ROOT, Names, trace
 from localgrad.recompute.parts import recomputed
 from localgrad.suspension.points import Point
-
-INPUTS = "inputs"
-OUTPUT = "output"
-
-
-Names = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 class _Named(nn.Module):
     """Reads values by name and makes others, in the mode of the model; ``names`` by training mode."""
 
-    def __init__(self, model: nn.Module, names: dict[bool, Names]) -> None:
+    def __init__(self, model: nn.Module, names: dict[bool, tuple[Names, Names]]) -> None:
         super().__init__()
         self._model = (model,)  # a tuple, so that it is no child
         self._names = names
 
-    def names(self, training: bool) -> Names:
+    def names(self, training: bool) -> tuple[Names, Names]:
         """Names of the values it reads and of those it makes, in one mode."""
         return self._names[training]
 
@@ -60,9 +54,7 @@ class Block(_Named):
         graphs: training mode -> the module to run, its input names and its output names.
     """
 
-    def __init__(
-        self, model: nn.Module, graphs: dict[bool, tuple[nn.Module, tuple[str, ...], tuple[str, ...]]]
-    ) -> None:
+    def __init__(self, model: nn.Module, graphs: dict[bool, tuple[fx.GraphModule, Names, Names]]) -> None:
         super().__init__(model, {mode: (inputs, outputs) for mode, (_, inputs, outputs) in graphs.items()})
         self.train_graph, self.eval_graph = graphs[True][0], graphs[False][0]
         self._links = _tensor_links(self.train_graph) + _tensor_links(self.eval_graph)
@@ -76,12 +68,6 @@ class Block(_Named):
         if self._device != (device := _device(model)):
             self._move_constants(device)
         return (self.train_graph if model.training else self.eval_graph)(*values)
-
-    def compile_graphs(self, **options: Any) -> None:
-        """``torch.compile`` what runs in each mode, in place."""
-        self.train_graph.compile(**options)
-        if self.eval_graph is not self.train_graph:
-            self.eval_graph.compile(**options)
 
     def _move_constants(self, device: torch.device | None) -> None:
         """Tensors that a traced ``forward`` made without any input follow the model from device to device."""
@@ -119,13 +105,8 @@ class RecomputedBlock(_Named):
             )
         return tuple(known[name] for name in self.outputs)
 
-    def compile_graphs(self, **options: Any) -> None:
-        """``torch.compile`` what runs in each mode, part by part, in place."""
-        for part in self.parts:
-            part.compile_graphs(**options)
 
-
-def _joined_names(parts: Sequence[Block], training: bool, read_later: set[str]) -> Names:
+def _joined_names(parts: Sequence[Block], training: bool, read_later: set[str]) -> tuple[Names, Names]:
     made: dict[str, None] = {}
     inputs: dict[str, None] = {}
     for part in parts:
@@ -136,10 +117,8 @@ def _joined_names(parts: Sequence[Block], training: bool, read_later: set[str]) 
     return tuple(inputs), (features, *(name for name in made if name in read_later and name != features))
 
 
-def _tensor_links(graph: nn.Module) -> list[tuple[nn.Module, str]]:
+def _tensor_links(graph: fx.GraphModule) -> list[tuple[fx.GraphModule, str]]:
     """Tensors the graph holds outside submodules: ``model.to(...)`` replaces buffers, so they are looked up anew."""
-    if not isinstance(graph, fx.GraphModule):
-        return []
     paths = dict.fromkeys(str(node.target) for node in graph.graph.nodes if node.op == "get_attr")
     return [(graph, path) for path in paths if path.startswith(ROOT + ".")]
 
@@ -148,7 +127,7 @@ def _device(model: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
 
 
-def _relink(graph: nn.Module, path: str, model: nn.Module) -> None:
+def _relink(graph: fx.GraphModule, path: str, model: nn.Module) -> None:
     *parents, name = path.removeprefix(ROOT + ".").split(".")
     holder, source = graph.get_submodule(".".join([ROOT, *parents])), model.get_submodule(".".join(parents))
     value = getattr(source, name)
@@ -156,26 +135,14 @@ def _relink(graph: nn.Module, path: str, model: nn.Module) -> None:
         setattr(holder, name, value)
 
 
-def ancestors(paths: Iterable[str]) -> set[str]:
-    """Every module that contains one of ``paths``."""
-    return {".".join(path.split(".")[:n]) for path in paths for n in range(1, path.count(".") + 1)}
-
-
-def split(model: nn.Module, example: Any, points: Sequence[Point]) -> list[Block]:
-    """Blocks that begin at ``points`` (and one before them), in the order they run.
-
-    The features at a boundary are the argument that the point names. Whatever else crosses it is passed by name.
-
-    Args:
-        model: shared with the blocks.
-        example: a tensor, or a tuple of them for several inputs.
-        points: of modules that are called once.
+def split(model: nn.Module, example: Any, points: Sequence[Point], through: Collection[str]) -> list[Block]:
+    """Blocks that begin at ``points`` (and one before them), in the order they run; see `trace`.
 
     Raises:
-        PartitionError: the model cannot be traced through what holds the points, or a parameter is used on both sides.
+        PartitionError: they cannot be traced, or a parameter is used by two of them.
     """
-    parts = {mode: _split_one(model, example, points, mode) for mode in (True, False)}
-    blocks = [Block(model, {mode: parts[mode][k] for mode in parts}) for k in range(len(points) + 1)]
+    train, evaluation = (trace(model, example, points, through, training) for training in (True, False))
+    blocks = [Block(model, {True: one, False: other}) for one, other in zip(train, evaluation, strict=True)]
     check_shared_parameters(model, blocks, [point.name for point in points])
     return blocks
 
@@ -199,62 +166,8 @@ def check_shared_parameters(model: nn.Module, blocks: Sequence[nn.Module], point
         for parameter in block.parameters():
             first = owner.setdefault(id(parameter), index)
             if first != index:
-                where = points[index - 1] if index - 1 < len(points) else str(index)
                 raise PartitionError(
                     f"parameter {names.get(id(parameter), '?')!r} is used by block {first} and by block {index} (from "
-                    f"{where!r}): two losses would train it. Untie it (copy.deepcopy), or cut so that both uses are in "
-                    "one block."
+                    f"{points[index - 1]!r}): two losses would train it. Untie it (copy.deepcopy), or cut so that both "
+                    "uses are in one block."
                 )
-
-
-def _split_one(
-    model: nn.Module, example: Any, points: Sequence[Point], training: bool
-) -> list[tuple[fx.GraphModule, tuple[str, ...], tuple[str, ...]]]:
-    num_inputs = len(example) if isinstance(example, (tuple, list)) else None
-    through = {"", *ancestors(point.name for point in points)}
-    traced = trace(model, num_inputs, training=training, through=through)
-    features = []
-    for point in points:
-        if point.name not in traced.entered:
-            mode = "training" if training else "eval"
-            raise PartitionError(f"module {point.name!r} is not reached in {mode} mode; cut the model elsewhere")
-        features.append(traced.taken[point.name][point.leaf].node)
-    edges = [0, *(traced.entered[point.name] for point in points), len(traced.nodes)]
-    nodes = traced.nodes
-    home = {node: k for k in range(len(edges) - 1) for node in nodes[edges[k] : edges[k + 1]]}
-    result = []
-    for k in range(len(edges) - 1):
-        body = [n for n in nodes if home[n] == k and n.op in ("call_module", "call_function", "call_method")]
-        result.append(_block_graph(traced, body, k, home, features[k] if k < len(features) else None))
-    return result
-
-
-def _block_graph(
-    traced: Trace, body: list[fx.Node], index: int, home: dict[fx.Node, int], features: fx.Node | None
-) -> tuple[fx.GraphModule, tuple[str, ...], tuple[str, ...]]:
-    inside = set(body)
-    last = features is None
-    output = next(n for n in traced.nodes if n.op == "output")
-    reads = [arg for node in body for arg in node.all_input_nodes] + (output.all_input_nodes if last else [])
-    inputs = list(dict.fromkeys(n for n in reads if n not in inside and n.op != "get_attr"))
-    outputs = [n for n in body if any(home[user] > index and user not in inside for user in n.users)]
-    outputs = [n for n in outputs if not (last and n in output.all_input_nodes)]
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {n: graph.placeholder(n.name) for n in inputs}
-
-    def copy_of(node: fx.Node) -> fx.Node:
-        if node not in copies:
-            copies[node] = graph.node_copy(node, copy_of)  # an attribute of the model, fetched where it is used
-        return copies[node]
-
-    for node in body:
-        copies[node] = graph.node_copy(node, copy_of)
-    outputs.sort(key=lambda n: n is not features)  # the features come first
-    result: Any = tuple(copies[n] for n in outputs)
-    names = tuple(n.name for n in outputs)
-    if last:
-        result, names = (fx.map_arg(output.args[0], copy_of),), (OUTPUT,)
-    graph.output(result)
-    graph.lint()
-    module = fx.GraphModule(traced.root, graph, class_name="BlockGraph")
-    return module, tuple(INPUTS if n.op == "placeholder" else n.name for n in inputs), names

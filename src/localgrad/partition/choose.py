@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from localgrad.batches import tensors_in
 from localgrad.errors import PartitionError
+from localgrad.forward import SuspendedForward
 from localgrad.measure.memory import saved_storages
 from localgrad.opened import OpenModel
 from localgrad.partition.moments import Cut, Partition
@@ -54,21 +56,20 @@ def by_count(partition: Partition, num_blocks: int, stem: Stem = "unit") -> tupl
     Raises:
         PartitionError: for more blocks than cut points allow, or fewer than 1.
     """
-    name = type(partition.model).__name__
     cuts = _available(partition, num_blocks)
     if stem == "own" and num_blocks < 2:
         raise PartitionError(
             "1 block with stem='own': the stem and the rest are two blocks; write by_count(2, stem='own')"
         )
-    body = [cut for cut in cuts if not cut.tail]
-    units = body if stem in ("own", "merged") else [None, *body]
+    first = [None] if stem == "unit" else []
+    units = [*first, *(cut for cut in cuts if not cut.tail)]
     wanted = num_blocks - 1 if stem == "own" else num_blocks
     if wanted > len(units):
-        units = list(cuts) if stem in ("own", "merged") else [None, *cuts]
+        units = [*first, *cuts]
     if wanted > len(units):
         raise PartitionError(
-            f"{num_blocks} blocks with stem={stem!r}: this {name} has {len(units)} units besides the stem; use "
-            f"at most {len(units) + (stem == 'own')} blocks, or stem='unit'"
+            f"{num_blocks} blocks with stem={stem!r}: this {type(partition.model).__name__} has {len(units)} units "
+            f"besides the stem; use at most {len(units) + (stem == 'own')} blocks, or stem='unit'"
         )
     size, extra = divmod(len(units), wanted)
     starts = [k * size + min(k, extra) for k in range(wanted)]
@@ -119,12 +120,9 @@ def by_bytes(
     none = AuxiliaryBytes(0, 0)
     ends = [*(auxiliary(cut) if auxiliary else none for cut in cuts), none]
     n = len(saved)
-    trained = [0] * n
-    if gradients != "none":
-        trained = [int(share * size) for size in _trained_bytes(partition, cuts)]
-        ends = [AuxiliaryBytes(end.saved, int(end.gradients * share)) for end in ends]
-    else:
-        ends = [AuxiliaryBytes(end.saved, 0) for end in ends]
+    counted = 0.0 if gradients == "none" else share
+    trained = [int(counted * size) for size in _trained_bytes(partition, cuts)]
+    ends = [AuxiliaryBytes(end.saved, int(counted * end.gradients)) for end in ends]
     cost = [[0] * (n + 1) for _ in range(n)]
     for i in range(n):
         before = sum(trained[:i]) if gradients == "earlier" else 0
@@ -148,23 +146,16 @@ def _smallest_largest(cost: Sequence[Sequence[int]], num_blocks: int) -> list[in
     so that the other runs stay even.
     """
     n = len(cost)
-    best: list[list[tuple[int, int]]] = [[(0, 0)] + [(1 << 62, 0)] * n]
-    choice: list[list[int]] = [[0] * (n + 1)]
-    for k in range(1, num_blocks + 1):
-        row, picks = [(1 << 62, 0)] * (n + 1), [0] * (n + 1)
-        for j in range(k, n + 1):
-            options = (
-                (max(best[k - 1][i][0], cost[i][j]), best[k - 1][i][1] + cost[i][j] ** 2, i) for i in range(k - 1, j)
+    # For each number of units covered: the largest cost, the sum of squares, and where the runs begin, the last first.
+    best: list[tuple[int, int, tuple[int, ...]]] = [(row, row**2, (0,)) for row in cost[0]]
+    for k in range(1, num_blocks):
+        covered = best.copy()
+        for stop in range(k + 1, n + 1):
+            best[stop] = min(
+                (max(covered[i][0], cost[i][stop]), covered[i][1] + cost[i][stop] ** 2, (i, *covered[i][2]))
+                for i in range(k, stop)
             )
-            largest, squares, picks[j] = min(options)
-            row[j] = (largest, squares)
-        best.append(row)
-        choice.append(picks)
-    starts, end = [], n
-    for k in range(num_blocks, 0, -1):
-        end = choice[k][end]
-        starts.append(end)
-    return sorted(starts)
+    return sorted(best[n][2])
 
 
 def _trained_bytes(partition: Partition, cuts: Sequence[Cut]) -> list[int]:
@@ -176,6 +167,16 @@ def _trained_bytes(partition: Partition, cuts: Sequence[Cut]) -> list[int]:
     return sizes
 
 
+@contextlib.contextmanager
+def _suspended(partition: Partition, cuts: Sequence[Cut]) -> Iterator[SuspendedForward]:
+    """A forward in training mode that has not begun and halts at each of ``cuts``."""
+    model = partition.model
+    device, points = next(model.parameters()).device.type, [cut.point for cut in cuts]
+    with untouched(model, training=True), OpenModel(model, model, points, Watch(), device) as opened:
+        yield opened.call(partition.example)
+
+
+@torch.enable_grad()
 def unit_storages(partition: Partition, cuts: Sequence[Cut] | None = None) -> list[dict[int, int]]:
     """For each unit, the storages autograd saves for its backward pass on the example: id -> bytes.
 
@@ -183,15 +184,8 @@ def unit_storages(partition: Partition, cuts: Sequence[Cut] | None = None) -> li
     """
     model, cuts = partition.model, partition.cuts if cuts is None else cuts
     exclude = [*model.parameters(), *model.buffers(), *tensors_in(partition.example)]
-    device = next(model.parameters()).device.type
     kept, saved = [], []  # kept: storage ids are unique only while every storage is alive
-    points = [cut.point for cut in cuts]
-    with (
-        untouched(model, training=True),
-        torch.enable_grad(),
-        OpenModel(model, model, points, Watch(), device) as opened,
-    ):
-        forward = opened.call(partition.example)
+    with _suspended(partition, cuts) as forward:
         while forward.boundary <= len(cuts):
             before = forward.boundary
             _, storages = saved_storages(forward.proceed, exclude)
@@ -203,11 +197,8 @@ def unit_storages(partition: Partition, cuts: Sequence[Cut] | None = None) -> li
 @torch.no_grad()
 def features_at(partition: Partition, cuts: Sequence[Cut]) -> list[Tensor]:
     """The features of the example at each of ``cuts``, in training mode."""
-    model, found = partition.model, []
-    device = next(model.parameters()).device.type
-    points = [cut.point for cut in cuts]
-    with untouched(model, training=True), OpenModel(model, model, points, Watch(), device) as opened:
-        forward = opened.call(partition.example)
+    found = []
+    with _suspended(partition, cuts) as forward:
         for _ in cuts:
             forward.proceed()
             found.append(forward.features)

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from localgrad.batches import num_samples, tensors_in
 from localgrad.errors import PartitionError, nearest
 from localgrad.layout import Layout, layout_of
-from localgrad.partition.record import Call, Graph, Listener, Value
+from localgrad.partition.record import Call, Graph, Listener, Taken, Value
 from localgrad.partition.units import Called, Key, Unit
 from localgrad.suspension.frames import outermost
 from localgrad.suspension.points import Point
@@ -105,7 +105,7 @@ class Partition:
         self._head = self._head_position()
         self.all = self._find()
         self.cuts = tuple(cut for cut, plain in self.all if plain and (shared or not cut.shared))
-        self.finest = tuple(self._finest())
+        self.finest = self._finest()
 
     # One forward -------------------------------------------------------------------------------------------------
 
@@ -129,16 +129,14 @@ class Partition:
         self.calls = listener.calls
         self.known: dict[Value, str] = {}
         self.shapes: dict[Value, tuple[int, ...]] = {}
-        for call in self.calls:
-            call.taken = [(p, k, v, s) for p, k, edge, s in call.taken if (v := graph.value(edge)) is not None]
-            call.returned = [(v, s) for edge, s in call.returned if (v := graph.value(edge)) is not None]
-            call.frames = {v: name for edge, name in call.frames.items() if (v := graph.value(edge)) is not None}
-            seen = [(v, s) for _, _, v, s in call.taken] + call.returned
-            for value, shape in seen:
-                self.known.setdefault(value, call.name)
-                self.shapes.setdefault(value, shape)
         numbers: dict[Any, int] = {}
         for call in self.calls:
+            call.taken = [t._replace(value=v) for t in call.taken if (v := graph.value(t.value)) is not None]
+            call.returned = [(v, s) for edge, s in call.returned if (v := graph.value(edge)) is not None]
+            call.frames = {v: name for edge, name in call.frames.items() if (v := graph.value(edge)) is not None}
+            for value, shape in [*((t.value, t.shape) for t in call.taken), *call.returned]:
+                self.known.setdefault(value, call.name)
+                self.shapes.setdefault(value, shape)
             call.same = {k: tuple(numbers.setdefault(one, len(numbers)) for one in v) for k, v in call.same.items()}
             call.overwritten = frozenset(
                 k for k, (tensor, version) in call.watched.items() if tensor._version != version
@@ -169,26 +167,21 @@ class Partition:
         calls = [c for c in self.calls if c.taken and not c.stray and is_unit(self.modules[c.name])]
         calls.sort(key=lambda c: c.enter)
         across = self._crossing([c.enter for c in calls])
-        found: list[tuple[Cut, bool]] = []
-        by_place: dict[tuple[int, Value], int] = {}
+        found: dict[tuple[int, Value], tuple[Cut, bool]] = {}
         for call, crossing in zip(calls, across, strict=True):
             features = self._features(call, crossing)
             if features is None:
                 continue
-            others = [value for value in crossing if value != features]
             place = (bisect.bisect_right(self.graph.times, call.enter), features)
-            if place in by_place:
-                index = by_place[place]
-                cut, plain = found[index]
-                if call.number == 0:
-                    found[index] = (_with_alias(cut, call.name), plain)
-                continue
-            by_place[place] = len(found)
-            plain = self._plain(call, features, others) and not self._aside(call.enter)
-            found.append((self._cut(call, features, others), plain))
+            if place not in found:
+                plain = self._tapped(call, features, crossing) and not self._aside(call.enter)
+                found[place] = (self._cut(call, features, crossing), plain)
+            elif call.number == 0:
+                cut, plain = found[place]
+                found[place] = (_with_alias(cut, call.name), plain)
         spaced: list[tuple[Cut, bool]] = []
         any_before = plain_before = 0
-        for cut, plain in found:  # between two cut points lies at least one layer with weights
+        for cut, plain in found.values():  # between two cut points lies at least one layer with weights
             plain = plain and not cut.overwritten and self._layers_between(plain_before, cut.position)
             if plain or self._layers_between(any_before, cut.position):
                 spaced.append((cut, plain))
@@ -235,11 +228,8 @@ class Partition:
                 own += work
         return other > own
 
-    def _plain(self, call: Call, features: Value, others: Sequence[Value]) -> bool:
-        return not others or self._tapped(call, features, others)
-
-    def _tapped(self, call: Call, features: Value, others: Sequence[Value]) -> bool:
-        """Whether ``others`` only wait for a later head, while all goes on from ``features``, the youngest value.
+    def _tapped(self, call: Call, features: Value, crossing: Sequence[Value]) -> bool:
+        """Whether all goes on from ``features``, the youngest value, and others that cross only wait for a later head.
 
         So it is in encoders whose stages are read again by a decoder or a feature pyramid: what runs next reads the
         features, they were computed from each of the others, and each other one are maps of finer resolution, or
@@ -247,9 +237,11 @@ class Partition:
         still running, such as the shortcut of a residual unit, does not wait for a head.
         """
         graph, moment = self.graph, call.enter
+        if not (others := set(crossing) - {features}):
+            return True
         running = [c for c in self.calls if c.enter < moment < c.exit]
         end = min((c.exit for c in running if "." not in c.name), default=moment)
-        if features not in self._reads_first(moment, {*others, features}):
+        if features not in self._reads_first(moment, crossing):
             return False
         above = graph.ancestors[features[0]]
         for other in others:
@@ -278,8 +270,8 @@ class Partition:
         hint = self._channels_hint(self.graph.times[value[0]], shape)
         return shape[1] if hint == "last" else shape[2]
 
-    def _cut(self, call: Call, features: Value, others: Sequence[Value]) -> Cut:
-        leaf, _, _, shape = next(taken for taken in call.taken if taken[2] == features)
+    def _cut(self, call: Call, features: Value, crossing: Sequence[Value]) -> Cut:
+        leaf, _, _, shape = next(taken for taken in call.taken if taken.value == features)
         moment = call.enter
         later = (c for c in self._weighted if c.enter >= moment)
         shared = [n for n, reads in self.graph.readers.items() if min(reads) < moment <= max(reads)]
@@ -292,24 +284,19 @@ class Partition:
             moment >= self._head or not any(_has_positions(c.makes) for c in later),
             Point(call.name, call.number, leaf),
             leaf in call.overwritten,
-            tuple(self.known.get(value) or call.frames[value] for value in others),
+            tuple(self.known.get(value) or call.frames[value] for value in crossing if value != features),
             tuple(shared),
         )
 
-    def _finest(self) -> Iterator[Cut]:
+    def _finest(self) -> tuple[Cut, ...]:
         """Cut points where taps cross too, as long as the features are computed from them; outermost modules only."""
         chosen: list[Cut] = []
         for cut, plain in self.all:
             inside = any(cut.name.startswith(other.name + ".") for other in chosen)
-            if (
-                (cut.shared and not self.shared)
-                or cut.overwritten
-                or (inside and not plain)
-                or self._aside(cut.position)
-            ):
-                continue
-            chosen.append(cut)
-            yield cut
+            allowed = (self.shared or not cut.shared) and not cut.overwritten and (plain or not inside)
+            if allowed and not self._aside(cut.position):
+                chosen.append(cut)
+        return tuple(chosen)
 
     def _channels_hint(self, moment: int, shape: tuple[int, ...]) -> Hint:
         """Where the layers next to a moment look for channels: the first one with weights behind it, else before it."""
@@ -335,9 +322,8 @@ class Partition:
         if not self._weighted or not _has_positions(self._weighted[-1].makes):
             return end
         paths = [call.name.split(".") for call in self._weighted]
-        # The least and the greatest path differ where any two do.
-        pairs = zip(min(paths)[:-1], max(paths)[:-1], strict=False)
-        shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        levels = zip(*(path[:-1] for path in paths), strict=False)
+        shared = len(list(itertools.takewhile(lambda names: len(set(names)) == 1, levels)))
         parts = [".".join(path[: shared + 1]) for path in paths]
         going_on: set[str] = set()
         above: list[frozenset[str]] = []
@@ -396,13 +382,13 @@ class Partition:
             raise PartitionError(f"cuts: {name!r} takes nothing that was computed from parameters before it; {valid}")
         (crossing,) = self._crossing([call.enter])
         if (features := self._features(call, crossing)) is not None:  # a layer without weights, say
-            cut = self._cut(call, features, [value for value in crossing if value != features])
+            cut = self._cut(call, features, crossing)
             if not cut.shared or self.shared:
                 return cut
         started = bisect.bisect_left(self.graph.first_reads, call.enter)
         covered = 0
-        for _, _, value, _ in call.taken:
-            covered |= self.graph.bits[value[0]] if value in crossing else 0
+        for taken in call.taken:
+            covered |= self.graph.bits[taken.value[0]] if taken.value in crossing else 0
         left = [n for k, n in enumerate(self.graph.order[:started]) if not covered >> k & 1]
         if left:
             raise PartitionError(
@@ -438,6 +424,11 @@ class Partition:
                 found[name] = () if block is None else (block,)
         return found
 
+    def returning_several(self) -> set[str]:
+        """The modules that return anything but one tensor, those of torch left out."""
+        found = {call.name for call in self.calls if call.structured}
+        return {name for name in found if not type(self.modules[name]).__module__.startswith("torch.nn.")}
+
     def units_after(self, cut: Cut) -> tuple[Unit, ...]:
         """The model's modules that the units from ``cut`` on consist of, as far as each is one module."""
         places = (cut, *(other for other in self.cuts if other.position > cut.position and not other.tail))
@@ -468,7 +459,7 @@ class Partition:
         """A module, such that it can be called with the features alone, and whether the cut has all that it needs."""
         module = self.modules[call.name]
         here, begins = self._call_at(cut), self._call_at(own)
-        wanted = begins.same[next(key for leaf, key, _, _ in begins.taken if leaf == own.point.leaf)]
+        wanted = begins.same[self._taken_at(own).key]
         features = [key for key, same in call.same.items() if same == wanted]
         others = {key: value for key, value in call.others.items() if key not in features}
         if not any(value is not None for value in others.values()) and features == [0] and not call.structured:
@@ -485,12 +476,15 @@ class Partition:
         """The call that a cut lies before."""
         return next(call for call in self.calls if (call.name, call.number) == (cut.point.name, cut.point.call))
 
+    def _taken_at(self, cut: Cut) -> Taken:
+        """What that call takes as features."""
+        return next(taken for taken in self._call_at(cut).taken if taken.leaf == cut.point.leaf)
+
     def _reads_taps(self, call: Call, cut: Cut) -> bool:
         """Whether a module reads more than the features that cross where it begins."""
         (crossing,) = self._crossing([cut.position])
-        features = next((v for leaf, _, v, _ in call.taken if leaf == cut.point.leaf), None)
-        early = {value for value in crossing if value != features}
-        return any(any(call.enter < time < call.exit for time in self.graph.reads[value]) for value in early)
+        early = set(crossing) - {self._taken_at(cut).value}
+        return any(call.enter < time < call.exit for value in early for time in self.graph.reads[value])
 
     def _units_at(self, cut: Cut, until: Layout | None) -> Iterator[Call]:
         """The modules that begin at ``cut``, the best unit first.
@@ -505,8 +499,7 @@ class Partition:
         alone = [calls[name] for name in names if not any(other.startswith(name + ".") for other in later)]
         holding = [calls[name] for name in reversed(names) if calls[name] not in alone]
         whole = [call for call in alone if until is None or self._makes(call, until)]
-        features = next(value for leaf, _, value, _ in self._call_at(cut).taken if leaf == cut.point.leaf)
-        reads = [time for time in self.graph.reads[features] if cut.position < time < stop]
+        reads = [time for time in self.graph.reads[self._taken_at(cut).value] if cut.position < time < stop]
         joined = bool(alone and holding) and not all(alone[0].enter < time < alone[0].exit for time in reads)
         rest = [*holding, *alone] if joined else [*alone, *holding]
         return iter({id(call): call for call in (*whole[:1], *rest)}.values())

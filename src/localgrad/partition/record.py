@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,15 @@ from localgrad.suspension.frames import held_by_frames
 Value = tuple[int, int]  # an output of a node: (index of the node, number of the output)
 
 
+class Taken(NamedTuple):
+    """A tensor among the arguments of a call: which leaf of them, in which argument, and what made it."""
+
+    leaf: int
+    key: Key
+    value: Any
+    shape: tuple[int, ...]
+
+
 @dataclass
 class Call:
     """One call of a module: when it began and ended on the clock, what it took and returned."""
@@ -26,7 +35,7 @@ class Call:
     number: int
     enter: int
     exit: int = 0
-    taken: list[tuple[int, Key, Any, tuple[int, ...]]] = field(default_factory=list)  # leaf, argument, edge, shape
+    taken: list[Taken] = field(default_factory=list)
     returned: list[tuple[Any, tuple[int, ...]]] = field(default_factory=list)
     reads: tuple[int, ...] = ()  # shape of the first tensor taken, with or without a graph
     makes: tuple[int, ...] = ()
@@ -72,12 +81,11 @@ class Listener:
             # A module that is called where its path does not lead is shared by several others.
             call.stray = bool(self.running) and not name.startswith(self.running[-1].name + ".")
             given: list[tuple[Key, Any]] = [*enumerate(args), *kwargs.items()]
-            for _, value in given:
-                call.reads = call.reads or next((tuple(t.shape) for t in tensors_in(value)), ())
+            call.reads = next((tuple(t.shape) for _, value in given for t in tensors_in(value)), ())
             leaves = [(key, leaf) for key, value in given for leaf in tree_leaves(value)]
             for place, (key, leaf) in enumerate(leaves):
                 if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                    call.taken.append((place, key, (leaf.grad_fn, leaf.output_nr), tuple(leaf.shape)))
+                    call.taken.append(Taken(place, key, (leaf.grad_fn, leaf.output_nr), tuple(leaf.shape)))
             if call.taken and torch.is_grad_enabled():
                 tensors = ((place, leaf) for place, (_, leaf) in enumerate(leaves) if isinstance(leaf, Tensor))
                 call.watched = {place: (leaf, leaf._version) for place, leaf in tensors}
@@ -119,52 +127,37 @@ class Graph:
     """Autograd's graph as lists of numbers: it may be kept, since it holds no tensor."""
 
     def __init__(self, outputs: Sequence[Any], names: dict[int, str]) -> None:
-        nodes: set[Any] = set()
-        leaves: dict[Any, list[int]] = {}
+        found: set[Any] = set()
         stack = [node for node, _ in outputs]
         while stack:
-            node = stack.pop()
-            if node in nodes:
-                continue
-            nodes.add(node)
-            for following, _ in node.next_functions:
-                if following is not None and not hasattr(following, "variable"):
-                    stack.append(following)
-        self.nodes = sorted(nodes, key=lambda node: node._sequence_nr())
-        self.index = {node: i for i, node in enumerate(self.nodes)}
-        self.times = [node._sequence_nr() for node in self.nodes]
-        self.kinds = [node.name() for node in self.nodes]
+            if (node := stack.pop()) is not None and node not in found and not hasattr(node, "variable"):
+                found.add(node)
+                stack += [following for following, _ in node.next_functions]
+        nodes = sorted(found, key=lambda node: node._sequence_nr())
+        self.index = {node: i for i, node in enumerate(nodes)}
+        self.times = [node._sequence_nr() for node in nodes]
+        self.kinds = [node.name() for node in nodes]
         self.inputs: list[list[Value]] = []
         self.reads: dict[Value, list[int]] = {}
         self.readers: dict[str, list[int]] = {}
-        self.bits: list[int] = []
-        for i, node in enumerate(self.nodes):
-            inputs = []
-            for following, slot in node.next_functions:
-                if following is None:
-                    continue
-                if hasattr(following, "variable"):
-                    leaves.setdefault(following, []).append(i)
-                else:
-                    inputs.append((self.index[following], slot))
-                    self.reads.setdefault((self.index[following], slot), []).append(self.times[i])
-            self.inputs.append(inputs)
-        self.outputs = [(self.index[node], slot) for node, slot in outputs]
         self.own: dict[int, list[str]] = {}  # node -> parameters it reads
-        for value in self.outputs:
-            self.reads.setdefault(value, []).append(1 << 62)
-        for leaf, at in leaves.items():
-            name = names.get(id(leaf.variable))
-            if name is not None:
-                self.readers.setdefault(name, []).extend(self.times[i] for i in at)
-                for i in at:
+        for i, node in enumerate(nodes):
+            self.inputs.append([value for edge in node.next_functions if (value := self.value(edge)) is not None])
+            for value in self.inputs[i]:
+                self.reads.setdefault(value, []).append(self.times[i])
+            for following, _ in node.next_functions:
+                if (name := names.get(id(getattr(following, "variable", None)))) is not None:
+                    self.readers.setdefault(name, []).append(self.times[i])
                     self.own.setdefault(i, []).append(name)
+        for node, slot in outputs:
+            self.reads.setdefault((self.index[node], slot), []).append(1 << 62)
         self.order = sorted(self.readers, key=lambda name: min(self.readers[name]))
         self.first_reads = [min(self.readers[name]) for name in self.order]
         self.last_reads = sorted(max(reads) for reads in self.readers.values())
         rank = {name: 1 << k for k, name in enumerate(self.order)}
+        self.bits: list[int] = []  # of each node, the parameters it is computed from
         self.ancestors: list[int] = []
-        for i in range(len(self.nodes)):
+        for i in range(len(nodes)):
             bits, above = 0, 1 << i
             for name in self.own.get(i, ()):
                 bits |= rank[name]
@@ -181,4 +174,4 @@ class Graph:
 
     def forget(self) -> None:
         """Let go of the nodes, and with them of what they saved."""
-        self.nodes, self.index = [], {}
+        self.index = {}

@@ -1,7 +1,7 @@
 """Blocks that can be called one by one, for what needs them: ranks of block parallel, and blocks that run again.
 
-They come from torch.fx (`localgrad.partition.blocks`) or from a list of modules, and must compute in training mode what
-the model's own forward computes. Chained they are a module like any other, which the engine suspends at its cuts.
+They come from torch.fx (`localgrad.partition.trace`) and must compute in training mode what the model's own forward
+computes. Chained they are a module like any other, which the engine suspends at its cuts.
 """
 
 from __future__ import annotations
@@ -15,17 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from localgrad.batches import call_model
 from localgrad.errors import PartitionError
-from localgrad.partition.blocks import (
-    INPUTS,
-    OUTPUT,
-    Block,
-    RecomputedBlock,
-    ancestors,
-    check_shared_parameters,
-    join,
-    split,
-)
+from localgrad.partition.blocks import Block, RecomputedBlock, check_shared_parameters, join, split
 from localgrad.partition.moments import Cut, Partition
+from localgrad.partition.trace import INPUTS, OUTPUT
 from localgrad.recompute.parts import recomputed
 from localgrad.suspension.points import Point
 from localgrad.suspension.untouched import untouched
@@ -136,7 +128,8 @@ def separate_blocks(
         PartitionError: the model does not allow it, or they would not compute what its own forward does.
     """
     model, example = partition.model, _as_by_now(partition.model, partition.example)
-    if which and isinstance(model, Chain):
+    listed = isinstance(model, Chain)
+    if which and listed:
         raise PartitionError(
             f"recomputed blocks {tuple(which)}: a list of modules has no units to run again; name cut points instead"
         )
@@ -155,15 +148,34 @@ def separate_blocks(
         points += inner
         sizes[index] += len(inner)
     points.sort(key=lambda cut: cut.position)
-    if isinstance(model, Chain):
-        parts = _from_list(model, [int(cut.name.split(".")[1]) for cut in points])
-    else:
-        _check_separable(model, points, example, why)
-        parts = split(model, example, [cut.point for cut in points])
-    blocks = join(model, parts, sizes)
-    several = isinstance(example, (tuple, list))
-    _compare(SeparateBlocks(blocks, several=several), model, example, f"{why}: the blocks that torch.fx makes")
-    return blocks
+    if not isinstance(example, (Tensor, tuple, list)):
+        raise PartitionError(f"{why}: torch.fx takes a tensor or a tuple as example, not a {type(example).__name__}")
+    if repeated := [cut.name for cut in points if cut.point.call]:
+        raise PartitionError(f"{why}: {repeated[0]!r} is called several times; name a cut point that is called once")
+
+    names = [cut.point.name for cut in points]
+    # A module of a list takes one value: the features, or a nest whose first tensor they are.
+    places = [Point(name) for name in names] if listed else [cut.point for cut in points]
+
+    def made(inside: Collection[str]) -> list[Block | RecomputedBlock]:
+        through = {"", *inside, *(name[:end] for name in names for end, mark in enumerate(name) if mark == ".")}
+        _check_hooks(model, through, why)
+        blocks = join(model, split(model, example, places, through), sizes)
+        chained = SeparateBlocks(blocks, several=isinstance(example, (tuple, list)))
+        shapes: list[Any] = []
+        for door in chained.doors:
+            door.register_forward_pre_hook(lambda _, args: shapes.append(getattr(tree_leaves(args)[0], "shape", None)))
+        _compare(chained, model, example, f"{why}: the blocks that torch.fx makes")
+        if shapes != [cut.shape for cut in cuts]:
+            raise PartitionError(f"{why}: a module takes a nest of tensors, the first of which are not the features")
+        return blocks
+
+    try:
+        return made(())
+    except PartitionError:  # somebody opens the list that a module returns: torch.fx has to see it being made
+        if listed or not (several := partition.returning_several()):
+            raise
+        return made(several)
 
 
 def _as_by_now(model: nn.Module, example: Any) -> Any:
@@ -177,36 +189,9 @@ def _as_by_now(model: nn.Module, example: Any) -> Any:
     return tree_map_only(Tensor, moved, example)
 
 
-def _from_list(chain: Chain, starts: Sequence[int]) -> list[Block]:
-    edges = [0, *starts, len(chain.steps)]
-    blocks = []
-    for k in range(len(edges) - 1):
-        steps = nn.Sequential(*chain.steps[edges[k] : edges[k + 1]])
-        names = ((INPUTS if k == 0 else f"features_{k}",), (OUTPUT if k == len(edges) - 2 else f"features_{k + 1}",))
-        wrapped = Listed(steps, spread=k == 0)
-        blocks.append(Block(chain, {True: (wrapped, *names), False: (wrapped, *names)}))
-    return blocks
-
-
-class Listed(nn.Module):
-    """A block given as a list of modules."""
-
-    def __init__(self, module: nn.Module, spread: bool) -> None:
-        super().__init__()
-        self.module, self.spread = module, spread
-
-    def forward(self, value: Any) -> tuple[Any]:
-        return (call_model(self.module, value) if self.spread else self.module(value),)
-
-
-def _check_separable(model: nn.Module, cuts: Sequence[Cut], example: Any, why: str) -> None:
-    if not isinstance(example, (Tensor, tuple, list)):
-        raise PartitionError(f"{why}: torch.fx takes a tensor or a tuple as example, not a {type(example).__name__}")
-    if repeated := [cut.name for cut in cuts if cut.point.call]:
-        raise PartitionError(f"{why}: {repeated[0]!r} is called several times; name a cut point that is called once")
-    modules = dict(model.named_modules())
-    for path in ("", *sorted(ancestors(cut.point.name for cut in cuts))):
-        module = modules[path]
+def _check_hooks(model: nn.Module, through: Collection[str], why: str) -> None:
+    for path in sorted(through):
+        module = model.get_submodule(path)
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             raise PartitionError(
                 f"{why} call the parts of {path or type(model).__name__!r} one by one, which would pass by the hooks "

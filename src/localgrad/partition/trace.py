@@ -1,7 +1,7 @@
-"""A model's forward as a graph, by torch.fx, for blocks that can be called one by one.
+"""From a model to graphs of its parts, by torch.fx.
 
-Only the ancestors of the modules that blocks begin with are traced through. Everything else stays the model's own
-module, with its mode, its dropout and any batch size.
+Only the modules that contain the points where parts begin are traced through, so that everything else stays the model's
+own module, with its mode, its dropout and any batch size.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,9 +18,14 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from localgrad.errors import PartitionError
+from localgrad.suspension.points import Point
 from localgrad.suspension.untouched import untouched
 
 ROOT = "model"
+INPUTS = "inputs"
+OUTPUT = "output"
+
+Names = tuple[str, ...]
 
 
 class _Root(nn.Module):
@@ -37,9 +42,9 @@ class _Root(nn.Module):
         return self.model(*[inputs[i] for i in range(self.num_inputs)])
 
 
-def _library_functions() -> tuple[Callable[..., Any], ...]:
-    """Functions that timm declares untraceable; one that was never imported has none in the model."""
-    if "timm.models" not in sys.modules:
+def _opaque_functions() -> tuple[Callable[..., Any], ...]:
+    """Functions that timm declares untraceable."""
+    if "timm.models" not in sys.modules:  # then the model has none of them, and importing it would take seconds
         return ()
     from timm.models import _features_fx
 
@@ -47,25 +52,24 @@ def _library_functions() -> tuple[Callable[..., Any], ...]:
 
 
 class _Tracer(fx.Tracer):
-    """Traces through every module but those ``is_leaf`` names, and remembers where each module was entered and left."""
+    """Traces through the modules ``through``, and remembers where each of ``points`` begins and the features there."""
 
-    def __init__(self, is_leaf: Callable[[nn.Module, str], bool], autowrap: tuple[Callable[..., Any], ...]) -> None:
-        super().__init__(autowrap_functions=autowrap)
-        self._is_leaf = is_leaf
-        self.entered: dict[str, int] = {}
-        self.taken: dict[str, list[Any]] = {}
+    def __init__(self, points: Sequence[Point], through: Collection[str], record_buffers: bool) -> None:
+        super().__init__(autowrap_functions=_opaque_functions())
+        self.points, self.through = {point.name: point for point in points}, through
+        self.proxy_buffer_attributes = record_buffers
+        self.entered: dict[str, tuple[int, Any]] = {}  # point -> number of nodes before, features
         self.inside: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name != ROOT and self._is_leaf(m, module_qualified_name.removeprefix(ROOT + "."))
+        return module_qualified_name != ROOT and module_qualified_name.removeprefix(ROOT + ".") not in self.through
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         name = self.path_of_module(m)
         path = name.removeprefix(ROOT).removeprefix(".")
-        caller = self.inside[-1] if self.inside else ""
-        if not caller or path.startswith(caller + "."):  # else it is shared, and called where its path does not lead
-            self.entered.setdefault(path, len(self.graph.nodes))
-            self.taken.setdefault(path, tree_leaves((args, kwargs)))
+        if path in self.points and path not in self.entered:
+            leaves = dict(enumerate(tree_leaves((args, kwargs))))
+            self.entered[path] = len(self.graph.nodes), leaves.get(self.points[path].leaf)
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
         self.inside.append(path)
@@ -74,63 +78,93 @@ class _Tracer(fx.Tracer):
         return result
 
 
-@dataclass
-class Trace:
-    """A traced model.
+def trace(
+    model: nn.Module, example: Any, points: Sequence[Point], through: Collection[str], training: bool
+) -> list[tuple[fx.GraphModule, Names, Names]]:
+    """The parts of ``model`` that begin at ``points`` (and one before them) in one mode, in the order they run.
 
     Args:
-        graph: nodes in the order they run.
-        entered: module path -> number of nodes before its first call began.
-        taken: module path -> what that call took, each argument by itself.
-    """
+        model: shared with the graphs.
+        example: a tensor, or a tuple of them for several inputs.
+        points: where parts begin and which argument the features are; whatever else crosses is passed on by name.
+        through: paths of the modules to look inside, among them those that contain points.
+        training: the mode.
 
-    root: nn.Module
-    graph: fx.Graph
-    entered: dict[str, int]
-    taken: dict[str, list[Any]]
-
-    @property
-    def nodes(self) -> list[fx.Node]:
-        return list(self.graph.nodes)
-
-
-def trace(
-    model: nn.Module,
-    num_inputs: int | None,
-    *,
-    training: bool,
-    through: Collection[str],
-) -> Trace:
-    """Trace ``model`` through the modules ``through``; every other one is kept whole.
+    Returns:
+        for each part a graph, the names of the values it reads and of those it returns, the features first.
 
     Raises:
-        PartitionError: one of them cannot be traced; the message says where.
+        PartitionError: a module to look inside cannot be traced, or does not come by each point.
     """
+    tracer = _traced(model, len(example) if isinstance(example, (tuple, list)) else None, points, through, training)
+    mode = "training" if training else "eval"
+    for point in points:
+        if point.name not in tracer.entered:
+            raise PartitionError(f"module {point.name!r} is not reached in {mode} mode; cut the model elsewhere")
+        if not isinstance(tracer.entered[point.name][1], fx.Proxy):
+            raise PartitionError(f"in {mode} mode {point.name!r} takes no features; cut the model elsewhere")
+    entered = [tracer.entered[point.name] for point in points]
+    nodes = list(tracer.graph.nodes)
+    edges = [0, *(position for position, _ in entered), len(nodes)]
+    ends = [*(features.node for _, features in entered), None]
+    return [_part(tracer.root, nodes, *part) for part in zip(pairwise(edges), ends, strict=True)]
+
+
+def _traced(
+    model: nn.Module, num_inputs: int | None, points: Sequence[Point], through: Collection[str], training: bool
+) -> _Tracer:
     # What is computed from buffers alone is recorded; frozen into the graph only where a forward branches on buffers.
-    record_buffers = True
-    while True:
-        root = _Root(model, num_inputs)
-        tracer = _Tracer(lambda module, path: path not in through, _library_functions())
-        tracer.proxy_buffer_attributes = record_buffers
+    for record_buffers in (True, False):
+        tracer = _Tracer(points, through, record_buffers)
         try:
             with untouched(model, training), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 before = torch.get_rng_state()
-                graph = tracer.trace(root)
+                tracer.trace(_Root(model, num_inputs))
                 drawn = not torch.equal(before, torch.get_rng_state())
         except Exception as error:  # a forward may fail in any way when it is given proxies
-            culprit = next((path for path in reversed(tracer.inside) if path), "")
             if record_buffers:
-                record_buffers = False
                 continue
-            raise PartitionError(_untraceable(model, culprit, error)) from error
+            raise PartitionError(_untraceable(model, "".join(tracer.inside[-1:]), error)) from error
         if drawn:
             raise PartitionError(
                 f"{type(model).__name__} draws random numbers of a fixed size (torch.rand(...), say) in a forward that "
                 "has to be traced, so every step would see the same draw. Move the draw into a module of its own, or "
                 "pass a list of modules that run one after the other."
             )
-        return Trace(root, graph, tracer.entered, tracer.taken)
+        break
+    return tracer
+
+
+def _part(
+    root: nn.Module, nodes: list[fx.Node], edges: tuple[int, int], features: fx.Node | None
+) -> tuple[fx.GraphModule, Names, Names]:
+    """The nodes between ``edges`` as a module, which makes ``features``, or the model's output."""
+    start, stop = edges
+    body = [node for node in nodes[start:stop] if node.op in ("call_module", "call_function", "call_method")]
+    inside, later = set(body), set(nodes[stop:])
+    ends = nodes[-1].all_input_nodes if features is None else [features]
+    reads = [*(arg for node in body for arg in node.all_input_nodes), *ends]
+    inputs = list(dict.fromkeys(node for node in reads if node not in inside and node.op != "get_attr"))
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in inputs}
+
+    def copy_of(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copy_of)  # an attribute of the model, fetched where it is used
+        return copies[node]
+
+    for node in body:
+        copies[node] = graph.node_copy(node, copy_of)
+    if features is None:
+        result: Any = (fx.map_arg(nodes[-1].args[0], copy_of),)
+        names: Names = (OUTPUT,)
+    else:
+        crossing = dict.fromkeys([features, *(node for node in body if not later.isdisjoint(node.users))])
+        result, names = tuple(copies[node] for node in crossing), tuple(node.name for node in crossing)
+    graph.output(result)
+    graph.lint()
+    return fx.GraphModule(root, graph, class_name="BlockGraph"), tuple(node.name for node in inputs), names
 
 
 def _where(error: Exception) -> str:
