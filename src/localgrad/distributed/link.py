@@ -177,13 +177,8 @@ class Inlet:
                 missing = 1
             for _ in range(missing):
                 self._payloads.append(self._post(torch.empty(promised, dtype=torch.uint8), PAYLOAD))
-        return Message(
-            their_step,
-            their_part,
-            said,
-            _unpacked(buffer, entries, self.device),
-            float(header[-1:].view(torch.float64)),
-        )
+        stamp = float(header[-1:].view(torch.float64))
+        return Message(their_step, their_part, said, _unpacked(buffer, entries, self.device), stamp)
 
     def finish(self) -> None:
         """Wait for the other end to close.
