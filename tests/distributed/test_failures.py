@@ -40,7 +40,8 @@ def launched(
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
     command += ["--standalone", "--monitor-interval=0.1", "-m", "localgrad", "train"]
     command += ["--resume", str(folder)] if resume else [*SETTINGS, "--run-dir", str(folder)]
-    command += ["--timeout", str(TIMEOUT), *words]
+    layout = words.index("--parallel") + 1
+    command += [*words[:layout], f"{words[layout]},timeout={TIMEOUT}", *words[layout + 1 :]]
     environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
     with log_of(folder).open("w") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -356,7 +357,7 @@ def test_ranks_with_other_settings_or_data_are_refused_by_all(differing: str, tm
     shell = 'cd part$RANK && exec "$0" -m localgrad train "${@//RANK/$RANK}"'
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python"]
     command += ["bash", "-c", shell, sys.executable, *words, "--run-dir", str(folder)]
-    command += ["--parallel", "data=2", "--timeout", str(TIMEOUT)]
+    command += ["--parallel", f"data=2,timeout={TIMEOUT}"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path)
     output = " ".join((found.stdout + found.stderr).split())
     assert found.returncode != 0

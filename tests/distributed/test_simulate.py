@@ -47,13 +47,12 @@ def test_forecasts_equal_closed_formulas() -> None:
     assert seconds("local", stages=4, link=LinkSpeed(100.0, 5.0)).seconds == pytest.approx(8.0)  # 800 bytes at 100/s
     assert seconds("local", stages=4, link=LinkSpeed(1e15, 1.5)).seconds == pytest.approx(4.0)  # latency costs the fill
     ring = 2 * 3 / 4 * 2400 / 1000.0 + 2 * 3 * 0.5
-    for every in (1, 4):
-        found = seconds("data", link=LinkSpeed(1000.0, 0.5), replicas=4, sync_every=every)
-        assert found.seconds == pytest.approx(12.0 + ring / every) and found.samples_per_second == 64 / found.seconds
+    found = seconds("data", link=LinkSpeed(1000.0, 0.5), replicas=4)
+    assert found.seconds == pytest.approx(12.0 + ring) and found.samples_per_second == 64 / found.seconds
     uneven = [cost(1.0, 1.0), cost(1.0, 6.0), cost(1.0, 2.0)]
     found = forecast(uneven, FAST, 1, "local", stages=2)
     assert found.place == (0, 0, 1) or found.seconds == pytest.approx(9.0)
-    best = layouts(even, FAST, 16, 4, micro_batches=4, sync_every=1)
+    best = layouts(even, FAST, 16, 4, micro_batches=4)
     assert best[0].samples_per_second == max(f.samples_per_second for f in best) and len(best) == 7
 
 

@@ -35,7 +35,7 @@ def simulate(
     network = localize(built, methods.dgl(tasks.classification(num_classes)), num_blocks, example=x[:2])
     costs = simulator.measured(network.train(), x, y)
     link = simulator.LinkSpeed(bandwidth * 1e6 / 8, LATENCY)
-    found = simulator.layouts(costs, link, batch_size, ranks, micro_batches=8, sync_every=1)
+    found = simulator.layouts(costs, link, batch_size, ranks, micro_batches=8)
     console = new_console()
     console.print(f"{model} in {num_blocks} blocks, batch {batch_size}, one CPU thread", style="bold")
     table = new_table("block", "forward", "heads and\nbackward", "sent", "parameters")

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from localgrad.distributed.agreement import explained
+from localgrad.distributed.custody import named_tensors
 from localgrad.errors import CheckpointError
 from localgrad.network import LocalNetwork
 
@@ -73,7 +74,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.network, self.optimizers, self.keep = Path(folder), network, list(optimizers), keep
         self.group: dist.ProcessGroup | None = None
-        self._writing: tuple[Any, Path, Path, Any] | None = None
+        self._writing: tuple[Future[Any], int, Any] | None = None
         if network.stage is not None or network.replicas is not None:
             # One of its own: in the background its collectives must not meet those of training.
             group = dist.new_group(backend="gloo", timeout=timeout)
@@ -94,6 +95,9 @@ class Checkpoints:
     def _place(self, step: int) -> Path:
         return self.folder / f"step{step:08d}"
 
+    def _partial(self, step: int) -> Path:
+        return self.folder / f"step{step:08d}.partial"
+
     def save(self, step: int, *, wait: bool = True, beside: Any = None) -> None:
         """Write the state after ``step`` optimizer steps, and what is to lie ``beside`` it (anything JSON holds).
 
@@ -104,8 +108,7 @@ class Checkpoints:
         they follow.
         """
         self.finish()
-        place = self._place(step)
-        partial = place.with_name(place.name + ".partial")
+        partial = self._partial(step)
         if self.network.stage is not None:
             self.network.stage.settle()
         state = {name: _writable(tensor) for name, tensor in self._tensors().items()}
@@ -117,36 +120,36 @@ class Checkpoints:
             if self.group is None:
                 with _alone():
                     dcp.save(state, storage_writer=writer, no_dist=True)
-                self._complete(partial, place, step, beside)
+                self._complete(step, beside)
             elif wait:
                 dist.barrier(self.group)
                 dcp.save(state, storage_writer=writer, process_group=self.group)
-                self._complete(partial, place, step, beside)
+                self._complete(step, beside)
                 dist.barrier(self.group)
             else:
                 future = dcp.async_save(state, storage_writer=writer, process_group=self.group)
                 assert isinstance(future, Future)
-                self._writing = future, partial, place, beside
+                self._writing = future, step, beside
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            raise self._failed(place, error) from error
+            raise self._failed(step, error) from error
 
     def finish(self) -> None:
         """Wait until a checkpoint that is being written is complete."""
         if self._writing is None:
             return
-        (future, partial, place, beside), self._writing = self._writing, None
+        (future, step, beside), self._writing = self._writing, None
         try:
             future.result()
-            self._complete(partial, place, int(place.name.removeprefix("step")), beside)
+            self._complete(step, beside)
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            raise self._failed(place, error) from error
+            raise self._failed(step, error) from error
 
-    def _failed(self, place: Path, error: BaseException) -> CheckpointError:
+    def _failed(self, step: int, error: BaseException) -> CheckpointError:
         failures = error.failures if isinstance(error, dcp.CheckpointException) else {}
         reason = "; ".join(f"rank {rank}: {why}" for rank, (why, _) in failures.items()) or str(error)
         return CheckpointError(
-            f"could not save the checkpoint {place}: {' '.join(reason.split())[:300]}; the ones before it are as "
-            "they were. Free space on the disk, or save elsewhere"
+            f"could not save the checkpoint {self._place(step)}: {' '.join(reason.split())[:300]}; the ones before it "
+            "are as they were. Free space on the disk, or save elsewhere"
         )
 
     def beside(self, step: int) -> Any:
@@ -157,17 +160,17 @@ class Checkpoints:
         """The whole network after ``step`` steps, whatever this rank trains, keyed like its ``state_dict``."""
         reader = dcp.HuggingFaceStorageReader(str(self._place(step)))
         saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
-        own = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
-        names = {id(tensor): name for name, tensor in own.items()}
+        names = {id(tensor): name for name, tensor in named_tensors(self.network).items()}
         keys = {key: f"network.{names[id(t)]}" for key, t in self.network.state_dict(keep_vars=True).items()}
         state = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in keys.values()}
         with _alone():
             dcp.load(state, storage_reader=reader, no_dist=True)
         return {key: state[name] for key, name in keys.items()}
 
-    def _complete(self, partial: Path, place: Path, step: int, beside: Any) -> None:
+    def _complete(self, step: int, beside: Any) -> None:
         if not self._first:
             return
+        partial, place = self._partial(step), self._place(step)
         facts = {"format": FORMAT, "step": step, "tensors": sorted(_names(partial)), "blocks": self._blocks()}
         facts["beside"] = beside
         (partial / COMPLETE).write_text(json.dumps(facts))
@@ -229,23 +232,15 @@ class Checkpoints:
 
     def _tensors(self, followed: bool = False) -> dict[str, Tensor]:
         """What this rank saves, by name; with ``followed`` also what twins here follow."""
-        network, stage = self.network, self.network.stage
-        if stage is None:
-            own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        else:
-            own = stage.tensors(followed)
+        stage = self.network.stage
+        own = named_tensors(self.network) if stage is None else stage.tensors(followed)
         found = {f"network.{name}": tensor.detach() for name, tensor in own.items()}
-        for name, slots in self._slots():
-            for slot, value in slots.items():
-                if isinstance(value, Tensor):
-                    found[f"optimizer.{name}.{slot}"] = value
-        return found
-
-    def _slots(self) -> Iterator[tuple[str, dict[str, Any]]]:
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.network.named_parameters()}
         for optimizer in self.optimizers:
             for parameter, slots in optimizer.state.items():
-                yield names[parameter], slots
+                held = {slot: value for slot, value in slots.items() if isinstance(value, Tensor)}
+                found |= {f"optimizer.{names[parameter]}.{slot}": value for slot, value in held.items()}
+        return found
 
     def _prepare_optimizers(self, saved: dict[str, Any]) -> None:
         """Give each parameter the state it had, still empty."""

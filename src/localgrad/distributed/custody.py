@@ -1,4 +1,4 @@
-"""Who has which tensor: what other ranks train takes no memory here, until the network is gathered."""
+"""Which rank trains which tensor: what others train takes no memory here, until the network is gathered."""
 
 from __future__ import annotations
 
@@ -6,10 +6,33 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from localgrad.distributed.agreement import explained
-from localgrad.distributed.ownership import Owners
+from localgrad.network import LocalNetwork
+
+Owners = dict[Tensor, int]
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each once."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def tensors_by_rank(network: LocalNetwork, blocks: Sequence[nn.Module], rank_of: Mapping[int, int]) -> Owners:
+    """Every parameter and buffer of blocks and auxiliary networks, with the rank that trains it.
+
+    Args:
+        network: whose auxiliary networks are trained with the block before them.
+        blocks: all of them, each with what it reads.
+        rank_of: the rank of each block.
+    """
+    found: Owners = {}
+    for block, rank in rank_of.items():
+        modules = [blocks[block], *(auxiliary for _, auxiliary in network.auxiliaries_at(block + 1))]
+        for tensor in (t for module in modules for t in named_tensors(module).values()):
+            found.setdefault(tensor, rank)
+    return found
 
 
 class Custody:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from localgrad.distributed.agreement import agree, explained, facts_about, gather_rows
+from localgrad.distributed.custody import named_tensors
 from localgrad.errors import ConfigError, MethodError, TrainingError
 from localgrad.network import LocalNetwork
 from localgrad.partition import SeparateBlocks
@@ -202,7 +203,7 @@ class Replicas:
         """The parameters and buffers that this rank has, by name."""
         if self.network.stage is not None:
             return self.network.stage.tensors(followed=True)
-        return {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        return named_tensors(self.network)
 
     def joined(self, rows: Tensor) -> Tensor:
         """See `localgrad.task.Batch`."""

@@ -23,7 +23,7 @@ ATTEMPTS = 3  # to join: one that joins at the same time may die
 
 
 class ElasticAverager:
-    """Averages the weights of replicas that train apart, every ``period`` steps over those that are there.
+    """Experimental: averages the weights of replicas that train apart, every ``period`` steps over those there.
 
     Each replica is a process of its own, started by itself, with no process group around it. They find each other by a
     lighthouse, one small server for all of them::

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,21 +73,19 @@ class Outlet:
         room = self._promised
         if self._promised is None:
             self._promised = size
-        fields = [self.messages, step, part, layout, len(encoded) if new else 0, size, self._promised, _bits(stamp)]
+        fields = [self.messages, step, part, layout, len(encoded) if new else 0, size, self._promised]
+        header = torch.cat([torch.tensor(fields), torch.tensor([stamp], dtype=torch.float64).view(torch.int64)])
         self.messages += 1
         with explained(f"sending to rank {self._global(self.peer)}"):
             while self.waits and len(self._sending) >= self.depth:
                 self._settle()
-            works = [self._post(torch.tensor(fields), HEADER)]
+            works = [self._post(header, HEADER)]
             if new:
                 works.append(self._post(encoded, LAYOUT))
             fits = room is not None and size <= room
-            if fits:
-                assert room is not None
-                works.append(self._post(_packed(tensors, entries, room), PAYLOAD))
-            else:
-                if room is not None:
-                    works.append(self._post(torch.zeros(room, dtype=torch.uint8), PAYLOAD))
+            if room is not None:
+                works.append(self._post(_packed(tensors if fits else (), entries if fits else (), room), PAYLOAD))
+            if not fits:
                 works.append(self._post(_packed(tensors, entries, size), OVERSIZE))
         self._sending.append(works)
 
@@ -132,7 +129,6 @@ class Inlet:
         self._tag = channel * TAGS
         self._layouts: dict[int, Any] = {}
         self._number = 0
-        self._promised: int | None = None
         self._headers: deque[tuple[dist.Work, Tensor]] = deque()
         self._payloads: deque[tuple[dist.Work, Tensor]] = deque()
         for _ in range(depth):
@@ -151,8 +147,8 @@ class Inlet:
         """
         source = dist.get_global_rank(self.group, self.peer)
         with explained(f"waiting for rank {source} at step {step}"):
-            fields = _received(self._headers.popleft()).tolist()
-            number, their_step, their_part, layout, text, size, promised, stamp = fields
+            header = _received(self._headers.popleft())
+            number, their_step, their_part, layout, text, size, promised, _ = header.tolist()
             if number == END:
                 self.finish()  # all the other end sent has to be taken, or it would wait
                 raise TrainingError(
@@ -172,7 +168,6 @@ class Inlet:
                 self._layouts[layout] = json.loads(bytes(encoded.numpy()))
             said, entries = self._layouts[layout]
             if number == 0:
-                self._promised = promised
                 buffer = _received(self._post(torch.empty(size, dtype=torch.uint8), OVERSIZE))
                 missing = self.depth
             else:
@@ -182,7 +177,8 @@ class Inlet:
                 missing = 1
             for _ in range(missing):
                 self._payloads.append(self._post(torch.empty(promised, dtype=torch.uint8), PAYLOAD))
-        return Message(their_step, their_part, said, _unpacked(buffer, entries, self.device), _float(stamp))
+        stamp = float(header[-1:].view(torch.float64))
+        return Message(their_step, their_part, said, _unpacked(buffer, entries, self.device), stamp)
 
     def finish(self) -> None:
         """Wait for the other end to close.
@@ -254,13 +250,3 @@ def _unpacked(buffer: Tensor, entries: Sequence[Sequence[Any]], device: torch.de
         tensor = memory.as_strided(shape, strides).data
         tensors.append(tensor if device is None or device.type == "cpu" else tensor.to(device))
     return tensors
-
-
-def _bits(stamp: float) -> int:
-    (bits,) = struct.unpack("<q", struct.pack("<d", stamp))
-    return int(bits)
-
-
-def _float(bits: int) -> float:
-    (stamp,) = struct.unpack("<d", struct.pack("<q", bits))
-    return float(stamp)

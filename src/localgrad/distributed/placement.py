@@ -23,7 +23,7 @@ def balanced(costs: Sequence[float], ranks: int) -> list[int]:
     """The rank of each block such that the most expensive rank costs as little as whole, consecutive blocks allow.
 
     Args:
-        costs: of each block, in any unit: seconds from `seconds_of_blocks`, bytes, parameters.
+        costs: of each block, in any unit: seconds from `localgrad.distributed.simulate.measured`, bytes, parameters.
         ranks: each gets at least one block.
 
     Raises:
@@ -109,17 +109,6 @@ def _timed(
         seconds[row.do, row.block] = seconds.get((row.do, row.block), 0.0) + taken
         if row.do == "forward":
             ran(passes[row.part], row.block)
-
-
-def seconds_of_blocks(network: LocalNetwork, inputs: Any, targets: Any, rounds: int = 3) -> list[float]:
-    """Seconds of one training step of each block, with the heads at its end; medians of ``rounds``.
-
-    The network is not changed.
-    """
-    seconds = [0.0] * network.num_blocks
-    for (_, block), taken in clocked(network, inputs, targets, rounds).items():
-        seconds[block] += taken
-    return seconds
 
 
 def runs_of(network: LocalNetwork, ranks: int, place: Sequence[int] | None) -> tuple[range, ...]:

@@ -7,11 +7,25 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from localgrad.distributed.custody import Owners
 from localgrad.distributed.link import WEIGHTS, Inlet, Outlet
-from localgrad.distributed.ownership import Owners, shipments
 from localgrad.distributed.timeline import Timeline
 from localgrad.network import LocalNetwork
+
+
+def shipments(network: LocalNetwork, owners: Owners, rank_of: Mapping[int, int]) -> dict[tuple[int, int], list[Tensor]]:
+    """By (reader, owner): the tensors sent after each step because twins on one rank follow units on another."""
+    owner_of = {id(tensor): rank for tensor, rank in owners.items()}
+    found: dict[tuple[int, int], dict[int, Tensor]] = {}
+    for boundary in range(1, network.num_blocks):
+        reader = rank_of[boundary - 1]
+        for twin in network.twins_at(boundary):
+            for tensor in (*twin.source.parameters(), *(twin.source.buffers() if twin.buffers != "none" else ())):
+                if (owner := owner_of[id(tensor)]) != reader:
+                    found.setdefault((reader, owner), {})[id(tensor)] = tensor
+    return {ranks: list(tensors.values()) for ranks, tensors in found.items()}
 
 
 class RemoteTwins:
@@ -28,7 +42,7 @@ class RemoteTwins:
     Attributes:
         any: whether any twin along the blocks follows a unit of another rank.
         followed: by rank, the tensors here that hold the weights of its units.
-        inlets, outlets: the links of weights.
+        inlets, outlets: the links of weights, by the rank at the other end.
     """
 
     def __init__(
@@ -50,26 +64,16 @@ class RemoteTwins:
         }
         sent = shipments(network, owners, rank_of)
         self.any = bool(sent)
-        self._shipped = {s.reader: s.tensors for s in sent if s.owner == self._rank}
-        self.followed = {s.owner: s.tensors for s in sent if s.reader == self._rank}
-        self._outlets = {reader: Outlet(group, reader, WEIGHTS, depth) for reader in self._shipped}
-        self._inlets = {owner: Inlet(group, owner, WEIGHTS, depth, network.device) for owner in self.followed}
+        self._shipped = {reader: tensors for (reader, owner), tensors in sent.items() if owner == self._rank}
+        self.followed = {owner: tensors for (reader, owner), tensors in sent.items() if reader == self._rank}
+        self.outlets = {reader: Outlet(group, reader, WEIGHTS, depth) for reader in self._shipped}
+        self.inlets = {owner: Inlet(group, owner, WEIGHTS, depth, network.device) for owner in self.followed}
         self._coming: dict[int, deque[int]] = {owner: deque() for owner in self.followed}
         self._due: dict[int, int] = {}
 
-    @property
-    def inlets(self) -> list[Inlet]:
-        """Over which weights come."""
-        return list(self._inlets.values())
-
-    @property
-    def outlets(self) -> list[Outlet]:
-        """Over which weights go."""
-        return list(self._outlets.values())
-
     def exchange(self, step: int) -> None:
         """Send the weights after ``step``, and move the twins whose units are here."""
-        for reader, outlet in self._outlets.items():
+        for reader, outlet in self.outlets.items():
             outlet.send(step, 0, None, self._shipped[reader], self.timeline.arrival(WEIGHTS))
         for boundary in list(self._due):
             self.move_due(boundary)
@@ -87,7 +91,7 @@ class RemoteTwins:
         """Take the weights another rank had after the steps before and at ``upto``."""
         coming = self._coming.get(owner, deque())
         while coming and coming[0] <= upto:
-            message = self._inlets[owner].take(coming.popleft())
+            message = self.inlets[owner].take(coming.popleft())
             self.timeline.received(message.stamp)
             for tensor, new in zip(self.followed[owner], message.tensors, strict=True):
                 tensor.copy_(new)

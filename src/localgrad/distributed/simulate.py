@@ -110,7 +110,6 @@ def forecast(
     stages: int = 1,
     replicas: int = 1,
     micro_batches: int = 1,
-    sync_every: int = 1,
     depth: int = 2,
     place: Sequence[int] | None = None,
 ) -> Forecast:
@@ -120,7 +119,7 @@ def forecast(
     Features are sent before the loss, nothing comes back.
     ``gpipe`` and ``1f1b`` train end to end in ``micro_batches``; features and their gradients have the same size.
     ``data`` has the whole network on each rank. Replicas of any of them average what they train, parameters with their
-    gradients' size, after every ``sync_every`` steps in a ring of ``2 (D - 1) / D`` times its bytes, without overlap.
+    gradients' size, after every step in a ring of ``2 (D - 1) / D`` times its bytes, without overlap.
 
     Args:
         blocks: what they cost on one rank, for a batch of ``batch_size``.
@@ -130,7 +129,6 @@ def forecast(
         stages: ranks along the blocks.
         replicas: of each.
         micro_batches: of a step, for ``gpipe`` and ``1f1b``.
-        sync_every: steps between averages.
         depth: batches a rank may be ahead, for ``local``.
         place: the rank of each block; None balances the seconds.
 
@@ -147,7 +145,7 @@ def forecast(
     ends = []
     for step in range(STEPS):
         run(ranks, own, schedule, step, micro_batches, depth)
-        if (step + 1) % sync_every == 0 and replicas > 1:
+        if replicas > 1:
             for rank, blocks_here in enumerate(own):
                 size = sum(block.parameters for block in blocks_here)
                 ring = 2 * (replicas - 1) / replicas * size / link.bandwidth + 2 * (replicas - 1) * link.latency
@@ -161,7 +159,7 @@ def forecast(
     ring_bytes = 0.0
     if replicas > 1:
         largest = max(sum(block.parameters for block in here) for here in own)
-        ring_bytes = 2 * (replicas - 1) / replicas * largest / sync_every
+        ring_bytes = 2 * (replicas - 1) / replicas * largest
     return Forecast(
         schedule,
         (stages, replicas),
@@ -235,7 +233,7 @@ def _end_to_end(
 
 
 def layouts(
-    blocks: Sequence[BlockCost], link: LinkSpeed, batch_size: int, ranks: int, *, micro_batches: int, sync_every: int
+    blocks: Sequence[BlockCost], link: LinkSpeed, batch_size: int, ranks: int, *, micro_batches: int
 ) -> list[Forecast]:
     """Every way to use ``ranks``, the fastest first; ties go to fewer bytes."""
     found = []
@@ -252,7 +250,6 @@ def layouts(
                     stages=stages,
                     replicas=replicas,
                     micro_batches=1 if stages == 1 else micro_batches,
-                    sync_every=sync_every,
                 )
             )
     return sorted(found, key=lambda f: (-f.samples_per_second, f.bytes_per_step))

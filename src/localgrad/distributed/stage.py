@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from localgrad.batches import num_samples, parts_of
 from localgrad.distributed.compression import Wire
 from localgrad.distributed.crossing import Blocks, Place, RankBlocks, entered, handed_on, received
-from localgrad.distributed.custody import Custody
+from localgrad.distributed.custody import Custody, named_tensors, tensors_by_rank
 from localgrad.distributed.gradient_order import InOrder
 from localgrad.distributed.link import GRADIENTS, VALUES, Inlet, Message, Outlet
-from localgrad.distributed.ownership import tensors_by_rank
 from localgrad.distributed.remote_twins import RemoteTwins
 from localgrad.distributed.rows import Runs, acts, rank_table
 from localgrad.distributed.timeline import Timeline
@@ -137,11 +136,10 @@ class Stage:
 
         With ``followed`` also those of other ranks' units that twins here follow.
         """
-        own = {id(t) for module in self.modules for t in (*module.parameters(), *module.buffers())}
+        own = {id(tensor) for module in self.modules for tensor in named_tensors(module).values()}
         if followed:
             own |= {id(tensor) for tensors in self.twins.followed.values() for tensor in tensors}
-        named = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
-        return {name: tensor for name, tensor in named.items() if id(tensor) in own}
+        return {name: tensor for name, tensor in named_tensors(self.network).items() if id(tensor) in own}
 
     def local_losses(
         self,
@@ -351,8 +349,8 @@ class Stage:
             return
         self._open = False
         self.twins.settle()
-        inlets = [i for i in (self._values_in, self._gradients_in, *self.twins.inlets) if i is not None]
-        outlets = [o for o in (self._values_out, self._gradients_out, *self.twins.outlets) if o is not None]
+        inlets = [i for i in (self._values_in, self._gradients_in, *self.twins.inlets.values()) if i is not None]
+        outlets = [o for o in (self._values_out, self._gradients_out, *self.twins.outlets.values()) if o is not None]
         for outlet in outlets:
             outlet.close()
         for inlet in inlets:
@@ -395,5 +393,5 @@ class Stage:
         return {
             "values": 0 if self._values_out is None else self._values_out.bytes,
             "gradients": 0 if self._gradients_out is None else self._gradients_out.bytes,
-            "weights": sum(outlet.bytes for outlet in self.twins.outlets),
+            "weights": sum(outlet.bytes for outlet in self.twins.outlets.values()),
         }

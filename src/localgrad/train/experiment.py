@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._pytree import tree_map_only
 
-from localgrad import cuts, data, models, tasks
+from localgrad import cuts, data, tasks
 from localgrad.config import BlocksConfig, Config
 from localgrad.cutting import Cutting
 from localgrad.errors import CheckpointError, ConfigError, TrainingError, nearest
@@ -28,7 +29,7 @@ from localgrad.spans import Constant
 from localgrad.spec import MethodSpec, build_method
 from localgrad.task import Task
 from localgrad.train import checkpoint
-from localgrad.train.finished import trained_model
+from localgrad.train.finished import model_of, trained_model
 from localgrad.train.meters import Meter
 from localgrad.train.optim import Stepper
 
@@ -89,6 +90,13 @@ class Experiment:
     def evaluated(self) -> LocalNetwork:
         """What is evaluated and exported: the averaged network if weights are averaged."""
         return self.network if self.average is None else self.average.module  # type: ignore[return-value]
+
+    def placed(self, inputs: Tensor, targets: Any) -> tuple[Tensor, Any]:
+        """A batch on the device of the network, in its memory format."""
+        inputs, targets = tree_map_only(Tensor, lambda t: t.to(self.network.device), (inputs, targets))
+        if self.config.train.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return inputs, targets
 
     def state(self) -> dict[str, Any]:
         """The whole run as a tree that `localgrad.train.checkpoint.save` takes."""
@@ -281,7 +289,6 @@ def build_network(
     device: torch.device,
 ) -> LocalNetwork:
     """Model, method and cuts of a run, with the weights that its seed gives."""
-    channels, height, _ = image_shape
     cutting = cutting_of(config.blocks)
     taken = sorted({"name", "num_classes", "in_channels", "image_size"} & set(config.model.options))
     if taken:
@@ -292,13 +299,7 @@ def build_network(
         load_model=lambda path: trained_model(Path(path), task, image_shape),
     )
     with seeded(config.train.seed, "weights"):
-        model = models.create(
-            config.model.name,
-            num_classes=task.num_outputs,
-            in_channels=channels,
-            image_size=height,
-            **config.model.options,
-        )
+        model = model_of(config, task.num_outputs, image_shape)
         if config.model.weights is not None:
             load_pretrained(model, config.model.weights)
         if config.model.batchnorm == "sync":

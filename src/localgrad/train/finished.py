@@ -38,6 +38,14 @@ def read_config(path: Path) -> Config:
     return validate(settings, str(file))
 
 
+def model_of(config: Config, num_classes: int, image_shape: tuple[int, ...]) -> nn.Module:
+    """The model of a run for images (C, H, W), as it is before training."""
+    channels, height, _ = image_shape
+    return models.create(
+        config.model.name, num_classes=num_classes, in_channels=channels, image_size=height, **config.model.options
+    )
+
+
 def trained_model(path: Path, task: Task, image_shape: tuple[int, int, int]) -> nn.Module:
     """The model that a finished run left in ``path``, for data of the same form.
 
@@ -47,14 +55,7 @@ def trained_model(path: Path, task: Task, image_shape: tuple[int, int, int]) -> 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = read_config(path)
-    model = models.create(
-        config.model.name,
-        num_classes=task.num_outputs,
-        in_channels=image_shape[0],
-        image_size=image_shape[1],
-        **config.model.options,
-    )
+    model = model_of(read_config(path), task.num_outputs, image_shape)
     try:
         model.load_state_dict(load_file(path / WEIGHTS))
     except (OSError, SafetensorError, RuntimeError) as error:

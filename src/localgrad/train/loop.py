@@ -8,9 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from localgrad.batches import num_samples, rows
 from localgrad.engine import local_losses
@@ -47,11 +45,8 @@ def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch
                 freeze_batchnorm(network.model)
             started = time.perf_counter()
             for inputs, targets in run.data.train.epoch(run.epoch, start=run.batch):
-                inputs, targets = tree_map_only(Tensor, lambda t: t.to(network.device), (inputs, targets))
-                if config.train.channels_last:
-                    inputs = inputs.contiguous(memory_format=torch.channels_last)
                 run.stepper.set_learning_rate(rate_of(run, run.batch))
-                one_step(inputs, targets)
+                one_step(*run.placed(inputs, targets))
                 run.batch += 1
                 run.step += 1
                 meter.end_batch()
@@ -76,9 +71,8 @@ def step(run: Experiment, inputs: Tensor, targets: Any) -> None:
     Raises:
         TrainingError: it does not fit in memory, or the batch is too small for BatchNorm.
     """
-    scored: dict[
-        tuple[Span, int], int
-    ] = {}  # samples of this batch each head has answered: micro-batches come in order
+    # Samples of this batch that each head has answered: micro-batches come in order.
+    scored: dict[tuple[Span, int], int] = {}
 
     def observe(span: Span, term: Term | None, output: Any) -> None:
         start = scored.get((span, id(term)), 0)

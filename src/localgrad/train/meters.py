@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -100,18 +101,23 @@ class Meter:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums so far, for a checkpoint in mid-epoch."""
+        """Sums so far as numbers, for a checkpoint in mid-epoch or other ranks; waits for the device."""
         return {
-            "losses": dict(self.losses),
-            "scores": dict(self.scores),
+            "losses": {name: total.item() for name, total in self.losses.items()},
+            "scores": {name: total.item() for name, total in self.scores.items()},
             "batches": dict(self.batches),
             "samples": dict(self.samples),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put `state_dict` back."""
-        self.losses = {name: value.to(self.device) for name, value in state["losses"].items()}
-        self.scores = {name: value.to(self.device) for name, value in state["scores"].items()}
+        self.losses, self.scores = (
+            {
+                name: torch.as_tensor(total, dtype=torch.float32, device=self.device)
+                for name, total in state[kind].items()
+            }
+            for kind in ("losses", "scores")
+        )
         self.batches, self.samples = dict(state["batches"]), dict(state["samples"])
 
 
@@ -176,17 +182,10 @@ def merged(network: LocalNetwork, meter: Meter) -> Meter:
         return meter
     from localgrad.distributed.agreement import everyone, gather_text
 
+    sums: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for row in gather_text(everyone(), json.dumps(meter.state_dict())):
+        for kind, values in json.loads(row).items():
+            sums[kind].update(values)
     total = Meter(network)
-    state = {
-        kind: {name: float(value) for name, value in values.items()} for kind, values in meter.state_dict().items()
-    }
-    for row in map(json.loads, gather_text(everyone(), json.dumps(state))):
-        for kind in ("losses", "scores"):
-            known = getattr(total, kind)
-            for name, value in row[kind].items():
-                known[name] = known.get(name, 0.0) + torch.tensor(value, dtype=torch.float64, device=meter.device)
-        for kind in ("batches", "samples"):
-            counts = getattr(total, kind)
-            for name, count in row[kind].items():
-                counts[name] = counts.get(name, 0) + int(count)
+    total.load_state_dict(sums)
     return total

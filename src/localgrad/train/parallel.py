@@ -107,13 +107,10 @@ def processes(layout: Layout, device: torch.device) -> Iterator[DeviceMesh]:
         raise ConfigError(f"--parallel needs {needed} processes; start them with: {command}")
     if int(os.environ["WORLD_SIZE"]) != needed:
         raise ConfigError(
-            f"--parallel {layout} needs {needed} processes, but "
-            f"{os.environ['WORLD_SIZE']} were started; write: {command}"
+            f"--parallel {layout} needs {needed} processes, but {os.environ['WORLD_SIZE']} were started; write: "
+            f"{command}"
         )
-    if (
-        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in os.environ
-    ):
+    if _restarts() and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in os.environ:
         warnings.warn(
             "restarted without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: ranks may meet addresses of those that died; set "
             "it in the environment of torchrun",
@@ -271,19 +268,16 @@ def _restore(run: Experiment, checkpoints: Checkpoints, path: Path) -> None:
     if run.batch == 0:  # the job may have ended between this checkpoint and the file of the best weights
         _keep_best(run, checkpoints, path)
     if dist.get_rank() == 0:  # the sums of all ranks so far; the others begin with none
-        sums = {kind: {n: torch.tensor(v) for n, v in beside["meter"][kind].items()} for kind in ("losses", "scores")}
-        run.meter.load_state_dict(sums | {kind: beside["meter"][kind] for kind in ("batches", "samples")})
+        run.meter.load_state_dict(beside["meter"])
 
 
 def _save(run: Experiment, checkpoints: Checkpoints) -> None:
     run.meter.check_finite(run.step)
-    meter = merged(run.network, run.meter).state_dict()
-    sums = {kind: {name: float(value) for name, value in values.items()} for kind, values in meter.items()}
     beside = {
         "position": [run.epoch, run.batch, run.step],
         "history": run.history,
         "best": run.best,
-        "meter": sums,
+        "meter": merged(run.network, run.meter).state_dict(),
     }
     if run.network.replicas is not None:
         run.network.replicas.check_equal()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from localgrad import models
 from localgrad.config import Config
 from localgrad.data import boxes
 from localgrad.data.augment import Normalise
@@ -20,7 +19,7 @@ from localgrad.errors import CheckpointError, DataError
 from localgrad.losses.distillation import logits_of
 from localgrad.tasks import detection
 from localgrad.train.experiment import device_of
-from localgrad.train.finished import WEIGHTS, read_config
+from localgrad.train.finished import WEIGHTS, model_of, read_config
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,7 @@ def load_trained(run_dir: Path, device: str = "auto") -> Trained:
             f"{run_dir} holds no finished run ({' '.join(str(error).split())[:200]}); give a directory in which "
             "`localgrad train` came to its end"
         ) from error
-    channels, height, _ = known["image_shape"]
-    model = models.create(
-        config.model.name,
-        num_classes=len(known["classes"]),
-        in_channels=channels,
-        image_size=height,
-        **config.model.options,
-    )
+    model = model_of(config, len(known["classes"]), known["image_shape"])
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

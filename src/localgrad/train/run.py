@@ -11,9 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch.utils._pytree import tree_map_only
 
 from localgrad.config import Config, run_names
 from localgrad.errors import LocalgradError
@@ -144,20 +142,15 @@ def compare(
         the result of each with its ``cost``, the first being the configured method.
     """
     specs, names = [config.method, *config.beside], run_names(config)
-    if len(specs) == 1:
-        experiment, result = run(
-            config, RunFolder(path, resume=resume, overwrite=overwrite), console, names[0], resume_with
-        )
-        experiments, results = [experiment], [result]
-    else:
-        experiments, results = [], []
-        for name, spec in zip(names, specs, strict=True):
-            place = path / name.replace("+", "-")
-            continues = resume and (place / "config.yaml").is_file()
-            folder = RunFolder(place, resume=continues, overwrite=overwrite or resume)
-            experiment, result = run(with_method(config, spec), folder, console, name, resume_with)
-            experiments.append(experiment)
-            results.append(result)
+    experiments, results = [], []
+    for name, spec in zip(names, specs, strict=True):
+        place = path / name.replace("+", "-") if config.beside else path
+        # A comparison may have been stopped before it came to this method.
+        continues = resume and (not config.beside or (place / "config.yaml").is_file())
+        folder = RunFolder(place, resume=continues, overwrite=overwrite or resume)
+        experiment, result = run(with_method(config, spec), folder, console, name, resume_with)
+        experiments.append(experiment)
+        results.append(result)
     measure_costs(results, experiments)
     for result, name in zip(results, names, strict=True):
         result["method"] = name
@@ -170,15 +163,12 @@ def measure_costs(results: list[dict[str, Any]], experiments: list[Experiment]) 
     """Add what a training step costs to each result; the contestants are timed in turn."""
     from localgrad.costs import cost, step_seconds  # counting FLOPs imports triton, which training does not need
 
-    inputs, targets = next(iter(experiments[0].data.train.epoch(0)))
-    device, autocast = experiments[0].network.device, experiments[0].autocast
-    inputs, targets = tree_map_only(torch.Tensor, lambda t: t.to(device), (inputs, targets))
-    if experiments[0].config.train.channels_last:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    first = experiments[0]
+    inputs, targets = first.placed(*next(iter(first.data.train.epoch(0))))
     networks = [experiment.network for experiment in experiments]
-    seconds = step_seconds(networks, inputs, targets, autocast)
+    seconds = step_seconds(networks, inputs, targets, first.autocast)
     for result, network, taken in zip(results, networks, seconds, strict=True):
-        result["cost"] = asdict(cost(network, inputs, targets, autocast)) | {
+        result["cost"] = asdict(cost(network, inputs, targets, first.autocast)) | {
             "step_seconds": taken,
             "batch_size": len(inputs),
         }
