@@ -18,7 +18,7 @@ from localgrad import ConfigError, MethodError
 from localgrad.cli import app
 from localgrad.method import Method
 from localgrad.study import survey
-from localgrad.study.survey import CHECKS, examine, examine_candidate, in_processes, read, select
+from localgrad.study.survey import CHECKS, classifier, examine, in_processes, read, select
 from reach import REACH
 
 
@@ -72,7 +72,7 @@ class Restless(Net):
 
 
 def row_of(model: type[nn.Module], sizes: tuple[int | None, ...] = (32, 96)) -> dict[str, Any]:
-    return examine(model.__name__, lambda size: model(), sizes)
+    return examine(model.__name__, lambda: classifier(lambda size: model(), sizes))
 
 
 @pytest.mark.parametrize("model", [Net, Branching])
@@ -106,14 +106,14 @@ def test_failures_have_a_reason_in_one_line(model: type[nn.Module], what: str, r
 
 
 def test_a_model_with_inputs_and_a_task_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = examine_candidate("reach:layer_drop", REACH["layer_drop"])
+    row = examine("reach:layer_drop", lambda: REACH["layer_drop"])
     assert row["ok"], row["reasons"]
 
     def refusing(base: Method) -> Method:
         raise MethodError("no unit can be copied")
 
     monkeypatch.setattr(survey.methods, "man_pp", refusing)
-    row = examine_candidate("reach:image_and_metadata", REACH["image_and_metadata"])
+    row = examine("reach:image_and_metadata", lambda: REACH["image_and_metadata"])
     assert row["ok"] and row["checks"]["man_pp"] is None and row["refused"] == {"man_pp": "no unit can be copied"}
     assert list(survey.failures([row])) == ["reach:image_and_metadata: man_pp refused: no unit can be copied"]
 
