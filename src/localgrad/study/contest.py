@@ -27,6 +27,7 @@ from localgrad.errors import ConfigError, MethodError, PartitionError, nearest
 from localgrad.localization import localize
 from localgrad.measure.memory import Memory
 from localgrad.measure.process_memory import allocated_growth, resident_growth, storages_mapped
+from localgrad.measure.tables import markdown
 from localgrad.measure.timing import clock_of, in_turns
 from localgrad.method import Method
 from localgrad.network import LocalNetwork, exchange
@@ -201,14 +202,7 @@ class Contest:
                     "frontier" if row in frontier else f"below {by.label}" if by else "",
                 ]
             )
-        widths = [max(len(cells[k]) for cells in table) for k in range(len(headings))]
-        left = (0, len(headings) - 2, len(headings) - 1)
-        padded = [
-            [c.ljust(w) if k in left else c.rjust(w) for k, (c, w) in enumerate(zip(cells, widths, strict=True))]
-            for cells in table
-        ]
-        rule = ["-" * w if k in left else "-" * (w - 1) + ":" for k, w in enumerate(widths)]
-        lines = ["| " + " | ".join(cells) + " |" for cells in (padded[0], rule, *padded[1:])]
+        lines = markdown(table, text=(0, len(headings) - 2, len(headings) - 1))
         shape = "x".join(map(str, self.image_shape))
         title = f"{self.model}, {self.parameters / 1e6:.2f} M parameters, {self.batch_size} images of {shape} a step, "
         title += f"{self.device}, {self.threads} thread{'s' * (self.threads > 1)}, torch {self.torch}"
