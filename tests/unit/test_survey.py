@@ -18,7 +18,8 @@ from localgrad import ConfigError, MethodError
 from localgrad.cli import app
 from localgrad.method import Method
 from localgrad.study import survey
-from localgrad.study.survey import CHECKS, classifier, examine, in_processes, read, select
+from localgrad.study.rows import read_rows
+from localgrad.study.survey import CHECKS, classifier, examine, in_processes, select
 from reach import REACH
 
 
@@ -149,10 +150,10 @@ def test_rows_in_the_file_are_not_run_again(tmp_path: Path, monkeypatch: pytest.
     with out.open("a") as file:
         file.write('{"model": "timm:c", "ok')  # torn
     assert [new for _, new in survey.survey("timm", {"a": "A", "b": "B", "c": "C"}, out)] == [False, False, True]
-    assert [row["model"] for row in read(out)] == ["timm:a", "timm:b", "timm:c"]
-    assert list(survey.failures(read(out))) == ["timm:b: cut: no"]
+    assert list(read_rows(out, "model")) == ["timm:a", "timm:b", "timm:c"]
+    assert list(survey.failures(read_rows(out, "model").values())) == ["timm:b: cut: no"]
     list(survey.survey("timm", {"a": "A", "b": "B"}, out, retry=True))
-    assert ran == ["timm:a", "timm:b", "timm:c", "timm:b"] and len(read(out)) == 3
+    assert ran == ["timm:a", "timm:b", "timm:c", "timm:b"] and len(read_rows(out, "model")) == 3
 
 
 def test_selection(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
 import shutil
 import statistics
@@ -37,6 +36,7 @@ from localgrad.measure.timing import clock_of, in_turns
 from localgrad.network import LocalNetwork, exchange
 from localgrad.randomness import keyed_randomness
 from localgrad.spec import MethodSpec, described, parse_method, plain
+from localgrad.study.rows import add_row, read_rows
 from localgrad.train.experiment import DTYPES, FREE, build_network, build_task, load_data, set_up_torch
 from localgrad.train.folder import RunFolder, write
 from localgrad.train.optim import Stepper
@@ -170,17 +170,6 @@ def equal_epochs(way: Settings, rival: Settings, costs: dict[str, Settings]) -> 
     return max(1, round(way["train"]["epochs"] * mine / theirs))
 
 
-def read_rows(out: Path) -> dict[str, dict[str, Any]]:
-    """Rows by key; a line that was not written to its end is left out."""
-    rows: dict[str, dict[str, Any]] = {}
-    path = out / ROWS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            rows[row["run"]] = row
-    return rows
-
-
 def read_costs(out: Path) -> dict[str, dict[str, Any]]:
     """What steps were found to cost, by key.
 
@@ -197,7 +186,7 @@ def read_costs(out: Path) -> dict[str, dict[str, Any]]:
 def check_same_task(out: Path, base: Config) -> None:
     """Raise `ConfigError` if the rows in ``out`` are about another model or other data."""
     own = identity(base)
-    for row in (*read_rows(out).values(), *read_costs(out).values()):
+    for row in (*read_rows(out / ROWS, "run").values(), *read_costs(out).values()):
         for section in ("model", "data", "task"):
             theirs = row["settings"][section]
             if theirs != own[section]:
@@ -238,9 +227,10 @@ def train_all(runs: Sequence[Config], out: Path, console: Console, resume_with: 
         before = len(waiting)
         for key, config in list(waiting.items()):
             with claimed(out / RUNS / f"{key}.lock") as mine:
-                if mine and key not in read_rows(out):
+                if mine and key not in read_rows(out / ROWS, "run"):
                     row = train_one(config, out / RUNS / key, console, titles[key], resume_with)
-                    add_row(out, row)
+                    with FileLock(out / f"{ROWS}.lock"):
+                        add_row(out / ROWS, row)
                     if not keep:
                         shutil.rmtree(out / RUNS / key)
                 if mine:
@@ -278,18 +268,6 @@ def train_one(config: Config, folder: Path, console: Console, title: str, resume
         "data": result["data"],
         "seconds": round(sum(epoch["seconds"] for epoch in experiment.history), 1),
     }
-
-
-def add_row(out: Path, row: dict[str, Any]) -> None:
-    """Append one line, on a line of its own even behind one that was not written to its end."""
-    with FileLock(out / f"{ROWS}.lock"), (out / ROWS).open("a+b") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def processor() -> str:

@@ -15,15 +15,16 @@ from localgrad.measure.tables import markdown
 from localgrad.spec import described
 from localgrad.study.compare import (
     REFERENCE,
+    ROWS,
     Settings,
     costing,
     equal_epochs,
     key_of,
     read_costs,
-    read_rows,
     trained_as,
     without,
 )
+from localgrad.study.rows import read_rows
 from localgrad.train.folder import write
 
 TABLE, PICTURE = "table.md", "picture.png"
@@ -86,7 +87,7 @@ def lines_of(out: Path) -> list[Line]:
     Raises:
         ConfigError: there is nothing yet.
     """
-    rows, costs = read_rows(out), read_costs(out)
+    rows, costs = read_rows(out / ROWS, "run"), read_costs(out)
     if not rows and not costs:
         raise ConfigError(f"{out} holds no comparison yet; run the command without --table first")
     groups: dict[str, list[dict[str, Any]]] = {}

@@ -33,11 +33,10 @@ from localgrad.method import Method
 from localgrad.network import LocalNetwork, exchange
 from localgrad.partition import Partition
 from localgrad.planning import EXACT, LOCAL, MICRO
-from localgrad.planning.planner import several_units
+from localgrad.planning.planner import PRECISIONS, several_units
 from localgrad.spec import MethodSpec, build_method, described, method_name
 
 Balance = Literal["count", "bytes"]
-VARIANTS = {"fp32": None, "bf16": torch.bfloat16}
 OPTIONS = ("channels_last", "compile")
 REFERENCE = "end-to-end"
 UNITS = "checkpointing every unit"
@@ -68,8 +67,8 @@ class Way:
 
     def __post_init__(self) -> None:
         precision, *options = self.variant.split("+")
-        if precision not in VARIANTS:
-            raise ConfigError(nearest(precision, VARIANTS, "precision") + f" (in variant {self.variant!r})")
+        if precision not in PRECISIONS:
+            raise ConfigError(nearest(precision, PRECISIONS, "precision") + f" (in variant {self.variant!r})")
         for option in options:
             if option not in OPTIONS:
                 raise ConfigError(nearest(option, OPTIONS, "option") + f" (in variant {self.variant!r})")
@@ -82,7 +81,7 @@ class Way:
     @property
     def autocast(self) -> torch.dtype | None:
         """Dtype of forward passes, None for that of the weights."""
-        return VARIANTS[self.variant.partition("+")[0]]
+        return PRECISIONS[self.variant.partition("+")[0]]
 
     def has(self, option: str) -> bool:
         """Whether the variant names ``option``."""

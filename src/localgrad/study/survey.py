@@ -37,6 +37,7 @@ from localgrad.localization import localize
 from localgrad.method import Method
 from localgrad.network import LocalNetwork, exchange
 from localgrad.randomness import keyed_randomness, seeded, seeded_everywhere
+from localgrad.study.rows import add_row, read_rows
 from localgrad.suspension.untouched import untouched
 from localgrad.task import Batch, Task
 from localgrad.testing import assert_isolated
@@ -449,7 +450,7 @@ def survey(
         timeout: of one model, in seconds.
         retry: run models again whose rows say that something failed.
     """
-    known = {row["model"]: row for row in read(out) if row["ok"] or not retry}
+    known = {name: row for name, row in read_rows(out, "model").items() if row["ok"] or not retry}
     jobs = {}
     for name, family in selection.items():
         if (row := known.get(named(library, name))) is not None:
@@ -457,26 +458,11 @@ def survey(
         else:
             jobs[named(library, name)] = (partial(examine_library, library, name), family)
     out.parent.mkdir(parents=True, exist_ok=True)
-    torn = out.exists() and not out.read_bytes().endswith(b"\n") and out.stat().st_size > 0
-    with out.open("a") as file:
-        file.write("\n" * torn)
-        imported = () if ":" in library else (library,)
-        for row in in_processes({name: job for name, (job, _) in jobs.items()}, workers, timeout, imported):
-            row["family"] = jobs[row["model"]][1]
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            yield row, True
-
-
-def read(path: Path) -> list[Row]:
-    """The rows in a file, the last one of each model; a line that was not written to its end is left out."""
-    rows: dict[str, Row] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            rows[row["model"]] = row
-    return list(rows.values())
+    imported = () if ":" in library else (library,)
+    for row in in_processes({name: job for name, (job, _) in jobs.items()}, workers, timeout, imported):
+        row["family"] = jobs[row["model"]][1]
+        add_row(out, row)
+        yield row, True
 
 
 def in_processes(
