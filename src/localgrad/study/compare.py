@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -312,14 +313,14 @@ class _Contestant:
         for step in range(steps):
             first.setdefault(network.method.work(blocks, step), step)
         # The first step of each kind stands for all of them, with its share of the run.
-        self.kinds = [_Kind(self, step, counts[work] / steps) for work, step in first.items()]
+        self.kinds = {step: counts[work] / steps for work, step in first.items()}
 
     def cost(self) -> dict[str, Any]:
         """Everything but the times, from the second step of each kind: in the first the optimizer makes its state."""
         costs = []
-        for kind in self.kinds:
-            kind.step()
-            costs.append((kind.share, cost_of(self.network, kind.step)[0]))
+        for number, share in self.kinds.items():
+            self.step(number)
+            costs.append((share, cost_of(self.network, partial(self.step, number))[0]))
         largest = max((cost for _, cost in costs), key=lambda cost: cost.total_bytes)
         return {
             **asdict(largest),
@@ -329,24 +330,16 @@ class _Contestant:
             "cuts": [cut.name for cut in self.network.cuts],
         }
 
-
-class _Kind:
-    """One kind of step of a contestant."""
-
-    def __init__(self, of: _Contestant, number: int, share: float) -> None:
-        self.of, self.number, self.share = of, number, share
-
-    def step(self) -> None:
+    def step(self, number: int) -> None:
         """A whole training step, after which there are no gradients."""
-        of, config = self.of, self.of.config
-        with keyed_randomness(config.train.seed):
+        with keyed_randomness(self.config.train.seed):
             for _, loss in local_losses(
-                of.network, of.inputs, of.targets, self.number,
-                autocast=DTYPES[config.train.precision], on_block_done=of.stepper.block_done,
+                self.network, self.inputs, self.targets, number,
+                autocast=DTYPES[self.config.train.precision], on_block_done=self.stepper.block_done,
             ):  # fmt: skip
-                of.scaler.scale(loss).backward()
-            of.stepper.finish(self.number)
-        exchange(of.network)
+                self.scaler.scale(loss).backward()
+            self.stepper.finish(number)
+        exchange(self.network)
 
 
 def measure_costs(
@@ -379,13 +372,12 @@ def measure_costs(
         contestants.append(_Contestant(config, network, inputs, targets, len(loaded.train) * config.train.epochs))
         found.append(contestants[-1].cost())
     clock, named = clock_of(device)
-    kinds = [kind for contestant in contestants for kind in contestant.kinds]
-    timed = in_turns([kind.step for kind in kinds], rounds, device, clock=clock, progress=progress)
-    taken = dict(zip(kinds, timed, strict=True))
-    rows = [
-        [math.fsum(kind.share * taken[kind][turn] for kind in contestant.kinds) for turn in range(rounds)]
-        for contestant in contestants
-    ]
+    steps = [partial(contestant.step, number) for contestant in contestants for number in contestant.kinds]
+    timed = iter(in_turns(steps, rounds, device, clock=clock, progress=progress))
+    rows = []
+    for contestant in contestants:
+        taken = [[share * seconds for seconds in next(timed)] for share in contestant.kinds.values()]
+        rows.append([math.fsum(turn) for turn in zip(*taken, strict=True)])
     where = circumstances(base)
     result = {}
     for way, cost, seconds in zip(ways, found, rows, strict=True):
