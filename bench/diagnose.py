@@ -140,7 +140,8 @@ def _samples(loader: Any, count: int) -> tuple[Tensor, Tensor]:
     return torch.cat(inputs)[:count], torch.cat(targets)[:count]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """One table for each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--reference", type=Path, help="a run of the same model, end-to-end training say")
@@ -155,3 +156,7 @@ if __name__ == "__main__":
         print("| after block | " + " | ".join(found) + " |\n|---|" + "---|" * len(found))
         for block, values in enumerate(zip(*found.values(), strict=True), start=1):
             print(f"| {block} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,8 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from localgrad.measure.plots import new_figure, save_figure
-from localgrad.study.compare_report import KINDS
+from localgrad.measure.plots import REFERENCES, new_figure, save_figure
 
 FIRST = "{checkpointing: {where: pointwise, first: 1}}"
 
@@ -28,9 +27,9 @@ DEEPER_16 = [{"lean": {"depth": 3, "tail": 7, "factor": 4, "least": 2}}]
 
 # Name, blocks, the spellings of the method in the rows of the runs, method in the costs, colour.
 FINALISTS: list[tuple[str, int, list[list[Any]], str, str]] = [
-    ("end-to-end", 1, [["e2e"]], "e2e", KINDS["end-to-end"]),
-    ("checkpointing", 1, [["e2e"]], "e2e+checkpointing", KINDS["checkpointing"]),
-    ("accumulation x4", 1, [ACCUMULATION], "[e2e, {accumulation: {parts: 4}}]", KINDS["accumulation"]),
+    ("end-to-end", 1, [["e2e"]], "e2e", REFERENCES["end-to-end"]),
+    ("checkpointing", 1, [["e2e"]], "e2e+checkpointing", REFERENCES["checkpointing"]),
+    ("accumulation x4", 1, [ACCUMULATION], "[e2e, {accumulation: {parts: 4}}]", REFERENCES["accumulation"]),
     ("dgl, 8 blocks", 8, [["dgl"]], "dgl", "#7f8c8d"),
     ("auglocal, 8 blocks", 8, [["auglocal"]], "auglocal", "#8e44ad"),
     ("lean, 8 blocks", 8, [spelled_out(2, 1, 2)], "lean", "#c0392b"),

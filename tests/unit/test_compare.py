@@ -18,6 +18,7 @@ from localgrad import ConfigError
 from localgrad.config import Config, validate
 from localgrad.costs import cost
 from localgrad.study import compare, compare_report
+from localgrad.study.rows import add_row, read_rows
 from localgrad.train import run as run_module
 from localgrad.train.experiment import build
 from localgrad.train.run import Interrupted
@@ -43,7 +44,7 @@ COMPARED: dict[str, Any] = {
 
 def trained(config: Config, out: Path) -> dict[str, Any]:
     compare.train_all([config], out, QUIET, "it")
-    return compare.read_rows(out)[compare.key_of(compare.identity(config))]
+    return read_rows(out / compare.ROWS, "run")[compare.key_of(compare.identity(config))]
 
 
 def outcome(row: dict[str, Any]) -> dict[str, Any]:
@@ -76,14 +77,14 @@ def test_an_interrupted_run_continues_bit_for_bit(
         patched.setattr(run_module, "stop_requests", lambda: stopping(after))
         with pytest.raises(Interrupted, match="continue with: it"):
             trained(BASE, tmp_path)
-    assert compare.read_rows(tmp_path) == {}
+    assert read_rows(tmp_path / compare.ROWS, "run") == {}
     row = trained(BASE, tmp_path)
     assert outcome(row) == outcome(dgl)
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_a_finished_run_is_not_run_again(dgl: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare.add_row(tmp_path, dgl)
+    add_row(tmp_path / compare.ROWS, dgl)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"run": "cut off')
     monkeypatch.setattr(compare, "train_one", lambda *_: pytest.fail("trained again"))
@@ -91,8 +92,8 @@ def test_a_finished_run_is_not_run_again(dgl: dict[str, Any], tmp_path: Path, mo
     moved = validate({**SETTINGS, "data": {**SETTINGS["data"], "workers": 1, "root": "elsewhere"}}, "test")
     assert compare.train_all([moved], tmp_path, QUIET, "") == 0
     other = {**dgl, "run": "other"}
-    compare.add_row(tmp_path, other)
-    assert compare.read_rows(tmp_path) == {dgl["run"]: dgl, "other": other}
+    add_row(tmp_path / compare.ROWS, other)
+    assert read_rows(tmp_path / compare.ROWS, "run") == {dgl["run"]: dgl, "other": other}
 
 
 def test_every_method_sees_the_same_weights_and_batches(dgl: dict[str, Any], tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_table_and_picture_come_from_the_files_alone(finished: Path, tmp_path: P
         for line in text.splitlines()
         if "|" in line
     }
-    rows = compare.read_rows(tmp_path).values()
+    rows = read_rows(tmp_path / compare.ROWS, "run").values()
     for name, method in (("e2e", ["e2e"]), ("dgl, K=3", ["dgl"])):
         a, b = (100 * row["score"] for row in rows if row["settings"]["method"] == method)
         assert cells[name][0] == f"{(a + b) / 2:.1f} ± {abs(a - b) / 2:.1f}"

@@ -18,7 +18,8 @@ from localgrad import ConfigError, MethodError
 from localgrad.cli import app
 from localgrad.method import Method
 from localgrad.study import survey
-from localgrad.study.survey import CHECKS, examine, examine_candidate, in_processes, read, select
+from localgrad.study.rows import read_rows
+from localgrad.study.survey import CHECKS, classifier, examine, in_processes, select
 from reach import REACH
 
 
@@ -72,7 +73,7 @@ class Restless(Net):
 
 
 def row_of(model: type[nn.Module], sizes: tuple[int | None, ...] = (32, 96)) -> dict[str, Any]:
-    return examine(model.__name__, lambda size: model(), sizes)
+    return examine(model.__name__, lambda: classifier(lambda size: model(), sizes))
 
 
 @pytest.mark.parametrize("model", [Net, Branching])
@@ -106,14 +107,14 @@ def test_failures_have_a_reason_in_one_line(model: type[nn.Module], what: str, r
 
 
 def test_a_model_with_inputs_and_a_task_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = examine_candidate("reach:layer_drop", REACH["layer_drop"])
+    row = examine("reach:layer_drop", lambda: REACH["layer_drop"])
     assert row["ok"], row["reasons"]
 
     def refusing(base: Method) -> Method:
         raise MethodError("no unit can be copied")
 
     monkeypatch.setattr(survey.methods, "man_pp", refusing)
-    row = examine_candidate("reach:image_and_metadata", REACH["image_and_metadata"])
+    row = examine("reach:image_and_metadata", lambda: REACH["image_and_metadata"])
     assert row["ok"] and row["checks"]["man_pp"] is None and row["refused"] == {"man_pp": "no unit can be copied"}
     assert list(survey.failures([row])) == ["reach:image_and_metadata: man_pp refused: no unit can be copied"]
 
@@ -149,10 +150,10 @@ def test_rows_in_the_file_are_not_run_again(tmp_path: Path, monkeypatch: pytest.
     with out.open("a") as file:
         file.write('{"model": "timm:c", "ok')  # torn
     assert [new for _, new in survey.survey("timm", {"a": "A", "b": "B", "c": "C"}, out)] == [False, False, True]
-    assert [row["model"] for row in read(out)] == ["timm:a", "timm:b", "timm:c"]
-    assert list(survey.failures(read(out))) == ["timm:b: cut: no"]
+    assert list(read_rows(out, "model")) == ["timm:a", "timm:b", "timm:c"]
+    assert list(survey.failures(read_rows(out, "model").values())) == ["timm:b: cut: no"]
     list(survey.survey("timm", {"a": "A", "b": "B"}, out, retry=True))
-    assert ran == ["timm:a", "timm:b", "timm:c", "timm:b"] and len(read(out)) == 3
+    assert ran == ["timm:a", "timm:b", "timm:c", "timm:b"] and len(read_rows(out, "model")) == 3
 
 
 def test_selection(tmp_path: Path) -> None:

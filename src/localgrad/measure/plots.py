@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 INK, GRID = "#222222", "#dddddd"
+REFERENCES = {"end-to-end": INK, "checkpointing": "#16a085", "accumulation": "#2980b9"}  # what is no local learning
 
 
-def new_figure(columns: int, height: float = 3.6) -> tuple[Any, Any]:
+def new_figure(columns: int, height: float = 3.6, width: float = 5.2) -> tuple[Any, Any]:
+    """A figure and its axes side by side, each of this size in inches."""
     import matplotlib
 
     matplotlib.use("Agg", force=False)
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(5.2 * columns, height), squeeze=False)
+    figure, axes = pyplot.subplots(1, columns, figsize=(width * columns, height), squeeze=False)
     for axis in axes[0]:
         axis.grid(color=GRID, linewidth=0.6)
         axis.set_axisbelow(True)
@@ -30,11 +33,25 @@ def _whole_numbers(axis: Any) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
+def log_scale(axis: Any, values: Sequence[float]) -> None:
+    """Powers of ten and round numbers between them along x, as far as the values go."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    low, high = min(values) / 1.25, max(values) * 1.25
+    axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    ticks = [m * 10.0**e for e in range(-4, 4) for m in (1, 1.5, 2, 3, 5, 7)]
+    axis.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low < tick < high]))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
 def save_figure(figure: Any, path: Path) -> None:
+    """Write it, with legends that stand outside the axes."""
     from matplotlib import pyplot
 
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.15)
     pyplot.close(figure)
 
 

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from localgrad.measure.plots import new_figure, save_figure
+from localgrad.measure.plots import INK, REFERENCES, log_scale, new_figure, save_figure
 from localgrad.measure.sizes import size
+from localgrad.measure.tables import aligned
 from localgrad.measure.work import Rates
 
 EXACT, MICRO, LOCAL = "exact", "exact, BatchNorm over micro-batches", "local"
@@ -220,12 +221,7 @@ class Plan:
             sizes = [f"{b / 2**30:.2f}" for b in (o.peak, o.weights, o.optimizer, o.gradients, o.activations)]
             fits = {None: "", True: "yes", False: "no"}[o.fits]
             rows.append([o.name, *sizes, f"{o.flops_ratio:.2f}", f"{o.time_ratio:.2f}", o.update, fits])
-        widths = [max(len(row[k]) for row in rows) for k in range(len(headings))]
-        texts = (0, len(headings) - 2, len(headings) - 1)
-        lines = [
-            "  ".join(c.ljust(w) if k in texts else c.rjust(w) for k, (c, w) in enumerate(zip(r, widths, strict=True)))
-            for r in rows
-        ]
+        lines = ["  ".join(cells).rstrip() for cells in aligned(rows, text=(0, len(headings) - 2, len(headings) - 1))]
         shape = "x".join(map(str, self.image_shape))
         title = f"{self.model}, {self.parameters / 1e6:.1f} M parameters, {self.batch_size} images of {shape}, "
         title += f"{self.optimizer}, {self.precision}"
@@ -239,14 +235,14 @@ class Plan:
             notes += f"; {least.name} needs {least.activations / self.largest_unit:.2f} times that for activations"
         notes += "."
         skipped = [f"Left out: {reason}" for reason in self.skipped]
-        return "\n".join([title, *(line.rstrip() for line in lines), notes, *skipped, "", self.verdict])
+        return "\n".join([title, *lines, notes, *skipped, "", self.verdict])
 
 
 _STYLES = {
-    "plain": ("*", "#222222"),
-    "accumulation": ("s", "#2980b9"),
-    "checkpointing": ("o", "#16a085"),
-    "checkpointing, micro-batches": ("P", "#16a085"),
+    "plain": ("*", INK),
+    "accumulation": ("s", REFERENCES["accumulation"]),
+    "checkpointing": ("o", REFERENCES["checkpointing"]),
+    "checkpointing, micro-batches": ("P", REFERENCES["checkpointing"]),
     "local": ("o", "#d35400"),
     "local, per-block step": ("^", "#d35400"),
     "local, recomputed": ("v", "#8e44ad"),
@@ -258,10 +254,7 @@ _STYLES = {
 
 def _draw(plan: Plan, path: Path) -> None:
     """One point for each option, a line for each kind, the budget and what is recommended."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    figure, (axis,) = new_figure(1, 4.6)
-    figure.set_size_inches(8.4, 4.6)
+    figure, (axis,) = new_figure(1, 4.6, width=8.4)
     groups: dict[str, list[Option]] = {}
     for option in plan.options:
         in_parts = option.micro_batches > 1 and option.kind != "accumulation"
@@ -282,7 +275,7 @@ def _draw(plan: Plan, path: Path) -> None:
                 axis.annotate(note, (a, b), (3, 4), textcoords="offset points", fontsize=7, color=color)
     if plan.memory is not None:
         for limit, style in ((plan.memory, "-"), (plan.memory * (1 - plan.headroom), ":")):
-            axis.axvline(limit / 2**30, color="#222222", linewidth=1, linestyle=style)
+            axis.axvline(limit / 2**30, color=INK, linewidth=1, linestyle=style)
         axis.annotate(
             f" {size(plan.memory)}", (plan.memory / 2**30, 0.98), xycoords=("data", "axes fraction"),
             fontsize=8, va="top",
@@ -290,12 +283,7 @@ def _draw(plan: Plan, path: Path) -> None:
     if (best := plan.recommended) is not None:
         ring = {"s": 230, "facecolors": "none", "edgecolors": "#c0392b", "linewidths": 1.8, "zorder": 5}
         axis.scatter([best.peak / 2**30], [best.time_ratio], label="recommended", **ring)
-    axis.set_xscale("log")
-    peaks = [o.peak / 2**30 for o in plan.options]
-    ticks = [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 3, 5, 7)]
-    axis.xaxis.set_major_locator(FixedLocator([t for t in ticks if min(peaks) * 0.7 < t < max(peaks) * 1.5]))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    log_scale(axis, [o.peak / 2**30 for o in plan.options])
     axis.set_xlabel("predicted peak, GiB")
     axis.set_ylabel("predicted step time, plain training = 1")
     axis.set_title(f"{plan.model}, {plan.batch_size} images, {plan.optimizer}, {plan.precision}", fontsize=10)

@@ -1,1 +1,1 @@
-"""Experiments about training: contests of ways to train, comparisons of methods, surveys of models, diagnoses."""
+"""Experiments about training: contests of ways to train, comparisons of methods, surveys of models."""

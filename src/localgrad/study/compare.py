@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
 import shutil
 import statistics
@@ -20,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from localgrad.measure.timing import clock_of, in_turns
 from localgrad.network import LocalNetwork, exchange
 from localgrad.randomness import keyed_randomness
 from localgrad.spec import MethodSpec, described, parse_method, plain
+from localgrad.study.rows import add_row, read_rows
 from localgrad.train.experiment import DTYPES, FREE, build_network, build_task, load_data, set_up_torch
 from localgrad.train.folder import RunFolder, write
 from localgrad.train.optim import Stepper
@@ -170,17 +171,6 @@ def equal_epochs(way: Settings, rival: Settings, costs: dict[str, Settings]) -> 
     return max(1, round(way["train"]["epochs"] * mine / theirs))
 
 
-def read_rows(out: Path) -> dict[str, dict[str, Any]]:
-    """Rows by key; a line that was not written to its end is left out."""
-    rows: dict[str, dict[str, Any]] = {}
-    path = out / ROWS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            rows[row["run"]] = row
-    return rows
-
-
 def read_costs(out: Path) -> dict[str, dict[str, Any]]:
     """What steps were found to cost, by key.
 
@@ -197,7 +187,7 @@ def read_costs(out: Path) -> dict[str, dict[str, Any]]:
 def check_same_task(out: Path, base: Config) -> None:
     """Raise `ConfigError` if the rows in ``out`` are about another model or other data."""
     own = identity(base)
-    for row in (*read_rows(out).values(), *read_costs(out).values()):
+    for row in (*read_rows(out / ROWS, "run").values(), *read_costs(out).values()):
         for section in ("model", "data", "task"):
             theirs = row["settings"][section]
             if theirs != own[section]:
@@ -238,9 +228,10 @@ def train_all(runs: Sequence[Config], out: Path, console: Console, resume_with: 
         before = len(waiting)
         for key, config in list(waiting.items()):
             with claimed(out / RUNS / f"{key}.lock") as mine:
-                if mine and key not in read_rows(out):
+                if mine and key not in read_rows(out / ROWS, "run"):
                     row = train_one(config, out / RUNS / key, console, titles[key], resume_with)
-                    add_row(out, row)
+                    with FileLock(out / f"{ROWS}.lock"):
+                        add_row(out / ROWS, row)
                     if not keep:
                         shutil.rmtree(out / RUNS / key)
                 if mine:
@@ -278,18 +269,6 @@ def train_one(config: Config, folder: Path, console: Console, title: str, resume
         "data": result["data"],
         "seconds": round(sum(epoch["seconds"] for epoch in experiment.history), 1),
     }
-
-
-def add_row(out: Path, row: dict[str, Any]) -> None:
-    """Append one line, on a line of its own even behind one that was not written to its end."""
-    with FileLock(out / f"{ROWS}.lock"), (out / ROWS).open("a+b") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def processor() -> str:
@@ -334,14 +313,14 @@ class _Contestant:
         for step in range(steps):
             first.setdefault(network.method.work(blocks, step), step)
         # The first step of each kind stands for all of them, with its share of the run.
-        self.kinds = [_Kind(self, step, counts[work] / steps) for work, step in first.items()]
+        self.kinds = {step: counts[work] / steps for work, step in first.items()}
 
     def cost(self) -> dict[str, Any]:
         """Everything but the times, from the second step of each kind: in the first the optimizer makes its state."""
         costs = []
-        for kind in self.kinds:
-            kind.step()
-            costs.append((kind.share, cost_of(self.network, kind.step)[0]))
+        for number, share in self.kinds.items():
+            self.step(number)
+            costs.append((share, cost_of(self.network, partial(self.step, number))[0]))
         largest = max((cost for _, cost in costs), key=lambda cost: cost.total_bytes)
         return {
             **asdict(largest),
@@ -351,24 +330,16 @@ class _Contestant:
             "cuts": [cut.name for cut in self.network.cuts],
         }
 
-
-class _Kind:
-    """One kind of step of a contestant."""
-
-    def __init__(self, of: _Contestant, number: int, share: float) -> None:
-        self.of, self.number, self.share = of, number, share
-
-    def step(self) -> None:
+    def step(self, number: int) -> None:
         """A whole training step, after which there are no gradients."""
-        of, config = self.of, self.of.config
-        with keyed_randomness(config.train.seed):
+        with keyed_randomness(self.config.train.seed):
             for _, loss in local_losses(
-                of.network, of.inputs, of.targets, self.number,
-                autocast=DTYPES[config.train.precision], on_block_done=of.stepper.block_done,
+                self.network, self.inputs, self.targets, number,
+                autocast=DTYPES[self.config.train.precision], on_block_done=self.stepper.block_done,
             ):  # fmt: skip
-                of.scaler.scale(loss).backward()
-            of.stepper.finish(self.number)
-        exchange(of.network)
+                self.scaler.scale(loss).backward()
+            self.stepper.finish(number)
+        exchange(self.network)
 
 
 def measure_costs(
@@ -401,13 +372,12 @@ def measure_costs(
         contestants.append(_Contestant(config, network, inputs, targets, len(loaded.train) * config.train.epochs))
         found.append(contestants[-1].cost())
     clock, named = clock_of(device)
-    kinds = [kind for contestant in contestants for kind in contestant.kinds]
-    timed = in_turns([kind.step for kind in kinds], rounds, device, clock=clock, progress=progress)
-    taken = dict(zip(kinds, timed, strict=True))
-    rows = [
-        [math.fsum(kind.share * taken[kind][turn] for kind in contestant.kinds) for turn in range(rounds)]
-        for contestant in contestants
-    ]
+    steps = [partial(contestant.step, number) for contestant in contestants for number in contestant.kinds]
+    timed = iter(in_turns(steps, rounds, device, clock=clock, progress=progress))
+    rows = []
+    for contestant in contestants:
+        taken = [[share * seconds for seconds in next(timed)] for share in contestant.kinds.values()]
+        rows.append([math.fsum(turn) for turn in zip(*taken, strict=True)])
     where = circumstances(base)
     result = {}
     for way, cost, seconds in zip(ways, found, rows, strict=True):

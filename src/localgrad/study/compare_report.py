@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from localgrad.errors import ConfigError
-from localgrad.measure.plots import INK, new_figure
+from localgrad.measure.plots import REFERENCES, new_figure, save_figure
+from localgrad.measure.tables import markdown
 from localgrad.spec import described
 from localgrad.study.compare import (
     REFERENCE,
+    ROWS,
     Settings,
     costing,
     equal_epochs,
     key_of,
     read_costs,
-    read_rows,
     trained_as,
     without,
 )
+from localgrad.study.rows import read_rows
 from localgrad.train.folder import write
-
-KINDS = {"end-to-end": INK, "checkpointing": "#16a085", "accumulation": "#2980b9"}
 
 TABLE, PICTURE = "table.md", "picture.png"
 
@@ -87,7 +87,7 @@ def lines_of(out: Path) -> list[Line]:
     Raises:
         ConfigError: there is nothing yet.
     """
-    rows, costs = read_rows(out), read_costs(out)
+    rows, costs = read_rows(out / ROWS, "run"), read_costs(out)
     if not rows and not costs:
         raise ConfigError(f"{out} holds no comparison yet; run the command without --table first")
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -111,7 +111,7 @@ def lines_of(out: Path) -> list[Line]:
             epochs = next(iter(lengths), 0)
             settings = {**settings, "train": {**settings["train"], "epochs": epochs}}
             found[key_of(settings)] = _line(settings, [], cost)
-    order = {kind: k for k, kind in enumerate([*KINDS, "local"])}
+    order = {kind: k for k, kind in enumerate([*REFERENCES, "local"])}
     return sorted(found.values(), key=lambda line: (order[line.kind], line.kind != "local" and line.epochs))
 
 
@@ -190,7 +190,7 @@ def table(out: Path) -> str:
             shown[1] = f"as {'end-to-end' if same == 'e2e' else same}, bit for bit"
         body.append([name, *shown, *_costs(line, reference), *_rivals(line, lines)])
     cost = reference.cost
-    text = [f"# Methods compared in {out.name}", "", *_markdown([headings, *body]), ""]
+    text = [f"# Methods compared in {out.name}", "", *markdown([headings, *body], text=range(len(headings))), ""]
     data, batch = row["data"] if row else reference.settings["data"]["name"], reference.settings["train"]["batch_size"]
     text.append(
         f"{reference.settings['model']['name']} on {data}, {reference.epochs} epochs, batches of {batch}, unless "
@@ -254,16 +254,9 @@ def _alike(line: Line, other: Line) -> bool:
     return mine == theirs
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    padded = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
-    rule = ["-" * w for w in widths]
-    return ["| " + " | ".join(cells) + " |" for cells in (padded[0], rule, *padded[1:])]
-
-
 def picture(out: Path, path: Path) -> None:
     """Score against activations, time and FLOPs of training; a bar spans the seeds. Drawn once a run has ended."""
-    from matplotlib import colormaps, pyplot
+    from matplotlib import colormaps
     from matplotlib.lines import Line2D
 
     lines = lines_of(out)
@@ -282,7 +275,7 @@ def picture(out: Path, path: Path) -> None:
     keys = []
     for number, (name, line) in enumerate(zip(names, shown, strict=True), start=1):
         assert line.cost is not None and line.mean is not None
-        color = KINDS.get(line.kind) or colors[described(line.settings["method"])]
+        color = REFERENCES.get(line.kind) or colors[described(line.settings["method"])]
         marker = markers[line.settings["blocks"]["num_blocks"]]
         flops = (line.flops or 0.0) / (reference.flops or line.flops or 1.0)
         seconds = line.cost["time_ratio"] * line.epochs / reference.epochs
@@ -305,11 +298,9 @@ def picture(out: Path, path: Path) -> None:
     row = next(row for line in shown for row in line.rows if "metrics" in row)
     axes[0].set_ylabel(f"test {next(iter(row['metrics']))}, last epoch, %")
     figure.suptitle(f"{reference.settings['model']['name']} on {row['data']}, {reference.epochs} epochs", fontsize=11)
-    figure.tight_layout()
     figure.legend(handles=keys, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.0),
                   ncols=min(3, len(keys)))  # fmt: skip
-    figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.2)  # with the legend below the axes
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def report(out: Path) -> str:

@@ -27,16 +27,16 @@ from localgrad.errors import ConfigError, MethodError, PartitionError, nearest
 from localgrad.localization import localize
 from localgrad.measure.memory import Memory
 from localgrad.measure.process_memory import allocated_growth, resident_growth, storages_mapped
+from localgrad.measure.tables import markdown
 from localgrad.measure.timing import clock_of, in_turns
 from localgrad.method import Method
 from localgrad.network import LocalNetwork, exchange
 from localgrad.partition import Partition
 from localgrad.planning import EXACT, LOCAL, MICRO
-from localgrad.planning.planner import several_units
+from localgrad.planning.planner import PRECISIONS, several_units
 from localgrad.spec import MethodSpec, build_method, described, method_name
 
 Balance = Literal["count", "bytes"]
-VARIANTS = {"fp32": None, "bf16": torch.bfloat16}
 OPTIONS = ("channels_last", "compile")
 REFERENCE = "end-to-end"
 UNITS = "checkpointing every unit"
@@ -67,8 +67,8 @@ class Way:
 
     def __post_init__(self) -> None:
         precision, *options = self.variant.split("+")
-        if precision not in VARIANTS:
-            raise ConfigError(nearest(precision, VARIANTS, "precision") + f" (in variant {self.variant!r})")
+        if precision not in PRECISIONS:
+            raise ConfigError(nearest(precision, PRECISIONS, "precision") + f" (in variant {self.variant!r})")
         for option in options:
             if option not in OPTIONS:
                 raise ConfigError(nearest(option, OPTIONS, "option") + f" (in variant {self.variant!r})")
@@ -81,7 +81,7 @@ class Way:
     @property
     def autocast(self) -> torch.dtype | None:
         """Dtype of forward passes, None for that of the weights."""
-        return VARIANTS[self.variant.partition("+")[0]]
+        return PRECISIONS[self.variant.partition("+")[0]]
 
     def has(self, option: str) -> bool:
         """Whether the variant names ``option``."""
@@ -201,14 +201,7 @@ class Contest:
                     "frontier" if row in frontier else f"below {by.label}" if by else "",
                 ]
             )
-        widths = [max(len(cells[k]) for cells in table) for k in range(len(headings))]
-        left = (0, len(headings) - 2, len(headings) - 1)
-        padded = [
-            [c.ljust(w) if k in left else c.rjust(w) for k, (c, w) in enumerate(zip(cells, widths, strict=True))]
-            for cells in table
-        ]
-        rule = ["-" * w if k in left else "-" * (w - 1) + ":" for k, w in enumerate(widths)]
-        lines = ["| " + " | ".join(cells) + " |" for cells in (padded[0], rule, *padded[1:])]
+        lines = markdown(table, text=(0, len(headings) - 2, len(headings) - 1))
         shape = "x".join(map(str, self.image_shape))
         title = f"{self.model}, {self.parameters / 1e6:.2f} M parameters, {self.batch_size} images of {shape} a step, "
         title += f"{self.device}, {self.threads} thread{'s' * (self.threads > 1)}, torch {self.torch}"

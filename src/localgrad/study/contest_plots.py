@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from localgrad.errors import ConfigError
-from localgrad.measure.plots import INK, new_figure, save_figure
-from localgrad.study.contest import REFERENCE, Contest, Row
+from localgrad.measure.plots import REFERENCES, log_scale, new_figure, save_figure
+from localgrad.study.contest import Contest, Row
 
-COLORS = {REFERENCE: INK, "checkpointing": "#16a085", "accumulation": "#2980b9", "local": "#d35400"}
+COLORS = {**REFERENCES, "local": "#d35400"}
 MARKERS = {"": "o", "per-block step": "^", "checkpointing inside": "v", "micro-batches": "P"}
 
 
@@ -19,12 +19,9 @@ def pareto_picture(found: Contest, path: Path) -> None:
     Args:
         found: its first row is (1, 1).
     """
-    from matplotlib import pyplot
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FixedLocator, NullLocator
 
-    figure, (axis,) = new_figure(1, 5.2)
-    figure.set_size_inches(9.2, 5.2)
+    figure, (axis,) = new_figure(1, 5.2, width=11.5)
     reference = found.rows[0].memory or 1
     rows = [row for row in found.rows if row.memory is not None]
     frontier = found.frontier
@@ -40,13 +37,7 @@ def pareto_picture(found: Contest, path: Path) -> None:
         place = (row.memory or 0) / reference, row.time_ratio
         axis.annotate(str(k + 1), place, (-6, -12), textcoords="offset points", fontsize=8.5, ha="right",
                       color=COLORS[row.kind], fontweight="bold", zorder=4)  # fmt: skip
-    axis.set_xscale("log")
-    low, high = min(row.memory or 1 for row in rows) / reference, max(row.memory or 1 for row in rows) / reference
-    axis.set_xlim(low / 1.25, high * 1.25)
-    ticks = [m * 10.0**e for e in range(-3, 1) for m in (1, 1.5, 2, 3, 5, 7)]
-    axis.xaxis.set_major_locator(FixedLocator([t for t in ticks if low / 1.25 < t < high * 1.25]))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    log_scale(axis, [(row.memory or 1) / reference for row in rows])
     axis.margins(y=0.12)
     axis.set_xlabel("activations and gradients at the peak, end-to-end = 1")
     axis.set_ylabel("time of a step, end-to-end = 1")
@@ -61,8 +52,7 @@ def pareto_picture(found: Contest, path: Path) -> None:
     blank = [Line2D([], [], linestyle="", label=f"{k + 1}  {_short(row.label)}") for k, row in enumerate(frontier)]
     axis.legend(handles=blank, fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(1.01, -0.02),
                 title="not dominated (filled)", title_fontsize=8, alignment="left", handlelength=0)  # fmt: skip
-    figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.25)  # with the legends outside the axes
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _form(row: Row) -> str:
@@ -84,8 +74,7 @@ def timeline_picture(found: Contest, path: Path) -> None:
         found: with timelines.
     """
     rows = timeline_rows(found)
-    figure, axes = new_figure(len(rows), 3.2)
-    figure.set_size_inches(3.7 * len(rows) + 0.4, 3.2)
+    figure, axes = new_figure(len(rows), 3.2, width=3.8)
     highest = max(live for row in rows for _, live, _ in row.timeline) / 2**20
     for axis, row in zip(axes, rows, strict=True):
         end = row.timeline[-1][0]

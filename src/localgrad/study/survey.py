@@ -16,9 +16,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from localgrad.localization import localize
 from localgrad.method import Method
 from localgrad.network import LocalNetwork, exchange
 from localgrad.randomness import keyed_randomness, seeded, seeded_everywhere
+from localgrad.study.rows import add_row, read_rows
 from localgrad.suspension.untouched import untouched
 from localgrad.task import Batch, Task
 from localgrad.testing import assert_isolated
@@ -52,6 +54,7 @@ class Candidate:
         task: reads the model's own output.
         num_blocks: into which it is to be cut.
         shared: whether modules far apart in the model have a parameter in common.
+        image_size: pixels a side, noted in the row of a classifier of images.
     """
 
     model: nn.Module
@@ -60,6 +63,7 @@ class Candidate:
     task: Task
     num_blocks: int = 4
     shared: bool = False
+    image_size: int | None = None
 
 
 Candidates = Mapping[str, Callable[[], Candidate]]
@@ -164,47 +168,23 @@ Build = Callable[[int | None], nn.Module]
 Check = Callable[[str], contextlib.AbstractContextManager[None]]
 
 
-def examine(name: str, build: Build, sizes: Sequence[int | None] = (*SIZES, None)) -> Row:
-    """The row of one classifier of images.
+def examine(name: str, prepare: Callable[[], Callable[[], Candidate]]) -> Row:
+    """The row of one model.
 
     Args:
         name: of the model.
-        build: makes it for images of a size in pixels, or of its own size for None.
-        sizes: tried in turn; the first one the model runs on counts.
-
-    Returns:
-        As `examine_candidate`, with ``image_size``.
-    """
-
-    def smallest(row: Row) -> Callable[[], Candidate]:
-        size, inputs = _smallest(build, sizes)
-        row["image_size"] = inputs.shape[-1]
-        targets, task = torch.arange(len(inputs)) % NUM_CLASSES, tasks.classification(NUM_CLASSES)
-        return lambda: Candidate(build(size).train(), inputs, targets, task, NUM_BLOCKS)
-
-    return _row(name, smallest)
-
-
-def examine_candidate(name: str, build: Callable[[], Candidate]) -> Row:
-    """The row of one model with its own inputs, task and number of blocks.
-
-    Args:
-        name: of the model.
-        build: makes the same at each call, given torch's generator in the same state.
+        prepare: returns what makes the candidate, the same at each call given torch's generator in the same state;
+            `classifier` for a model of images.
 
     Returns:
         A dictionary for JSON: ``checks`` says for each of `CHECKS` whether it holds (None: not reached, or refused),
         ``reasons`` why not, ``refused`` which methods the library refuses for the model and why, ``cut_points`` how
-        many places a block may begin at, ``block_losses`` the loss of each block at each step, ``seconds`` how long it
-        all took. ``ok``: every check holds but for what is refused.
+        many places a block may begin at, ``image_size`` the pixels a side of images, ``block_losses`` the loss of each
+        block at each step, ``seconds`` how long it all took. ``ok``: every check holds but for what is refused.
     """
-    return _row(name, lambda _: build)
-
-
-def _row(name: str, prepare: Callable[[Row], Callable[[], Candidate]]) -> Row:
     started = time.monotonic()
-    checks: dict[str, bool | None] = dict.fromkeys(CHECKS)
-    row: Row = {"model": name, "ok": False, "checks": checks, "reasons": {}, "refused": {}}
+    row = _new_row(name)
+    checks = row["checks"]
 
     @contextlib.contextmanager
     def check(what: str) -> Iterator[None]:
@@ -219,12 +199,27 @@ def _row(name: str, prepare: Callable[[Row], Callable[[], Candidate]]) -> Row:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            _examine(row, check, prepare(row))
+            _examine(row, check, prepare())
         except Exception as error:
             row["reasons"]["built"] = _one_line(error)
     row["ok"] = all(holds or what in row["refused"] for what, holds in checks.items())
-    row["seconds"] = round(time.monotonic() - started, 1)
-    return row
+    return row | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def classifier(build: Build, sizes: Sequence[int | None] = (*SIZES, None)) -> Callable[[], Candidate]:
+    """What makes the candidate of a classifier of images.
+
+    Args:
+        build: makes the model for images of a size in pixels, or of its own size for None.
+        sizes: tried in turn; the first one the model runs on counts.
+    """
+    size, inputs = _smallest(build, sizes)
+    targets, task = torch.arange(len(inputs)) % NUM_CLASSES, tasks.classification(NUM_CLASSES)
+    return lambda: Candidate(build(size).train(), inputs, targets, task, image_size=inputs.shape[-1])
+
+
+def _new_row(name: str) -> Row:
+    return {"model": name, "ok": False, "checks": dict.fromkeys(CHECKS), "reasons": {}, "refused": {}}
 
 
 def _examine(row: Row, check: Check, build: Callable[[], Candidate]) -> None:
@@ -234,6 +229,8 @@ def _examine(row: Row, check: Check, build: Callable[[], Candidate]) -> None:
 
     candidate = fresh()
     model, inputs, targets, task = candidate.model, candidate.inputs, candidate.targets, candidate.task
+    if candidate.image_size is not None:
+        row["image_size"] = candidate.image_size
     row["parameters"] = sum(p.numel() for p in model.parameters())
     dgl = methods.dgl(task)
 
@@ -420,7 +417,7 @@ def examine_library(library: str, name: str) -> Row:
     def build(size: int | None) -> nn.Module:
         return models.create(full, num_classes=NUM_CLASSES, image_size=size)
 
-    row = examine_candidate(full, candidates(library)[name]) if ":" in library else examine(full, build)
+    row = examine(full, lambda: candidates(library)[name] if ":" in library else classifier(build))
     return row | {"versions": dict(_versions())}
 
 
@@ -453,7 +450,7 @@ def survey(
         timeout: of one model, in seconds.
         retry: run models again whose rows say that something failed.
     """
-    known = {row["model"]: row for row in read(out) if row["ok"] or not retry}
+    known = {name: row for name, row in read_rows(out, "model").items() if row["ok"] or not retry}
     jobs = {}
     for name, family in selection.items():
         if (row := known.get(named(library, name))) is not None:
@@ -461,26 +458,11 @@ def survey(
         else:
             jobs[named(library, name)] = (partial(examine_library, library, name), family)
     out.parent.mkdir(parents=True, exist_ok=True)
-    torn = out.exists() and not out.read_bytes().endswith(b"\n") and out.stat().st_size > 0
-    with out.open("a") as file:
-        file.write("\n" * torn)
-        imported = () if ":" in library else (library,)
-        for row in in_processes({name: job for name, (job, _) in jobs.items()}, workers, timeout, imported):
-            row["family"] = jobs[row["model"]][1]
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            yield row, True
-
-
-def read(path: Path) -> list[Row]:
-    """The rows in a file, the last one of each model; a line that was not written to its end is left out."""
-    rows: dict[str, Row] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            rows[row["model"]] = row
-    return list(rows.values())
+    imported = () if ":" in library else (library,)
+    for row in in_processes({name: job for name, (job, _) in jobs.items()}, workers, timeout, imported):
+        row["family"] = jobs[row["model"]][1]
+        add_row(out, row)
+        yield row, True
 
 
 def in_processes(
@@ -495,59 +477,46 @@ def in_processes(
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload([__name__, *preload])
-    waiting = list(jobs.items())
-    running: dict[Connection, tuple[str, BaseProcess, float]] = {}
+    running: set[BaseProcess] = set()
+    pool = ThreadPoolExecutor(workers)  # a thread waits for each process
     try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                name, job = waiting.pop(0)
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_send, args=(job, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                running[ours] = (name, process, time.monotonic())
-            next_limit = min(started for *_, started in running.values()) + timeout
-            ended = wait(list(running), max(0.0, next_limit - time.monotonic()))
-            for connection, (name, process, started) in list(running.items()):
-                seconds = time.monotonic() - started
-                if connection in ended:
-                    row = _received(connection, name, process, seconds)
-                elif seconds >= timeout:
-                    process.kill()
-                    row = _lost(
-                        name, f"it took longer than {timeout:g} s; call survey() with a longer timeout", seconds
-                    )
-                else:
-                    continue
-                process.join()
-                connection.close()
-                del running[connection]
-                yield row
+        rows = [pool.submit(_alone, context, running, name, job, timeout) for name, job in jobs.items()]
+        for row in as_completed(rows):
+            yield row.result()
     finally:
-        for _, process, _ in running.values():
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
             process.kill()
+
+
+def _alone(context: Any, running: set[BaseProcess], name: str, job: Callable[[], Row], timeout: float) -> Row:
+    """What a job returns in a process of its own, which is among ``running`` meanwhile."""
+    started = time.monotonic()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(job, theirs), daemon=True)
+    process.start()
+    running.add(process)
+    theirs.close()
+    try:
+        if ours.poll(timeout):
+            row: Row = ours.recv()
+            return row
+        reason = f"it took longer than {timeout:g} s; call survey() with a longer timeout"
+    except EOFError:
+        process.join()
+        reason = f"its process ended with code {process.exitcode}"
+        reason += "; it was killed, most likely for memory: run fewer --workers" * (process.exitcode == -9)
+    finally:
+        process.kill()
+        process.join()
+        running.discard(process)
+        ours.close()
+    seconds = time.monotonic() - started
+    return _new_row(name) | {"reasons": {"process": reason}, "seconds": round(seconds, 1)}
 
 
 def _send(job: Callable[[], Row], connection: Connection) -> None:
     connection.send(job())
-
-
-def _received(connection: Connection, name: str, process: BaseProcess, seconds: float) -> Row:
-    try:
-        row: Row = connection.recv()
-        return row
-    except EOFError:
-        process.join()
-        code = process.exitcode
-        why = "; it was killed, most likely for memory: run fewer --workers" if code == -9 else ""
-        return _lost(name, f"its process ended with code {code}{why}", seconds)
-
-
-def _lost(name: str, reason: str, seconds: float) -> Row:
-    return {
-        "model": name, "ok": False, "checks": dict.fromkeys(CHECKS), "reasons": {"process": reason}, "refused": {},
-        "seconds": round(seconds, 1),
-    }  # fmt: skip
 
 
 def table(rows: Iterable[Row]) -> Table:
