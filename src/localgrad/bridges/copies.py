@@ -7,16 +7,19 @@ from typing import Literal
 
 from torch import nn
 
-Init = Literal["source", "fresh"]
+from localgrad.initialization import fresh, kaiming
+
+Init = Literal["source", "fresh", "kaiming"]
 
 
 def copied(unit: nn.Module, init: Init) -> nn.Module:
-    """A copy with the weights of ``unit`` or, if ``fresh``, with those its layers draw when they are built."""
+    """A copy with the weights of ``unit``, with those its layers draw when they are built (``fresh``), or these with
+    convolutions drawn by `localgrad.initialization.kaiming`.
+    """
     made = copy.deepcopy(unit).requires_grad_(True)
-    if init == "fresh":
-        for module in made.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
+    if init != "source":
+        fresh(made)
+    if init == "kaiming":
+        kaiming(made)
     made.train()  # on a line of its own: some models' train() returns nothing
     return made

@@ -30,7 +30,8 @@ class Momentum:
         decay: of the moving average.
         mix: see above.
         depth: units looked through; those after the first are learnable copies without a twin.
-        twin_init: ``source`` copies the neighbour's weights, ``fresh`` draws new ones.
+        twin_init: ``source`` copies the neighbour's weights, ``fresh`` draws new ones, ``kaiming`` draws them as
+            `localgrad.initialization.kaiming` does.
         companion_init: the same for the learnable copies.
         exchange, buffers: see `localgrad.twins.Twin`.
 
@@ -76,7 +77,7 @@ class MomentumBridge(nn.Module):
         self.twin: nn.Module | None = None
         self.twins: list[Twin] = []
         if settings.mix != "learnable":
-            self.twin = copied(source, "fresh" if pair else settings.twin_init)
+            self.twin = copied(source, settings.companion_init if pair else settings.twin_init)
         if self.twin is not None and not pair:
             self.twin.requires_grad_(False)
             self.twins = [Twin(source, self.twin, settings.decay, settings.exchange, settings.buffers)]
@@ -100,4 +101,6 @@ class MomentumBridge(nn.Module):
 
 def released(wanted: bool) -> dict[str, Any]:
     """The choices of `Momentum` in which MAN's released code differs from the paper, if they are ``wanted``."""
-    return {"twin_init": "fresh", "exchange": "before"} if wanted else {}
+    if not wanted:
+        return {}
+    return {"twin_init": "kaiming", "companion_init": "kaiming", "exchange": "before"}

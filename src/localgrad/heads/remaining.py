@@ -29,16 +29,19 @@ class Remaining:
         depth: units at the first boundary.
         pyramid: how much of ``depth`` is gone at the last boundary; 0 keeps it everywhere.
         tail: blocks trained together at the end of the model; they have no heads.
+        exact: refuse a pick that skips a stage, where the head differs from the released one.
 
     Source: Ma et al., AugLocal, ICLR 2024, arXiv:2402.17318, released code.
     Differs: where a picked unit lies in a later stage, the unit that begins that stage stands for it, because it has
-    the right width and stride; theirs builds a unit anew, and skips a stage in one unit where the pick does.
+    the right width and stride; theirs builds a unit anew, and skips a stage in one unit where the pick does. In the
+    published CIFAR networks only ``depth=1`` skips one.
     """
 
     read_out: HeadBuilder
     depth: int = 2
     pyramid: float = 0.5
-    tail: int = 2
+    tail: int = 3
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.depth < 1 or self.tail < 1 or not 0.0 <= self.pyramid <= 1.0:
@@ -56,6 +59,11 @@ class Remaining:
     def __call__(self, site: Site) -> nn.Module:
         depth, units = self.depth_at(site), site.next_units
         chain = picked(units, depth, site.units_passed - 1)
+        if self.exact and len(chain) > min(depth, len(units)):
+            raise MethodError(
+                f"released=True: a head of depth={depth} after block {site.span.stop - 1} skips a stage, which the "
+                "release does in one unit that this model does not have; take a larger depth, or released=False"
+            )
         body = Parts(*(copied(unit.module, "fresh") for unit in chain))
         beyond = site.beyond(body)
         head = self.read_out(beyond)

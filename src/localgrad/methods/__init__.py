@@ -12,6 +12,7 @@ from localgrad.methods.e2e import e2e
 from localgrad.methods.feature_distillation import feature_distillation
 from localgrad.methods.hpff import hpff
 from localgrad.methods.infopro import infopro
+from localgrad.methods.kaiming import kaiming
 from localgrad.methods.last_head_distillation import last_head_distillation
 from localgrad.methods.lean import lean
 from localgrad.methods.local_critic import local_critic
@@ -38,6 +39,7 @@ __all__ = [
     "hpff",
     "infopro",
     "last_head_distillation",
+    "kaiming",
     "lean",
     "local_critic",
     "logit_consistency",
