@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from localgrad.errors import MethodError, nearest
 from localgrad.partition import Cut, Partition
 from localgrad.recompute.parts import Recompute, recompute_parts
-from localgrad.site import BridgeBuilder, HeadBuilder, Site
+from localgrad.site import BridgeBuilder, HeadBuilder, Site, Weight
 from localgrad.spans import EndToEnd, Local, Schedule, Span
 from localgrad.task import Batch, Loss, Task
 
@@ -72,7 +72,7 @@ class Term:
 
     head: HeadBuilder
     loss: Loss
-    weight: float | Callable[[Site], float] = 1.0
+    weight: Weight = 1.0
     scored: bool = True
     every: int = 1
 
@@ -309,10 +309,11 @@ class Auxiliary(nn.Module):
                 f"{method.name}: span {site.span} ends inside the network but has no loss: {why}. "
                 "Give a term a positive weight, or end the ramp above 0."
             )
-        self.bridge = method.bridge(site) if method.bridge is not None else None
-        if self.bridge is not None:
-            site = site.beyond(self.bridge)
-        heads = [(term, term.head(site)) for term, _ in self.terms]
+        with torch.device("cpu"):  # weights are drawn there, so that a seed means the same on any device
+            self.bridge = method.bridge(site) if method.bridge is not None else None
+            if self.bridge is not None:
+                site = site.beyond(self.bridge)
+            heads = [(term, term.head(site)) for term, _ in self.terms]
         for rule in method.rules:
             heads = [(term, rule.built(term, head)) for term, head in heads]
         self.heads = nn.ModuleList(head for _, head in heads)

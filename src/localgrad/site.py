@@ -84,6 +84,12 @@ class Site:
         alone = tuple(itertools.takewhile(lambda unit: not unit.reads_taps, units[start:]))
         return alone[: next((k for k, unit in enumerate(alone, start=1) if not unit.whole), len(alone))]
 
+    def stage(self, ahead: bool = False) -> int:
+        """The stage of the features, or past the stem that of the unit which runs next; 0 for the stem."""
+        units = self.partition.units_after(self.partition.cuts[0])
+        passed = len(units) - len(self.partition.units_after(self.cut))
+        return 0 if passed == 0 else 1 + sum(unit.changes_form for unit in units[1 : passed + ahead])
+
     @property
     def units_passed(self) -> int:
         """Units of the model that run before the boundary, the stem counted as one."""
@@ -122,6 +128,62 @@ class Ramp:
         inner = site.num_blocks - 2
         share = (site.span.stop - 1) / inner if inner > 0 else 0.0
         return self.first * (1.0 - share) + self.last * share
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A weight for each stage of the network, the stem's first; a stage begins where the grid or the width changes.
+
+    The stage is that of the features, or with ``ahead``, past the stem, that of the unit which runs next.
+    """
+
+    values: tuple[float, ...]
+    ahead: bool = False
+
+    def __call__(self, site: Site) -> float:
+        stage = site.stage(self.ahead)
+        if stage >= len(self.values):
+            raise MethodError(
+                f"weights {self.values} are for a stem and {len(self.values) - 1} stages; after block "
+                f"{site.span.stop - 1} stage {stage} is read. Give one more weight, or two for a ramp"
+            )
+        return self.values[stage]
+
+
+Weight = float | Callable[[Site], float]
+
+
+@dataclass(frozen=True)
+class Only:
+    """``weight``, at the sites where ``at`` holds; elsewhere 0, so that nothing is built."""
+
+    weight: Weight
+    at: Callable[[Site], bool]
+
+    def __call__(self, site: Site) -> float:
+        if not self.at(site):
+            return 0.0
+        return self.weight(site) if callable(self.weight) else self.weight
+
+
+def on_block(site: Site) -> bool:
+    """Whether the loss trains a single block."""
+    return site.span.stop - site.span.start == 1
+
+
+def on_window(site: Site) -> bool:
+    """Whether the loss trains several blocks."""
+    return not on_block(site)
+
+
+def on_stem(site: Site) -> bool:
+    """Whether the features are those of the stem."""
+    return site.stage() == 0
+
+
+def past_stem(site: Site) -> bool:
+    """Whether the features are those of a later unit."""
+    return not on_stem(site)
 
 
 HeadBuilder = Callable[[Site], nn.Module]

@@ -82,7 +82,7 @@ class Local(Constant):
         return (*(Span(k, k + 1) for k in range(first)), Span(first, num_blocks))
 
 
-Ends = Literal["both", "cascade"]
+Ends = Literal["both", "cascade", "only"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ class Overlapping(Constant):
 
     Windows begin at every ``stride``-th block, and one ends the network. With fewer than ``width`` blocks there is one
     window over all of them. The last ``tail`` blocks count as one. Where a window ends, the single block has a loss of
-    its own (``ends="both"``) or not (``cascade``): windows that do not overlap then need one backward pass per block.
+    its own too (``ends="both"``) or not (``cascade``): windows that do not overlap then need one backward pass per
+    block. With ``ends="only"`` single blocks have losses of their own only there, as in released code.
     """
 
     width: int = 2
@@ -124,10 +125,10 @@ class Overlapping(Constant):
             last = len(edges) - 1 - width
             for first in {*range(0, last, self.stride), last}:
                 windows[edges[first], edges[first + width]] = self.cascade
-        ended = {stop for _, stop in windows} if self.ends == "cascade" else set()
+        ended = {stop for _, stop in windows}
         if self.local > 0:
             for block in pairwise(edges):
-                if block[1] not in ended:
+                if self.ends == "both" or (block[1] in ended) == (self.ends == "only"):
                     windows[block] = windows.get(block, 0.0) + self.local
         return tuple(Span(start, stop, weight) for (start, stop), weight in sorted(windows.items()))
 

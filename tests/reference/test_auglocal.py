@@ -91,18 +91,18 @@ def expected_shapes(unit: int, stage: int, depth: int) -> list[tuple[int, int, i
 
 @pytest.mark.parametrize("stage, depth, share", [(3, 1, 0.5), (3, 2, 0.5), (3, 4, 0.5), (5, 3, 1.0), (5, 6, 0.25)])
 def test_heads_of_a_resnet(stage: int, depth: int, share: float) -> None:
-    """One block per unit, the last ``depth`` units trained together; each head is built by the formula."""
+    """One block per unit, K - d - 1 heads, the last ``depth + 1`` units trained together; heads by the formula."""
     torch.manual_seed(0)
     length = 3 * stage + 1
     model = CifarResNet(6 * stage + 2, CLASSES)
     images = torch.randn(2, 3, 16, 16)
     network = localgrad.localize(model, auglocal(TASK, depth=depth, pyramid=share), length, example=images)
-    modules = length - depth + 1  # the tail is one module
+    modules = length - depth  # K - d, the last one of d + 1 units
     assert [(s.start, s.stop) for s in network.spans(0)] == [
-        *((k, k + 1) for k in range(length - depth)),
-        (length - depth, length),
+        *((k, k + 1) for k in range(modules - 1)),
+        (modules - 1, length),
     ]
-    assert len(network.auxiliary) == modules - 1
+    assert len(network.auxiliary) == length - depth - 1
     for unit, units in enumerate(pyramid(depth, Fraction(share), modules)):
         (head,) = network.auxiliary[f"{unit}-{unit + 1}"].heads
         body, *read = head
@@ -145,29 +145,31 @@ class OwnHead(nn.Module):
         return self.fc(x if self.norm is None else self.norm(x))
 
 
-def test_three_steps() -> None:
-    """Seven units, heads of two units and one, the last two units and the classifier by plain back-propagation."""
+@pytest.mark.parametrize("share, released", [(1, False), (Fraction(1, 2), True)])
+def test_three_steps(share: Fraction, released: bool) -> None:
+    """Seven units, heads of two units and one, the last three units and the classifier by plain back-propagation."""
     torch.manual_seed(0)
     model = CifarResNet(14, CLASSES).double()
     _, images, targets = data()
-    network = localgrad.localize(model, auglocal(TASK, depth=2, pyramid=1.0), 7, example=images)
+    method = auglocal(TASK, depth=2, pyramid=float(share), released=released)
+    network = localgrad.localize(model, method, 7, example=images)
     bare = copy.deepcopy(model)
-    depths = pyramid(2, Fraction(1), 6)
-    assert depths == [2, 2, 2, 1, 1]
-    library = [network.auxiliary[f"{k}-{k + 1}"] for k in range(5)]
+    depths = pyramid(2, share, 5)
+    assert depths == ([2] * 4 if released else [2, 2, 1, 1])
+    library = [network.auxiliary[f"{k}-{k + 1}"] for k in range(4)]
     own = [
         copied(OwnHead(expected_shapes(k, 2, depth), depth == 1), aux)
         for k, (depth, aux) in enumerate(zip(depths, library, strict=True))
     ]
-    twice = bare.layer3
+    second = bare.layer2
 
     def step(_: int) -> None:
         x = torch.relu(bare.bn1(bare.conv1(images)))
         F.cross_entropy(own[0](x), targets).backward()
-        for k, unit in enumerate([*bare.layer1, *bare.layer2], start=1):
+        for k, unit in enumerate([*bare.layer1, second[0]], start=1):
             x = unit(x.detach())
             F.cross_entropy(own[k](x), targets).backward()
-        F.cross_entropy(bare.fc(twice(x.detach()).mean((2, 3))), targets).backward()
+        F.cross_entropy(bare.fc(bare.layer3(second[1](x.detach())).mean((2, 3))), targets).backward()
 
     train_both(network, bare, own, library, step)
 

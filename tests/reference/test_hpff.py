@@ -170,5 +170,5 @@ def test_refusals() -> None:
         hpff(localgrad.methods.pgl(dgl(TASK)))
     with pytest.raises(localgrad.MethodError, match="no auxiliary heads"):
         hpff(localgrad.Method("bare", TASK, spans=localgrad.spans.Local()))
-    spans = hpff(windows(auglocal(TASK, depth=2), local=0.0)).spans(4, 0)
+    spans = hpff(windows(auglocal(TASK, depth=1), local=0.0)).spans(4, 0)
     assert [(s.start, s.stop) for s in spans] == [(0, 2), (1, 4)]  # the tail counts as one block

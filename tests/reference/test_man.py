@@ -435,7 +435,7 @@ class UnitAndRead(nn.Module):
 def test_man_pp_over_auglocal() -> None:
     """The bridge reads the first unit that follows; the head's one unit ends at the last: a first or a second of 64."""
     torch.manual_seed(0)
-    method = localgrad.methods.auglocal(TASK, depth=1)
+    method = localgrad.methods.auglocal(TASK, depth=1, tail=1)
     model = localgrad.models.CifarResNet(14, CLASSES).double()
     network, bare, bridges, library = man_pp_over(method, model)
     theirs = [one for aux in network.auxiliary.values() for one in aux.heads]

@@ -182,9 +182,10 @@ def supervised_contrastive(embedding: Tensor, labels: Tensor, temperature: float
     return total / size
 
 
-@pytest.mark.parametrize("loss", ["softmax", "contrast"])
-def test_infopro(loss: str) -> None:
-    network, bare = setup(localgrad.methods.infopro(TASK, image=(5.0, 0.2), label=(0.05, 0.5), loss=loss))
+@pytest.mark.parametrize("loss, released", [("softmax", False), ("contrast", False), ("softmax", True)])
+def test_infopro(loss: str, released: bool) -> None:
+    method = localgrad.methods.infopro(TASK, image=(5.0, 0.2), label=(0.05, 0.5), loss=loss, released=released)
+    network, bare = setup(method)
     library = [head for key in ("0-1", "1-2") for head in network.auxiliary[key].heads]
     outputs = CLASSES if loss == "softmax" else 128
     own = []
@@ -207,20 +208,21 @@ def test_infopro(loss: str) -> None:
 
 
 class PoolAndRead(nn.Module):
-    """Average-pool to the largest square of at most 256 values, each output by itself, then linear."""
+    """Average-pool to 256 values, halving the height, then the width, and so on; each output by itself, then linear."""
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
-        self.side = max(s for s in range(1, size + 1) if channels * s * s <= 256)
-        self.fc = nn.Linear(channels * self.side**2, CLASSES)
+        self.kernel = [1, 1]
+        while channels * size * size > 256 * self.kernel[0] * self.kernel[1]:
+            self.kernel[self.kernel[0] > self.kernel[1]] *= 2
+        self.fc = nn.Linear(256, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        side, (height, width) = self.side, x.shape[2:]
+        height, width = self.kernel
         cells = []
-        for i in range(side):
-            for j in range(side):
-                rows = slice(i * height // side, -(-(i + 1) * height // side))
-                columns = slice(j * width // side, -(-(j + 1) * width // side))
+        for i in range(x.shape[2] // height):
+            for j in range(x.shape[3] // width):
+                rows, columns = slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width)
                 cells.append(x[:, :, rows, columns].mean((2, 3)))
         return self.fc(torch.stack(cells, 2).flatten(1))
 
@@ -228,7 +230,7 @@ class PoolAndRead(nn.Module):
 def similarity(rows: Tensor) -> list[list[Tensor]]:
     """Cosines of centred rows, pair by pair."""
     centred = [row - row.mean() for row in rows]
-    unit = [row / torch.sqrt(1e-8 + (row * row).sum()) for row in centred]
+    unit = [row / (1e-8 + torch.sqrt((row * row).sum())) for row in centred]
     return [[(a * b).sum().clamp(-1, 1) for b in unit] for a in unit]
 
 
@@ -239,8 +241,9 @@ def similarity_matching(maps: Tensor, targets: Tensor) -> Tensor:
     return sum((found[i][j] - wanted[i][j]) ** 2 for i in range(size) for j in range(size)) / size**2
 
 
-def test_predsim() -> None:
-    network, bare = setup(localgrad.methods.predsim(TASK, beta=0.9, size=256))
+@pytest.mark.parametrize("released", [False, True])
+def test_predsim(released: bool) -> None:
+    network, bare = setup(localgrad.methods.predsim(TASK, beta=0.9, size=256, released=released))
     library = [head for key in ("0-1", "1-2") for head in network.auxiliary[key].heads]
     own = []
     for channels, size, pair in zip(CHANNELS, (16, 8), (library[:2], library[2:]), strict=True):

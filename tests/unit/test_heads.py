@@ -206,7 +206,8 @@ def test_conv_refuses_what_it_cannot_read(layers: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "size, sides", [(1024, (6, 4)), (64, (2, 2)), (72, (3, 3)), (8, (1, 1)), (1, (1, 1)), (200, (5, 4))]
+    "size, sides",
+    [(1024, (6, 4)), (192, (6, 4)), (191, (3, 4)), (64, (3, 2)), (47, (2, 2)), (31, (2, 1)), (8, (1, 1)), (1, (1, 1))],
 )
 def test_pooled_linear_keeps_to_its_size(size: int, sides: tuple[int, int]) -> None:
     network, _ = build("maps", heads.PooledLinear(OUTPUTS, size))

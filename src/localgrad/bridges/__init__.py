@@ -5,7 +5,7 @@ module from features to features, whose ``twins``, if it has any, `localgrad.exc
 from localgrad.bridges.chain import chain
 from localgrad.bridges.drawn import drawn
 from localgrad.bridges.leap import Leap
-from localgrad.bridges.momentum import Momentum, released
+from localgrad.bridges.momentum import Momentum
 from localgrad.bridges.pool import Pool
 
-__all__ = ["Leap", "Momentum", "Pool", "chain", "drawn", "released"]
+__all__ = ["Leap", "Momentum", "Pool", "chain", "drawn"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -61,6 +61,8 @@ class Leap:
         decay: of the moving average.
         twins: ``first`` gives only the first unit of the chain a twin, ``all`` each of them.
         where: build it for spans of several blocks (``cascade``), of one block (``independent``), or ``both``.
+        released: as the released code: twins move before the optimizer step, and only the one at the last boundary.
+        learnable: twins are trained by the loss as well.
 
     Source: MLAAN, AAAI 2025, arXiv:2406.16633, released leap tables; the rule behind them is our reading.
     """
@@ -68,6 +70,8 @@ class Leap:
     decay: float = 0.995
     twins: Twins = "first"
     where: Where = "cascade"
+    released: bool = False
+    learnable: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.decay <= 1.0:
@@ -84,9 +88,15 @@ class Leap:
         if not units:
             return None
         settings = Momentum(self.decay, "sum", companion_init="source")
-        if self.twins == "first":
-            return MomentumBridge(units, settings)
-        return Parts(*(MomentumBridge([unit], settings) for unit in units))
+        if self.released:
+            last = site.span.stop == site.num_blocks - 1
+            settings = replace(settings, decay=self.decay if last else 1.0, exchange="before")
+        together = [units] if self.twins == "first" else [[unit] for unit in units]
+        made = [MomentumBridge(some, settings) for some in together]
+        for bridge in made:
+            assert bridge.twin is not None
+            bridge.twin.requires_grad_(self.learnable)
+        return made[0] if len(made) == 1 else Parts(*made)
 
 
 def chain_of(units: Sequence[Unit]) -> list[Unit]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -97,10 +97,3 @@ class MomentumBridge(nn.Module):
         else:
             mixed = self.scale * self.companion(features) + (2.0 - self.scale) * self.twin(features)
         return self.later(mixed)
-
-
-def released(wanted: bool) -> dict[str, Any]:
-    """The choices of `Momentum` in which MAN's released code differs from the paper, if they are ``wanted``."""
-    if not wanted:
-        return {}
-    return {"twin_init": "kaiming", "companion_init": "kaiming", "exchange": "before"}

@@ -29,20 +29,32 @@ class Linear:
 
 @dataclass(frozen=True)
 class PooledLinear:
-    """Average-pool to at most about ``size`` values, then one linear layer to ``outputs``, weights starting at 0.
+    """Average-pool to at most ``size`` values, then one linear layer to ``outputs``.
 
-    The grid becomes the largest one of equal sides with ``channels * side**2 <= size``.
+    The grid is halved, first its height, then its width, and so on, rounded up, until ``channels * height * width <=
+    size`` or one position is left.
 
-    Source: Nokland & Eidnes, ICML 2019, arXiv:1901.06656 (released code: pooling until the flattened size is small).
-    Differs: adaptive pooling, so that any grid works; theirs needs sides that divide.
+    Args:
+        outputs: width of the linear layer.
+        size: values that it reads at most.
+        zeroed: its weights start at 0, or else as PyTorch draws them.
+
+    Source: Nokland & Eidnes, ICML 2019, arXiv:1901.06656, released code; the same grids in AugLocal's.
+    Differs: where halving does not divide, positions are averaged adaptively, theirs are padded with zeros.
     """
 
     outputs: int
     size: int = 1024
+    zeroed: bool = True
 
     def __call__(self, site: Site) -> nn.Module:
-        side = max(1, math.isqrt(self.size // site.channels))
-        grid = (min(side, site.layout.grid[0]), min(side, site.layout.grid[1]))
-        linear = nn.Linear(site.channels * grid[0] * grid[1], self.outputs)
-        nn.init.zeros_(linear.weight)
-        return nn.Sequential(ToMaps(site.layout), nn.AdaptiveAvgPool2d(grid), nn.Flatten(), linear)
+        sides, halved = site.layout.grid, [1, 1]
+        grid = list(sides)
+        while site.channels * math.prod(grid) > self.size and math.prod(grid) > 1:
+            which = 0 if halved[0] <= halved[1] else 1
+            halved[which] *= 2
+            grid[which] = math.ceil(sides[which] / halved[which])
+        linear = nn.Linear(site.channels * math.prod(grid), self.outputs)
+        if self.zeroed:
+            nn.init.zeros_(linear.weight)
+        return nn.Sequential(ToMaps(site.layout), nn.AdaptiveAvgPool2d(tuple(grid)), nn.Flatten(), linear)

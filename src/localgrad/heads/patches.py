@@ -17,19 +17,22 @@ from localgrad.site import HeadBuilder, Site
 class Patches:
     """One head for ``count x count`` patches of the features; vectors are averaged, maps are put together again.
 
-    Patches run as one larger batch, so BatchNorm sees all of them at once. Where a side does not divide, the largest
-    smaller count that does is used.
+    Patches run as one larger batch, so BatchNorm sees all of them at once; heads that are not ``shared`` see one each.
+    Where a side does not divide, the largest smaller count that does is used.
 
     Args:
         head: builds the head for one patch of the features, and of the image.
         count: patches along each side.
+        shared: one head for all patches, or else one for each.
 
     Source: Su et al., HPFF, ECCV 2024, arXiv:2407.05638: the auxiliary network reads n x n patches, its outputs are
-    averaged. Differs: released code splits the reconstruction only, with a decoder of its own for each quadrant.
+    averaged. Differs: released code splits the reconstruction only, with a decoder of its own for each quadrant, which
+    is ``shared=False``.
     """
 
     head: HeadBuilder
     count: int = 2
+    shared: bool = True
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -50,7 +53,8 @@ class Patches:
             cut=replace(site.cut, channels_hint="first"),
             patches=site.patches * count,
         )
-        return nn.Sequential(to_maps, _Patched(self.head(inner), count))
+        made = [self.head(inner) for _ in range(1 if self.shared else count**2)]
+        return nn.Sequential(to_maps, _Patched(made[0] if self.shared else _Apart(made), count))
 
 
 @runtime_checkable
@@ -59,6 +63,18 @@ class JoinsPatches(Protocol):
 
     def joined(self, answers: Any, count: int) -> Any:
         """Answers for ``count x count`` patches of each image, row by row, as those for whole images."""
+
+
+class _Apart(nn.Module):
+    """A head of its own for each patch of an image."""
+
+    def __init__(self, heads: list[nn.Module]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        each = patches.unflatten(0, (-1, len(self.heads))).unbind(1)
+        return torch.stack([head(patch) for head, patch in zip(self.heads, each, strict=True)], 1).flatten(0, 1)
 
 
 class _Patched(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,7 +23,7 @@ def similarity_matrix(values: Tensor) -> Tensor:
         # With a single position there is no spread to compare; the value itself is what is left.
         values = flat.std(2) if flat.shape[2] > 1 else flat[:, :, 0]
     rows = values - values.mean(1, keepdim=True)
-    rows = rows / (1e-8 + rows.square().sum(1, keepdim=True)).sqrt()
+    rows = rows / (1e-8 + torch.linalg.vector_norm(rows, dim=1, keepdim=True))  # whose gradient at 0 is 0, not NaN
     return (rows @ rows.T).clamp(-1.0, 1.0)
 
 

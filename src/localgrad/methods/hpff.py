@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from localgrad import heads
 from localgrad.method import Method, Term
 from localgrad.methods.composition import plugin
+from localgrad.methods.kaiming import as_released
 from localgrad.methods.windows import windowed
-from localgrad.site import Site
+from localgrad.site import Only, Site, Weight, on_block, on_window
 
 
 @plugin
-def hpff(base: Method, *, patches: int = 2) -> Method:
+def hpff(base: Method, *, patches: int = 2, released: bool = False) -> Method:
     """`localgrad.methods.windows`, whose auxiliary networks read the features patch by patch.
 
     Each block has its base loss, and each window of two consecutive blocks one of its own; other windows and weights
@@ -23,6 +24,10 @@ def hpff(base: Method, *, patches: int = 2) -> Method:
     Args:
         base: a method with local spans, or windows.
         patches: along each side; 1 for whole features.
+        released: as the released CIFAR code. The first block has no loss of its own, weights are 0.001 and 0.999 unless
+            ``base`` has windows. Label heads read whole features and count 1 on single blocks, whatever the weight of
+            the base. Images are reconstructed on windows only, by a decoder for each patch, their losses added up.
+            Convolutions start as `localgrad.methods.kaiming` draws them.
 
     Raises:
         MethodError: if the base is not local, or for a value out of range.
@@ -32,19 +37,41 @@ def hpff(base: Method, *, patches: int = 2) -> Method:
         >>> localgrad.methods.hpff(localgrad.methods.dgl(localgrad.tasks.classification(10))).name
         'hpff(dgl)'
 
-    Source: Su et al., HPFF, ECCV 2024, arXiv:2407.05638.
-    Differs: one forward per block where the released code runs three; equal weights (theirs: 0.001 and 0.999); see
-    `localgrad.heads.Patches` for the patches.
+    Source: Su et al., HPFF, ECCV 2024, arXiv:2407.05638, and its released CIFAR code.
+    Differs: one forward per block where the released code runs three, so that BatchNorm's running statistics move once
+    per step; equal weights. ``released=True`` undoes the rest: the paper's own losses for all blocks, patches for all
+    heads, averaged; heads that start as PyTorch draws them.
     """
     base.require_heads("hpff")
-    base, spans = windowed(base, "hpff")
+    base, spans = windowed(base, "hpff", released)
     labelled = any(term.scored for term in base.terms)
+    if released:
+        whole = [replace(term, weight=Only(w, at)) for term in base.terms if term.scored
+                 for w, at in ((1.0, on_block), (term.weight, on_window))]  # fmt: skip
+        apart = [_apart(term, patches, labelled) for term in base.terms if not term.scored]
+        return as_released(replace(base, name=f"hpff({base.name})", terms=(*whole, *apart)))
     terms = []
     for term in base.terms:
         once = labelled and spans.cascade > 0 and not term.scored
         weight = _OnWindows(term, spans.width) if once else term.weight
         terms.append(replace(term, weight=weight, head=heads.Patches(term.head, patches) if patches > 1 else term.head))
     return replace(base, name=f"hpff({base.name})", terms=tuple(terms))
+
+
+def _apart(term: Term, patches: int, labelled: bool) -> Term:
+    """A loss without labels on each patch, on windows only if single blocks have others."""
+    head = heads.Patches(term.head, patches, shared=False)
+    weight = _Summed(term.weight, patches**2)  # the loss of the whole is the mean of those of the patches
+    return replace(term, head=head, weight=Only(weight, on_window) if labelled else weight)
+
+
+@dataclass(frozen=True)
+class _Summed:
+    weight: Weight
+    count: int
+
+    def __call__(self, site: Site) -> float:
+        return self.count * (self.weight(site) if callable(self.weight) else self.weight)
 
 
 @dataclass(frozen=True)

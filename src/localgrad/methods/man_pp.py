@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from localgrad import bridges
 from localgrad.method import Method
 from localgrad.methods.composition import plugin
+from localgrad.methods.infopro import with_contrastive_heads
+from localgrad.methods.man import looking_ahead
+from localgrad.site import on_stem, past_stem
 
 
 @plugin
@@ -19,8 +20,8 @@ def man_pp(base: Method, *, decay: float = 0.995, depth: int = 1, released: bool
         base: a method with auxiliary heads.
         decay: of the moving average.
         depth: units looked through; 2 for vision transformers in the released code.
-        released: as the released code: the twin starts at weights of its own, and the moving average runs before the
-            optimizer step.
+        released: as the released CIFAR code: everything that `localgrad.methods.man` has so, and over InfoPro, where
+            the stem is a block of its own, a contrastive ``1c2f`` label head for it.
 
     Raises:
         MethodError: if the base has no auxiliary heads, or for a value out of range.
@@ -31,8 +32,10 @@ def man_pp(base: Method, *, decay: float = 0.995, depth: int = 1, released: bool
         'man_pp(dgl)'
 
     Source: MAN++, TPAMI 2026, arXiv:2507.16279, and its released code.
-    Differs: the moving average runs after the optimizer step and starts at the source; ``released=True`` undoes both.
+    Differs: as `localgrad.methods.man`; the released ImageNet code for several GPUs and for vision transformers moves
+    the twin between forward and backward, where ``released=True`` moves it before the optimizer step.
     """
     base.require_heads("man_pp")
-    momentum = bridges.Momentum(decay, "scaled", depth, **bridges.released(released))
-    return replace(base, name=f"man_pp({base.name})", bridge=bridges.chain(base.bridge, momentum))
+    if released:
+        base = with_contrastive_heads(base, on_stem, past_stem)
+    return looking_ahead(base, "man_pp", bridges.Momentum(decay, "scaled", depth), released)

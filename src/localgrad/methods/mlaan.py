@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 from localgrad import bridges
 from localgrad.bridges.leap import Twins, Where
 from localgrad.method import Method
 from localgrad.methods.composition import plugin
+from localgrad.methods.infopro import with_contrastive_heads
+from localgrad.methods.kaiming import as_released
 from localgrad.methods.windows import windowed
+from localgrad.site import on_block, on_window
+from localgrad.spans import Overlapping, Span
 
 
 @plugin
-def mlaan(base: Method, *, leap: Where = "cascade", twins: Twins = "first", decay: float = 0.995) -> Method:
+def mlaan(
+    base: Method, *, leap: Where = "cascade", twins: Twins = "first", decay: float = 0.995, released: bool = False
+) -> Method:
     """`localgrad.methods.windows`, whose auxiliary networks leap ahead to the end of the model.
 
     Each block has its base loss, and each window of two consecutive blocks has one of its own, whose heads look through
@@ -25,6 +31,11 @@ def mlaan(base: Method, *, leap: Where = "cascade", twins: Twins = "first", deca
             blocks (``independent``, the paper's figure), or ``both``.
         twins: whether the ``first`` copied unit (released code) or ``all`` of them are joined by a moving average.
         decay: of the moving averages.
+        released: as the released CIFAR code. Single blocks have losses of their own only where a window ends inside
+            the network, weights are 0.001 and 0.999 unless ``base`` has windows, the last window has weight 1. Of the
+            twins only the one at the last boundary moves, before the optimizer step. Heads start as
+            `localgrad.methods.kaiming` draws them. Over InfoPro twins are trained too, and single blocks have
+            contrastive ``1c2f`` label heads.
 
     Raises:
         MethodError: if the base is not local, or for a value out of range.
@@ -35,10 +46,26 @@ def mlaan(base: Method, *, leap: Where = "cascade", twins: Twins = "first", deca
         'mlaan(dgl)'
 
     Source: MLAAN, AAAI 2025, arXiv:2406.16633, and its released code.
-    Differs: one forward per block where theirs runs three or four; every moving average is updated (theirs: the last
-    boundary's only); all blocks have their own loss from the first on; equal weights (theirs: 0.001 and 0.999).
+    Differs: one forward per block where theirs runs three or four, so that BatchNorm's running statistics move once per
+    step. ``released=True`` undoes the rest: every moving average is updated, after the optimizer step; every block has
+    its own loss, the last one beside the last window; weights are equal; heads start as PyTorch draws them.
     """
     base.require_heads("mlaan")
-    base, _ = windowed(base, "mlaan")
-    bridge = bridges.chain(base.bridge, bridges.Leap(decay, twins, leap))
-    return replace(base, name=f"mlaan({base.name})", bridge=bridge)
+    base, spans = windowed(base, "mlaan", released)
+    bridge = bridges.Leap(decay, twins, leap)
+    if released:
+        own = with_contrastive_heads(base, on_block, on_window)
+        bridge = replace(bridge, released=True, learnable=own is not base)
+        given = {field.name: getattr(spans, field.name) for field in fields(spans)}
+        base = as_released(replace(own, spans=_Released(**given)))
+    return replace(base, name=f"mlaan({base.name})", bridge=bridges.chain(base.bridge, bridge))
+
+
+@dataclass(frozen=True)
+class _Released(Overlapping):
+    """The last window alone trains what the model's own head reads, with weight 1."""
+
+    def spans(self, num_blocks: int) -> tuple[Span, ...]:
+        spans = super().spans(num_blocks)
+        last = next(span for span in spans if span.stop == num_blocks)  # sorted, so the longest of them
+        return (*(span for span in spans if span.stop < num_blocks), replace(last, weight=1.0))

@@ -29,7 +29,7 @@ def windows(
         local: weight of the losses on single blocks; 0 leaves them out.
         cascade: weight of the losses over windows; 0 leaves them out.
         ends: where a window ends, the single block has its own loss too (``both``) or not (``cascade``), which lets
-            windows that do not overlap do with one backward pass per block.
+            windows that do not overlap do with one backward pass per block; ``only`` there, as in released code.
         stride: blocks from the beginning of one window to that of the next; ``width`` for windows that do not overlap,
             whose backward passes cost half as much.
 
@@ -48,10 +48,16 @@ def windows(
     return replace(base, name=f"windows({base.name})", spans=spans)
 
 
-def windowed(base: Method, plugin: str) -> tuple[Method, Overlapping]:
-    """``base`` if it has windows, or else in windows of 2, and which they are."""
+def windowed(base: Method, plugin: str, released: bool = False) -> tuple[Method, Overlapping]:
+    """``base`` if it has windows, or else in windows of 2, and which they are.
+
+    Those that are ``released`` have weights 0.001 and 0.999 unless ``base`` says otherwise, and single blocks have
+    losses of their own only where a window ends.
+    """
     if not isinstance(base.spans, Overlapping):
         base.require_local(plugin)
-        base = replace(windows(base), name=base.name)
+        local, cascade = (0.001, 0.999) if released else (1.0, 1.0)
+        base = replace(windows(base, local=local, cascade=cascade), name=base.name)
     assert isinstance(base.spans, Overlapping)
-    return base, base.spans
+    spans = replace(base.spans, ends="only") if released else base.spans
+    return replace(base, spans=spans), spans
