@@ -142,11 +142,14 @@ class TrainConfig:
 class About:
     """Where a recipe comes from; ``localgrad list recipes`` shows it.
 
-    ``published`` is the result in its table, or "none found"; ``evidence`` says who vouches for that number.
+    ``form`` says whether method, heads and losses are those of the authors' released code (``release``), of the paper
+    where the code differs (``paper``), or put together from what is known (``reconstruction``); ``notes`` say what is
+    not. ``published`` is the result in its table, or "none found"; ``evidence`` says who vouches for that number.
     """
 
     paper: str = ""
     table: str = ""
+    form: Literal["", "release", "paper", "reconstruction"] = ""
     published: str = ""
     evidence: str = ""
     notes: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 import runpy
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench.structure import structure
 
 import localgrad
 from localgrad.cli import main
@@ -64,6 +66,16 @@ def starts_of(one: Config) -> list[str]:
     return starts(model, tuple(options.items()), blocks.num_blocks, cuts, blocks.stem)
 
 
+def weights_of(name: str) -> str:
+    """How the weights of InfoPro run in a recipe: along a ``ramp``, or by ``stage``; nothing if it has none."""
+    first = recipe(name).method[0]
+    if isinstance(first, str) or "infopro" not in first:
+        return ""
+    options = first["infopro"]
+    assert options is not None
+    return "ramp" if len(options["image"]) == 2 and not name.startswith("hpff/cifar10") else "stage"
+
+
 def blocks_in_name(name: str) -> int:
     found = re.search(r"_k(\d+)(_|$)", name)
     assert found, name
@@ -92,7 +104,7 @@ def test_each_recipe_is_one_of_its_kind() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_where_numbers_come_from(name: str) -> None:
     about = recipe(name).about
-    assert about.paper and about.table and about.notes and about.published
+    assert about.paper and about.table and about.notes and about.published and about.form
     assert bool(about.evidence) == (about.published != "none found")
 
 
@@ -181,7 +193,7 @@ def test_vision_transformers_have_four_equal_groups() -> None:
 # --- settings ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if method_name(recipe(name).method)[:7] == "infopro"])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if "ramp" in weights_of(name)])
 def test_infopro_leaves_no_block_without_a_loss(name: str) -> None:
     """Weights run linearly over the boundaries; with one boundary only the first value counts."""
     one = recipe(name)
@@ -198,21 +210,72 @@ def test_infopro_leaves_no_block_without_a_loss(name: str) -> None:
         assert options["label"][1] == options["image"][1] == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "label"),
-    [
-        *((f"{method}/cifar10_resnet32_k{k}_infopro", 16) for method, k in (("man", 15), ("man_pp", 16), ("hpff", 15))),
-        ("man/cifar10_resnet110_k54_infopro", 55), ("man_pp/cifar10_resnet110_k33_infopro", 32),
-        ("mlaan/cifar10_resnet32_k15_infopro", 15), ("mlaan/cifar10_resnet110_k54_infopro", 54),
-    ],
-)  # fmt: skip
-def test_weights_are_those_the_released_code_reaches(name: str, label: int) -> None:
-    """It runs from (5, 0.5) to (0, 0) by the number of the stage, 1 to 3, over the K of its own tables less 2."""
-    options = recipe(name).method[0]["infopro"]
-    first, last = 1 - 1 / (label - 2), 1 - 3 / (label - 2)
-    assert options is not None
-    assert options["image"] == pytest.approx([5 * first, 5 * last], abs=1e-4)
-    assert options["label"] == pytest.approx([0.5 * first, 0.5 * last], abs=1e-4)
+LABELS = {  # the K by which the released code divides
+    "man/cifar10_resnet32_k8_infopro": 8, "man/cifar10_resnet32_k15_infopro": 16,
+    "man/cifar10_resnet110_k54_infopro": 55,
+    "man_pp/cifar10_resnet32_k9_infopro": 8, "man_pp/cifar10_resnet110_k33_infopro": 32,
+    "mlaan/cifar10_resnet32_k8_infopro": 8, "mlaan/cifar10_resnet32_k15_infopro": 15,
+    "mlaan/cifar10_resnet110_k54_infopro": 54,
+    "hpff/cifar10_resnet32_k15_infopro": 16, "hpff/cifar10_resnet110_k54_infopro": 55,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_weights_of_each_boundary_are_those_the_released_code_reaches(name: str) -> None:
+    """From (5, 0.5) to (0, 0) over its K less 2: by the index of the block (HPFF), by the stage of the block's last
+    unit (MLAAN), or by that of the unit behind it (MAN, MAN++ but for the stem).
+    """
+    family, model, deep = name.split("/")[0], recipe(name).model.name, structure(name)
+    units = [f"{s}.{i}" for s, count in enumerate(UNITS[model], start=1) for i in range(count)]
+    last_units = ["stem" if end == "stem" else end for end in ends(recipe(name))]
+    assert deep.boundaries
+    for boundary in deep.boundaries:
+        end = last_units[boundary.span.stop - 1]
+        if family == "hpff":
+            share = (boundary.span.stop - 1) / (LABELS[name] - 2)
+        elif end == "stem":
+            share = 0.0
+        else:
+            read = end if family == "mlaan" else units[units.index(end) + 1]
+            share = int(read[0]) / (LABELS[name] - 2)
+        alone = boundary.span.stop - boundary.span.start == 1
+        if family == "hpff" and alone:
+            assert boundary.weights == (1.0,) and boundary.span.weight == 0.001
+            continue
+        patches = 4 if family == "hpff" else 1
+        assert boundary.weights == pytest.approx([5 * patches * (1 - share), 0.5 * (1 - share)], abs=1e-5)
+        assert boundary.span.weight == (1.0 if family.startswith("man") else 0.001 if alone else 0.999)
+
+
+def test_structure_of_released_forms() -> None:
+    """Heads, the last block and the deviations of weights that were found in the authors' own networks."""
+    deep = structure("auglocal/cifar10_resnet110_k55")
+    assert (len(deep.boundaries), deep.last_units) == (48, 7)
+    shallow = localgrad.localize(
+        localgrad.models.resnet32(10), localgrad.methods.auglocal(TASK), 16, example=torch.randn(2, 3, 32, 32)
+    )
+    assert (len(shallow.auxiliary), shallow.spans(0)[-1].start) == (13, 13)
+    narrow, wide = structure("infopro/cifar10_resnet32_k16_softmax").heads or (0.0, 0.0)
+    assert 0.055 < narrow < 0.06 and 0.25 < wide < 0.3  # 64 channels out; the decoder's 3
+    for family, k in (("man", 15), ("man_pp", 16)):
+        found = structure(f"{family}/cifar10_resnet32_k{k}_infopro")
+        assert found.twins and found.companions and 0.11 < found.twins[1] < 0.125 and 0.11 < found.companions[1] < 0.125
+    windows = structure("hpff/cifar10_resnet32_k15_infopro").boundaries
+    last = min(boundary.span for boundary in windows if boundary.span.stop == 14)
+    image, label = next(boundary.weights for boundary in windows if boundary.span == last)
+    assert (image / 4, label) == pytest.approx((0.357, 0.036), abs=5e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if recipe(name).about.form == "release"])
+def test_released_forms_say_so_in_their_method(name: str) -> None:
+    """The last part that has the switch uses it, which counts for the parts before it too."""
+    parts = [(part, {}) if isinstance(part, str) else next(iter(part.items())) for part in recipe(name).method]
+    switched = [
+        bool((options or {}).get("released"))
+        for part, options in parts
+        if "released" in inspect.signature(getattr(localgrad.methods, part)).parameters
+    ]
+    assert switched[-1:] in ([], [True])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -306,10 +369,13 @@ def test_the_list_fits_and_can_be_narrowed(capsys: pytest.CaptureFixture[str], m
     said = listed(capsys, "man")
     assert "MAN, ECCV 2024, arXiv:2407.05623" in said and "test error 9.77 %" in said and "man_pp/" not in said
     (row,) = (line for line in said.splitlines() if "man/cifar10_resnet32_k8_dgl" in line)
-    assert row.split()[1:5] == ["DGL", "+", "MAN,", "K=8"] and row.split()[-4:] == ["1.71", "0.50", "1.78", "14.2"]
+    assert row.split()[1:6] == ["DGL", "+", "MAN,", "K=8", "rebuilt"]
+    assert row.split()[-4:] == ["1.71", "0.50", "1.78", "14.2"]
+    assert "release" in next(line for line in said.splitlines() if "man/cifar10_resnet32_k8_infopro" in line)
     rows = json.loads(listed(capsys, "vit_tiny", "--json"))
     assert [row["name"] for row in rows] == ["e2e/imagenet_vit_tiny_k1", "man_pp/imagenet_vit_tiny_k4_linear"]
-    assert rows[1]["options"] == [{"dgl": {"head": "linear"}}, {"man_pp": {"depth": 2}}]
+    assert rows[1]["options"] == [{"dgl": {"head": "linear"}}, {"man_pp": {"depth": 2, "released": True}}]
+    assert rows[1]["form"] == "reconstruction"
     assert rows[1]["cost"] == recipe_costs()["man_pp/imagenet_vit_tiny_k4_linear"]
 
 

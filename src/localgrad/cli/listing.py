@@ -103,7 +103,7 @@ def _recipes(only: str | None) -> list[dict[str, Any]]:
 def _show_recipes(console: Console, rows: list[dict[str, Any]]) -> None:
     """A table for each folder; less of it where the terminal is narrow."""
     wide = console.width >= 110
-    headings = ["recipe", "row", "published", "FLOPs*", "bytes*", "heads*", "PFLOP"]
+    headings = ["recipe", "row", "form", "published", "FLOPs*", "bytes*", "heads*", "PFLOP"]
     shown = headings if wide else ["recipe", "published", "FLOPs*", "bytes*"]
     folders = sorted({row["name"].rpartition("/")[0] for row in rows})
     for folder in folders:
@@ -113,10 +113,11 @@ def _show_recipes(console: Console, rows: list[dict[str, Any]]) -> None:
             console.print(f"{folder}: {'; '.join(papers)}", style="bold")
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for name in shown:
-            left = name in ("recipe", "row", "published")
+            left = name in ("recipe", "row", "form", "published")
             table.add_column(name, justify="left" if left else "right", no_wrap=name == "recipe" or not left)
         for row in members:
             cells = {"recipe": row["name"], "published": row["published"] or "-", **_relative(row["cost"])}
+            cells["form"] = row["form"].replace("reconstruction", "rebuilt") or "-"
             cells["row"], paper = row["table"] or row["notes"], row["paper"].partition(",")[0]
             if len(papers) > 1 and not cells["row"].startswith(paper):
                 cells["row"] = f"{paper}: {cells['row']}"
@@ -124,6 +125,7 @@ def _show_recipes(console: Console, rows: list[dict[str, Any]]) -> None:
         console.print(table)
     remarks = "* FLOPs and bytes (activations) of a training step, as ratios to end-to-end training of the same network"
     remarks += "; heads: parameters trained besides the model's, as a ratio to these; PFLOP: of the whole run" * wide
+    remarks += "; form: the release's, the paper's, or rebuilt from what is known" * wide
     console.print(remarks + ". Notes, evidence and everything else: --json", style="dim")
 
 

@@ -15,7 +15,7 @@ from localgrad.site import Site
 class Linear:
     """Pool over positions (or take the class token), then one linear layer to ``outputs``.
 
-    Tokens pass a LayerNorm first, as the read-outs of vision transformers do.
+    Tokens pass a LayerNorm first, as the read-outs of vision transformers do, with the ``eps`` of the model's last one.
     """
 
     outputs: int
@@ -23,7 +23,8 @@ class Linear:
     def __call__(self, site: Site) -> nn.Module:
         layers: list[nn.Module] = [Pool(site.layout), nn.Linear(site.channels, self.outputs)]
         if site.layout.kind in ("tokens", "channels_last"):
-            layers.insert(1, nn.LayerNorm(site.channels))
+            norms = [module for module in site.partition.model.modules() if isinstance(module, nn.LayerNorm)]
+            layers.insert(1, nn.LayerNorm(site.channels, eps=norms[-1].eps if norms else 1e-5))
         return nn.Sequential(*layers)
 
 

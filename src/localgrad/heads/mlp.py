@@ -26,13 +26,14 @@ class MLP:
         outputs: width of the last linear layer.
         convolutions: number of 1x1 convolutions.
         layers: number of hidden fully connected layers.
-        grid: sides of the first pooling; None for a quarter of the features' sides.
+        grid: sides of the first pooling, at most those of the features; None for a quarter of these.
         width: channels of the convolutions; None for those of the features.
         pooled: sides of the second pooling.
         hidden: width of the hidden layers; None for what the second pooling leaves.
 
     Source: Belilovsky et al., DGL, ICML 2020, arXiv:1901.08164, released ``mlp-sr`` head. With ``grid=8, width=128,
-    pooled=1, hidden=512`` it is the head of MAN++'s released CIFAR code.
+    pooled=1, hidden=512`` it is the head of MAN++'s released CIFAR code, and with a ``grid`` of 96, which pools nothing
+    there, that of MLAAN's.
     Differs: nothing known for square maps; sides smaller than ``pooled`` are pooled to what there is.
     """
 
@@ -54,7 +55,7 @@ class MLP:
                 raise MethodError(f"{name}={value}; it must be at least 1")
 
     def __call__(self, site: Site) -> nn.Module:
-        grid = tuple(math.ceil(side / 4) if self.grid is None else self.grid for side in site.layout.grid)
+        grid = tuple(math.ceil(side / 4) if self.grid is None else min(self.grid, side) for side in site.layout.grid)
         pooled = tuple(min(self.pooled, side) for side in grid)
         volumes = len(grid) == 3
         pool = nn.AdaptiveAvgPool3d if volumes else nn.AdaptiveAvgPool2d
