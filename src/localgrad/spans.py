@@ -110,6 +110,8 @@ class Overlapping(Constant):
             )
         if self.ends not in get_args(Ends):
             raise MethodError(nearest(self.ends, get_args(Ends), "ends"))
+        if self.ends == "only" and not self.cascade > 0:
+            raise MethodError("ends='only' with cascade=0: blocks would have losses where windows end, but none would")
         if self.width < 2:
             raise MethodError(f"width={self.width}: a window needs at least 2 blocks; use spans.Local() for one")
         if self.local < 0 or self.cascade < 0 or not self.local + self.cascade > 0:

@@ -121,6 +121,14 @@ def test_dgl_head_is_mlp_sr() -> None:
         ]
 
 
+def test_mlaan_heads_over_dgl() -> None:
+    """MAN++'s head without pooling before its convolutions: a grid of 96 leaves features of CIFAR as they are."""
+    head = {"mlp": {"grid": 96, "width": 128, "pooled": 1, "hidden": 512}}
+    first, _, third = on_resnet32(localgrad.methods.dgl(TASK, head=head))
+    assert layers(first)[:2] == ["pool (32, 32)", "conv1 s1 16>128"]
+    assert layers(third)[:2] == ["pool (8, 8)", "conv1 s1 64>128"]
+
+
 def test_predsim_heads() -> None:
     first, second, third = on_resnet32(localgrad.methods.predsim(TASK))
     assert layers(first) == ["pool (8, 8)", "fc 1024>10", "conv3 s1 16>16"]

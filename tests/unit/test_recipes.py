@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -326,6 +327,17 @@ def test_man_pp_heads_have_the_published_size() -> None:
     network = build_network(one, build_task(one, 10, (0.5,) * 3, (0.25,) * 3), (3, 32, 32), torch.device("cpu"))
     found = {sum(p.numel() for p in aux.heads.parameters()) for aux in network.auxiliary.values()}
     assert min(found) == 635_146  # on 16 channels
+
+
+def test_vision_transformers_are_those_of_man_pp() -> None:
+    """LayerNorm after the patch embedding, eps 1e-6 in all of them, heads included; two units and a twin."""
+    one = recipe("man_pp/imagenet_vit_tiny_k4_linear")
+    one = dataclasses.replace(one, model=dataclasses.replace(one.model, options={**one.model.options, "img_size": 32}))
+    network = build_network(one, build_task(one, 10, (0.5,) * 3, (0.25,) * 3), (3, 32, 32), torch.device("cpu"))
+    assert isinstance(network.model.patch_embed.norm, torch.nn.LayerNorm)
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert {norm.eps for norm in norms} == {1e-6} and len(norms) == 1 + 24 + 1 + 3 * (1 + 2 * 3)
+    assert all(isinstance(auxiliary.heads[0][1], torch.nn.LayerNorm) for auxiliary in network.auxiliary.values())
 
 
 # --- costs, and the list ---------------------------------------------------------------------------------------------

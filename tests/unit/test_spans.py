@@ -50,6 +50,10 @@ def test_windows_may_lie_side_by_side() -> None:
     alone = Overlapping(2, 1.0, 0.5, stride=2, ends="cascade")(5, 0)
     assert triples(alone) == [(0, 1, 1.0), (0, 2, 0.5), (2, 3, 1.0), (2, 4, 0.5), (3, 5, 0.5)]
     assert triples(Overlapping(2, 1.0, 0.0, ends="cascade")(2, 0)) == [(0, 1, 1.0), (1, 2, 1.0)]
+    only = Overlapping(2, 0.001, 0.999, ends="only")(4, 0)
+    assert triples(only)[:4] == [(0, 2, 0.999), (1, 2, 0.001), (1, 3, 0.999), (2, 3, 0.001)]
+    assert triples(only)[4:] == [(2, 4, 0.999), (3, 4, 0.001)]
+    assert triples(Overlapping(3, 0.5, 1.0, ends="only")(4, 0))[:2] == [(0, 3, 1.0), (1, 4, 1.0)]
 
 
 @pytest.mark.parametrize(
