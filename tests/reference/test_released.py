@@ -381,6 +381,11 @@ def test_weights_are_drawn_on_the_cpu() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True) if a.requires_grad)
 
 
+def test_a_loss_without_a_released_form_is_refused() -> None:
+    with pytest.raises(localgrad.MethodError, match="no form for Similarity"):
+        hpff(predsim(TASK), released=True)
+
+
 def test_a_head_that_the_release_builds_otherwise_is_refused() -> None:
     with pytest.raises(localgrad.MethodError, match="skips a stage"):
         localgrad.localize(

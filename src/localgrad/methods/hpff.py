@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from localgrad import heads
+from localgrad import heads, losses
+from localgrad.errors import MethodError
 from localgrad.method import Method, Term
 from localgrad.methods.composition import plugin
 from localgrad.methods.kaiming import as_released
@@ -30,7 +31,8 @@ def hpff(base: Method, *, patches: int = 2, released: bool = False) -> Method:
             Convolutions start as `localgrad.methods.kaiming` draws them.
 
     Raises:
-        MethodError: if the base is not local, or for a value out of range.
+        MethodError: if the base is not local, for a value out of range, or if ``released`` and the base has losses
+            that the released code has no form for.
 
     Example:
         >>> import localgrad
@@ -39,17 +41,16 @@ def hpff(base: Method, *, patches: int = 2, released: bool = False) -> Method:
 
     Source: Su et al., HPFF, ECCV 2024, arXiv:2407.05638, and its released CIFAR code.
     Differs: one forward per block where the released code runs three, so that BatchNorm's running statistics move once
-    per step; equal weights. ``released=True`` undoes the rest: the paper's own losses for all blocks, patches for all
-    heads, averaged; heads that start as PyTorch draws them.
+    per step. The default is the paper's form, with equal weights: every block has all losses of the base with their
+    weights, all heads read patches, answers are averaged, layers start as PyTorch draws them. ``released`` says what
+    the code does instead.
     """
     base.require_heads("hpff")
     base, spans = windowed(base, "hpff", released)
-    labelled = any(term.scored for term in base.terms)
     if released:
-        whole = [replace(term, weight=Only(w, at)) for term in base.terms if term.scored
-                 for w, at in ((1.0, on_block), (term.weight, on_window))]  # fmt: skip
-        apart = [_apart(term, patches, labelled) for term in base.terms if not term.scored]
-        return as_released(replace(base, name=f"hpff({base.name})", terms=(*whole, *apart)))
+        terms = [part for term in base.terms for part in _released(term, patches)]
+        return as_released(replace(base, name=f"hpff({base.name})", terms=tuple(terms)))
+    labelled = any(term.scored for term in base.terms)
     terms = []
     for term in base.terms:
         once = labelled and spans.cascade > 0 and not term.scored
@@ -58,11 +59,18 @@ def hpff(base: Method, *, patches: int = 2, released: bool = False) -> Method:
     return replace(base, name=f"hpff({base.name})", terms=tuple(terms))
 
 
-def _apart(term: Term, patches: int, labelled: bool) -> Term:
-    """A loss without labels on each patch, on windows only if single blocks have others."""
-    head = heads.Patches(term.head, patches, shared=False)
-    weight = _Summed(term.weight, patches**2)  # the loss of the whole is the mean of those of the patches
-    return replace(term, head=head, weight=Only(weight, on_window) if labelled else weight)
+def _released(term: Term, patches: int) -> list[Term]:
+    """What the released code makes of a term: apart on the patches of windows, or whole and of weight 1 on blocks."""
+    if isinstance(term.loss, losses.Reconstruction):
+        weight = _Summed(term.weight, patches**2)  # the loss of the whole is the mean of those of the patches
+        head = heads.Patches(term.head, patches, shared=False)
+        return [replace(term, head=head, weight=Only(weight, on_window))]
+    if not term.scored and not isinstance(term.loss, losses.Contrastive):
+        raise MethodError(
+            f"hpff(released=True): the released code has no form for {type(term.loss).__name__}; it has label losses "
+            "and InfoPro's reconstruction. Leave released=True out"
+        )
+    return [replace(term, weight=Only(1.0, on_block)), replace(term, weight=Only(term.weight, on_window))]
 
 
 @dataclass(frozen=True)

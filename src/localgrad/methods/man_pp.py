@@ -33,7 +33,8 @@ def man_pp(base: Method, *, decay: float = 0.995, depth: int = 1, released: bool
 
     Source: MAN++, TPAMI 2026, arXiv:2507.16279, and its released code.
     Differs: as `localgrad.methods.man`; the released ImageNet code for several GPUs and for vision transformers moves
-    the twin between forward and backward, where ``released=True`` moves it before the optimizer step.
+    the twin between forward and backward, where ``released=True`` moves it before the optimizer step; linear layers
+    of vision transformers start there from N(0, 0.02^2), here as PyTorch draws them.
     """
     base.require_heads("man_pp")
     if released:

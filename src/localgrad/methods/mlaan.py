@@ -47,8 +47,9 @@ def mlaan(
 
     Source: MLAAN, AAAI 2025, arXiv:2406.16633, and its released code.
     Differs: one forward per block where theirs runs three or four, so that BatchNorm's running statistics move once per
-    step. ``released=True`` undoes the rest: every moving average is updated, after the optimizer step; every block has
-    its own loss, the last one beside the last window; weights are equal; heads start as PyTorch draws them.
+    step. The default is the paper's form, with equal weights: every block has its own loss, the last one beside the
+    last window; every moving average is updated, after the optimizer step; layers start as PyTorch draws them.
+    ``released`` says what the code does instead.
     """
     base.require_heads("mlaan")
     base, spans = windowed(base, "mlaan", released)
