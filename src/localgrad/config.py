@@ -37,7 +37,7 @@ class DataConfig:
 
     ``validation`` is the share of training images that select the best epoch. ``image_size`` is the side of square
     images, [height, width] with masks, either that or the shorter side with boxes; ``crop_size`` and ``scale`` are for
-    masks only, ``longest_side`` for boxes, ``on_damage`` for both.
+    masks only, ``longest_side`` for boxes, ``on_damage`` for image files of every kind.
     """
 
     name: str = "cifar10"

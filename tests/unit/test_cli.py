@@ -229,7 +229,7 @@ def test_damaged_data_are_refused(call: Call, tmp_path: Path) -> None:
     refused(call("train", "cifar10_resnet32", f"data.root={root!s}"), "cifar10_train_jpeg.npz is damaged")
     refused(call(*DIGITS, "--data", f"folder:{root / 'folder'}"), "not found", "no train")
     (root / "folder" / "train").mkdir()
-    refused(call(*DIGITS, "--data", f"folder:{root / 'folder'}"), "neither val nor test")
+    refused(call(*DIGITS, "--data", f"folder:{root / 'folder'}"), "val/<class>/* or test")
 
 
 def test_run_directories_that_cannot_be_used(call: Call, copy: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_methods_are_composed_from_names_and_options() -> None:
         (["windows"], ConfigError, "begin with one of"),
         (["e2e", "dgl"], ConfigError, "must come first"),
         (["e2e", "windows"], MethodError, "local base"),
-        ([{"infopro": {"image": [1]}}], ConfigError, "method.infopro"),
+        ([{"infopro": {"image": ["x"]}}], ConfigError, "method.infopro"),
         ([{"infopro": {"loss": "l2"}}], ConfigError, "'softmax' or 'contrast'"),
         ([{"windows": {}, "dgl": {}}], ConfigError, "must hold one name"),
     ):

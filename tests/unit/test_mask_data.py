@@ -236,10 +236,10 @@ def damage(folder: Path, what: str) -> str:
     image, mask = folder / "images/train/3.png", folder / "masks/train/3.png"
     if what == "corrupt image":
         image.write_bytes(image.read_bytes()[:60])
-        return "cannot decode .*images/train/3.png"
+        return "cannot read picture .*images/train/3.png"
     if what == "corrupt mask":
         mask.write_bytes(b"no picture")
-        return "cannot decode .*masks/train/3.png"
+        return "cannot read picture .*masks/train/3.png"
     if what == "size":
         mask_file(mask, np.zeros((24, 30), int))
         return "masks/train/3.png is 30x24 pixels, its image .* 32x24"
@@ -512,7 +512,7 @@ def test_train_evaluate_resume_and_predict(
     expected = overlay(pixels, torch.from_numpy(mask).long(), 2)
     assert np.array_equal(shown, expected.permute(1, 2, 0).numpy())
     assert run("predict", str(place), str(tmp_path / "nix.png")) == 2
-    assert "cannot decode picture" in capsys.readouterr().err
+    assert "cannot read picture" in capsys.readouterr().err
     assert run("predict", str(tmp_path), str(folder / "images/test")) == 2
 
 

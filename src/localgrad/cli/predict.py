@@ -25,14 +25,14 @@ def predict(
 
     [bold]localgrad predict runs/RUN street.jpg --out predictions[/bold]
     """
-    from localgrad.data.masks import IMAGE_SUFFIXES
+    from localgrad.data.pictures import SUFFIXES
     from localgrad.train.predict import load_trained, predict, write
 
     files = []
     for path in images:
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not found:
-            raise ConfigError(f"{path} holds no picture; known endings: {', '.join(IMAGE_SUFFIXES)}")
+            raise ConfigError(f"{path} holds no picture; known endings: {', '.join(SUFFIXES)}")
         files += found
     rows = []
     trained = dataclasses.replace(load_trained(run_dir), min_score=min_score)

@@ -12,8 +12,15 @@ from localgrad.data import boxes, masks
 from localgrad.data.catalogue import available, load
 from localgrad.data.dataset import Data, Found, default_root
 from localgrad.data.loaders import Loader
+from localgrad.data.sources import SOURCES
 
-__all__ = ["Data", "Found", "Loader", "available", "boxes", "default_root", "kind_of", "load", "masks"]
+__all__ = ["Data", "Found", "Loader", "available", "boxes", "default_root", "kind_of", "load", "masks", "reads_files"]
+
+
+def reads_files(name: str) -> bool:
+    """Whether a classification set is read image by image, and so cropped, not from one array."""
+    kind = "imagefolder" if name.startswith("folder:") else name
+    return kind in SOURCES and SOURCES[kind].layouts[0].unpack is not None
 
 
 def kind_of(name: str) -> str:

@@ -17,6 +17,7 @@ from localgrad import randomness
 from localgrad.data import cache
 from localgrad.data.dataset import Data, Found, default_root, hold_out
 from localgrad.data.loaders import Batch, Files, OnDamage, Order
+from localgrad.data.pictures import read_picture
 from localgrad.data.readers import torchvision
 from localgrad.errors import ConfigError, DataError
 
@@ -255,19 +256,12 @@ def read_boxed(one: Boxed) -> tuple[Tensor, dict[str, Tensor]]:
     """The image uint8 (3, H, W) and its target, as ``tv_tensors``; boxes end at its borders.
 
     Raises:
-        DataError: the file cannot be decoded, or a box leaves the image by more than a pixel.
+        DataError: the file cannot be read, or a box leaves the image by more than a pixel.
     """
-    from PIL import Image
     from torchvision import tv_tensors
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    try:
-        with Image.open(one.path) as picture:
-            image = pil_to_tensor(picture.convert("RGB"))
-    except Exception as error:  # the decoders of damaged files raise nearly anything
-        raise DataError(
-            f"cannot decode {one.path}: {error}. Replace or remove it, or set data.on_damage=skip."
-        ) from error
+    image = pil_to_tensor(read_picture(one.path))
     height, width = image.shape[1:]
     limits = torch.tensor([width, height, width, height])
     outside = ((one.boxes < -TOLERANCE) | (one.boxes > limits + TOLERANCE)).any(1)

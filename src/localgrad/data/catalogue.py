@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from localgrad import randomness
 from localgrad.data import boxes, folders, masks
 from localgrad.data.augment import Normalise, resize
 from localgrad.data.dataset import Data, Found, default_root, hold_out
-from localgrad.data.loaders import Files, Order, Resident
+from localgrad.data.loaders import Files, OnDamage, Order, Resident
 from localgrad.data.sources import SOURCES, Layout, Source
 from localgrad.errors import ConfigError, DataError, nearest
 
@@ -53,19 +52,22 @@ def load(
     workers: int = 0,
     drop_last: bool = False,
     device: torch.device | str = "cpu",
+    on_damage: OnDamage = "raise",
     replica: int = 0,
     num_replicas: int = 1,
 ) -> Data:
     """The loaders of data set ``name``.
 
     Args:
-        name: one of `available`, or ``folder:/path`` for images sorted as ``train/<class>/*`` and ``val/<class>/*``.
+        name: one of `available`, or ``folder:/path`` for images sorted as ``train/<class>/*``, ``val/<class>/*`` and
+            ``test/<class>/*``, one of the last two being enough.
         root: where the user's copies lie; `default_root` if None.
         batch_size: images in a training batch, over all replicas; a multiple of ``num_replicas``.
         eval_batch_size: images in a validation or test batch; ``batch_size`` if None.
         image_size: height and width (pixels) to resize to; None keeps the set's own (224 for folders).
         validation: fraction in [0, 1) of the training images to hold out, by a keyed permutation that is the same for
-            every seed. They are evaluated without augmentation.
+            every seed. They are evaluated without augmentation. Folders that have ``val`` beside ``test`` use that
+            instead, unless this is 0.
         limit: use only the first ``limit`` training images, validation included; of a folder, which lists class after
             class, the first of a fixed keyed permutation.
         seed: keys the order and the augmentation of training batches.
@@ -73,6 +75,7 @@ def load(
         workers: processes that decode image files; resident sets need none.
         drop_last: leave out the last, partial training batch.
         device: where batches are given; resident sets are held there.
+        on_damage: ``raise`` for an image file that cannot be used, or ``skip`` it; see `localgrad.data.loaders.Files`.
         replica: which of ``num_replicas`` contiguous shares of every training batch to give. Evaluation is not shared
             out: each replica gets all of it.
 
@@ -111,13 +114,17 @@ def load(
     size, device = image_size or source.shape[1], torch.device(device)
     train: Resident | Files
     test: Resident | Files
+    own: Files | None = None
     if layout.unpack is None:
         train, test = _resident(source, layout, place, size, limit, device)
         train, classes = (train if augment else replace(train, crop=None)), source.classes
     else:
-        train, test, classes = _files(source, layout.unpack(place), size, limit, workers, device)
+        train, own, test, classes = _files(source, layout.unpack(place), size, limit, workers, device, on_damage)
         train = train if augment else replace(train, augment=train.fit)
-    held, kept = hold_out(train.order.indices, validation)
+    held, kept = hold_out(train.order.indices, 0.0 if own else validation)
+    kept_out: Resident | Files | None = replace(train, order=Order(held, eval_batch_size)) if len(held) else None
+    if own and validation > 0:
+        kept_out = replace(own, order=Order(own.order.indices, eval_batch_size))
     return Data(
         name=name,
         title=layout.title or (source.title if name == kind else f"images in {place}"),
@@ -127,7 +134,7 @@ def load(
         mean=source.mean,
         std=source.std,
         train=replace(train, order=Order(kept, batch_size, seed, drop_last, replica, num_replicas)),
-        validation=replace(train, order=Order(held, eval_batch_size)) if len(held) else None,
+        validation=kept_out,
         test=replace(test, order=Order(test.order.indices, eval_batch_size)),
     )
 
@@ -158,21 +165,22 @@ def _resident(
 
 
 def _files(
-    source: Source, folder: Path, size: int, limit: int | None, workers: int, device: torch.device
-) -> tuple[Files, Files, tuple[str, ...]]:
-    """Train and test split of a set of image files, and the names of its classes."""
+    source: Source, folder: Path, size: int, limit: int | None, workers: int, device: torch.device, on_damage: OnDamage
+) -> tuple[Files, Files | None, Files, tuple[str, ...]]:
+    """Train, validation (if it has one of its own) and test split of a set of image files, and its classes' names."""
     augment, fit = folders.transforms(size)
 
     def split(found: folders.Folder, limit: int | None) -> Files:
         order = torch.randperm(len(found.samples), generator=randomness.generator("limit"))[:limit].sort().values
         normalise = Normalise(source.mean, source.std)
-        read = partial(folders.read, decode=found.read)
         return Files(
-            Order(order, len(order)), found.samples, read, augment, fit, folders.stacked, normalise, workers, device
-        )
+            Order(order, len(order)), found.samples, folders.read, augment, fit, folders.stacked, normalise, workers,
+            device, on_damage,
+        )  # fmt: skip
 
-    train, test = folders.scan(folder)
-    return split(train, limit), split(test, None), source.classes or train.classes
+    train, own, test = folders.scan(folder)
+    kept = None if own is None else split(own, None)
+    return split(train, limit), kept, split(test, None), source.classes or train.classes
 
 
 def _check_whole(name: str, value: object, least: int, most: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localgrad.data.pictures import SUFFIXES, read_picture
 from localgrad.data.readers import torchvision
 from localgrad.errors import DataError
 
@@ -21,35 +23,71 @@ class Folder:
 
     samples: list[tuple[str, int]]
     classes: tuple[str, ...]
-    read: Callable[[str], Any]
 
 
-def scan(root: Path) -> tuple[Folder, Folder]:
-    """The training split ``root/train`` and the test split: ``root/test`` if there is one, else ``root/val``.
+def scan(root: Path) -> tuple[Folder, Folder | None, Folder]:
+    """The splits ``root/train``, ``root/val`` and ``root/test``; without ``test``, ``val`` is what is tested on.
+
+    Hidden files and folders are passed over. Links are followed, and each real folder is read once. Files that are no
+    pictures by their ending are counted in one warning.
 
     Raises:
         DataError: a split is missing, a class folder holds no image, or the splits differ in their classes.
     """
-    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
-    if not tests:
-        raise DataError(f"{root.resolve()} has a train folder but neither val nor test; add val/<class>/* to evaluate.")
-    train, test = _split(root / "train"), _split(tests[0])
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
+    there = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    if len(there) < 2 or there[0] != "train":
         raise DataError(
-            f"{root / 'train'} and {tests[0]} differ in their class folders: {', '.join(odd[:5])}"
-            f"{' and more' if len(odd) > 5 else ''} in one only; both need the same."
+            f"{root.resolve()} has the folders {', '.join(there) or 'neither train nor val nor test'}; it needs "
+            "train/<class>/* to train on, and val/<class>/* or test/<class>/* to evaluate."
         )
-    return train, test
+    left_out: list[Path] = []
+    found = {name: _split(root / name, left_out) for name in there}
+    for name in there[1:]:
+        if found[name].classes != found["train"].classes:
+            odd = sorted(set(found["train"].classes) ^ set(found[name].classes))
+            raise DataError(
+                f"{root / 'train'} and {root / name} differ in their class folders: {', '.join(odd[:5])}"
+                f"{' and more' if len(odd) > 5 else ''} in one only; both need the same."
+            )
+    if left_out:
+        endings = sorted({path.suffix or "no ending" for path in left_out})
+        warnings.warn(
+            f"{len(left_out)} files below {root} are no pictures by their ending ({', '.join(endings[:5])}) and were "
+            f"left out, the first {left_out[0]}; pictures end in {', '.join(SUFFIXES)}",
+            stacklevel=3,
+        )
+    return found["train"], found.get("val") if "test" in found else None, found.get("test") or found["val"]
 
 
-def _split(place: Path) -> Folder:
-    try:
-        found = torchvision("datasets").ImageFolder(str(place))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{place.resolve()} should hold <class>/<image> files, but: {reason}") from error
-    return Folder(found.samples, tuple(found.classes), found.loader)
+def _split(place: Path, left_out: list[Path]) -> Folder:
+    names = sorted(entry.name for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DataError(f"{place.resolve()} should hold <class>/<image> files, but it has no class folders.")
+    seen: dict[Path, Path] = {}
+    samples = []
+    for label, name in enumerate(names):
+        files = _pictures(place / name, seen, left_out)
+        if not files:
+            raise DataError(f"{place.resolve()} should hold <class>/<image> files, but {name!r} holds no picture.")
+        samples += [(str(path), label) for path in files]
+    return Folder(samples, tuple(names))
+
+
+def _pictures(folder: Path, seen: dict[Path, Path], left_out: list[Path]) -> list[Path]:
+    """The pictures of a folder and of those in it, sorted by name; ``seen`` are the real folders that were read."""
+    if (first := seen.setdefault(folder.resolve(), folder)) != folder:
+        raise DataError(f"{folder} and {first} are one folder by way of a link; remove one of them.")
+    found = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            found += _pictures(entry, seen, left_out)
+        elif entry.suffix.lower() in SUFFIXES:
+            found.append(entry)
+        else:
+            left_out.append(entry)
+    return found
 
 
 def transforms(size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -67,17 +105,10 @@ def transforms(size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return partial(_both, train), partial(_both, evaluate)
 
 
-def read(sample: tuple[str, int], decode: Callable[[str], Any]) -> tuple[Any, int]:
-    """The image at a path, as PIL decodes it, and its class.
-
-    Raises:
-        DataError: it cannot be decoded.
-    """
+def read(sample: tuple[str, int]) -> tuple[Any, int]:
+    """The picture at a path, as a PIL image, and its class; see `localgrad.data.pictures.read_picture`."""
     path, target = sample
-    try:
-        return decode(path), target
-    except Exception as error:  # the decoders of damaged files raise nearly anything
-        raise DataError(f"cannot decode image {path}: {error}. Replace or remove this file.") from error
+    return read_picture(path), target
 
 
 def stacked(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:

@@ -204,10 +204,16 @@ class _Read(torch.utils.data.Dataset[Any]):
             sample = split.read(split.items[index])
         except DataError as error:
             return index, error
-        if seed is None:
-            return index, split.fit(*sample)
-        with randomness.seeded_everywhere(seed, "augment", self.epoch, index):
-            return index, split.augment(*sample)
+        try:
+            if seed is None:
+                return index, split.fit(*sample)
+            with randomness.seeded_everywhere(seed, "augment", self.epoch, index):
+                return index, split.augment(*sample)
+        except Exception as error:  # a picture of one pixel may fail in any transform
+            return index, DataError(
+                f"picture {split.items[index][0]} cannot be transformed: {' '.join(str(error).split())}. Remove it, or "
+                "set data.on_damage=skip to leave it out."
+            )
 
 
 def _gathered(stack: Callable[[list[Any]], Batch], found: list[tuple[int, Any]]) -> tuple[list[Any], Batch | None]:

@@ -17,11 +17,11 @@ from localgrad.data import cache
 from localgrad.data.augment import Normalise
 from localgrad.data.dataset import Data, Found, default_root, hold_out
 from localgrad.data.loaders import Batch, Files, OnDamage, Order
+from localgrad.data.pictures import SUFFIXES, read_ids, read_picture
 from localgrad.data.readers import torchvision
 from localgrad.errors import ConfigError, DataError
 
 IGNORED = 255
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 Pair = tuple[str, str]
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CAMVID = "Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist"
@@ -122,7 +122,9 @@ def _paired(images: Path, masks: Path, expected: str) -> list[Pair]:
     if not images.is_dir() or not masks.is_dir():
         missing = images if not images.is_dir() else masks
         raise DataError(f"{missing.resolve()} is no folder. {expected}")
-    found = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = sorted(
+        path for path in images.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
     if not found:
         raise DataError(f"{images.resolve()} holds no image. {expected}")
     for path in found:
@@ -172,30 +174,15 @@ def read_pair(pair: Pair, ids: np.ndarray) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: names the file and what is wrong with it.
     """
-    from PIL import Image
     from torchvision import tv_tensors
 
-    arrays = []
-    for path, mode in zip(pair, ("RGB", None), strict=True):
-        try:
-            with Image.open(path) as picture:
-                if mode is None and picture.mode not in ("L", "P", "1"):
-                    raise DataError(
-                        f"mask {path} is a picture of mode {picture.mode}; write class ids as a PNG of one "
-                        "8-bit channel."
-                    )
-                arrays.append(np.array(picture.convert(mode) if mode else picture))
-        except DataError:
-            raise
-        except Exception as error:  # the decoders of damaged files raise nearly anything
-            raise DataError(f"cannot decode {path}: {error}. Replace or remove this file.") from error
-    image, mask = arrays
+    image, mask = np.array(read_picture(pair[0])), read_ids(pair[1])
     if image.shape[:2] != mask.shape:
         raise DataError(
             f"mask {pair[1]} is {mask.shape[1]}x{mask.shape[0]} pixels, its image {pair[0]} {image.shape[1]}x"
             f"{image.shape[0]}; both need the same size."
         )
-    classes = ids[mask.astype(np.uint8)]
+    classes = ids[mask]
     if classes.min() < 0:
         unknown = sorted(set(np.unique(mask[classes < 0]).tolist()))
         raise DataError(

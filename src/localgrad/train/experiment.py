@@ -199,6 +199,7 @@ def load_data(config: Config, device: torch.device, replica: int = 0, num_replic
         "seed": config.train.seed,
         "augment": settings.augment,
         "workers": settings.workers,
+        "on_damage": settings.on_damage,
         "device": device,
         "replica": replica,
         "num_replicas": num_replicas,
@@ -207,9 +208,7 @@ def load_data(config: Config, device: torch.device, replica: int = 0, num_replic
     if data.boxes.knows(settings.name):
         if settings.crop_size is not None or settings.scale != (1.0, 1.0):
             raise ConfigError(f"data.crop_size and data.scale need masks, not {settings.name!r}")
-        return data.boxes.load(
-            settings.name, image_size=size, longest_side=settings.longest_side, on_damage=settings.on_damage, **shared
-        )
+        return data.boxes.load(settings.name, image_size=size, longest_side=settings.longest_side, **shared)
     if data.masks.knows(settings.name):
         if isinstance(size, int):
             raise ConfigError(
@@ -217,7 +216,7 @@ def load_data(config: Config, device: torch.device, replica: int = 0, num_replic
             )
         return data.masks.load(
             settings.name, image_size=size, crop_size=settings.crop_size, scale=settings.scale,
-            on_damage=settings.on_damage, **shared,
+            **shared,
         )  # fmt: skip
     if isinstance(size, tuple) or settings.crop_size is not None or settings.scale != (1.0, 1.0):
         raise ConfigError(

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from localgrad import data
 from localgrad.config import Config
-from localgrad.data import boxes
+from localgrad.data import boxes, folders
 from localgrad.data.augment import Normalise
+from localgrad.data.pictures import read_picture
 from localgrad.errors import CheckpointError, DataError
 from localgrad.losses.distillation import logits_of
 from localgrad.tasks import detection
@@ -63,9 +65,9 @@ def load_trained(run_dir: Path, device: str = "auto") -> Trained:
 
     config = read_config(run_dir)
     try:
-        data = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))["trained_on"]
-        known: dict[str, Any] = {name: tuple(data[name]) for name in ("classes", "image_shape", "mean", "std")}
-        kind, weights = data["kind"], load_file(run_dir / WEIGHTS)
+        told = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))["trained_on"]
+        known: dict[str, Any] = {name: tuple(told[name]) for name in ("classes", "image_shape", "mean", "std")}
+        kind, weights = told["kind"], load_file(run_dir / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"{run_dir} holds no finished run ({' '.join(str(error).split())[:200]}); give a directory in which "
@@ -84,47 +86,49 @@ def predict(trained: Trained, images: Sequence[Path]) -> Iterator[Prediction]:
     """What the model answers to each picture, one at a time.
 
     Raises:
-        DataError: a file that is no picture, or a task whose answers nothing here can show.
+        DataError: a file that is no picture, a task whose answers nothing here can show, or two pictures of one name,
+            whose answers would be written to one file.
     """
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
     if trained.kind not in SHOWN:
         raise DataError(f"no way to show the answers of a {trained.kind} network; known: {', '.join(SHOWN)}")
+    if trained.kind != "classification":
+        named: dict[str, Path] = {}
+        for path in images:
+            if (other := named.setdefault(path.stem, path)) != path:
+                raise DataError(
+                    f"the answers to {other} and {path} would both be written as {path.stem}.*; predict them one after "
+                    "the other, each with its own --out"
+                )
     device = next(trained.model.parameters()).device
     for path in images:
-        picture = _read(path, trained.image_shape[0])
+        read = read_picture(path, "L" if trained.image_shape[0] == 1 else "RGB")
+        picture = pil_to_tensor(read)
         if trained.kind == "detection":
             inputs = _padded(picture, trained).tensors
         else:
-            inputs = Normalise(trained.mean, trained.std)(_sized(picture, trained)[None])
+            inputs = Normalise(trained.mean, trained.std)(_sized(read, picture, trained)[None])
         output = trained.model(inputs.to(device))
         yield SHOWN[trained.kind](path, picture, output, trained)
 
 
-def _read(path: Path, channels: int) -> Tensor:
-    """Pixels uint8 (C, H, W)."""
-    from PIL import Image
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    try:
-        with Image.open(path) as image:
-            return pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
-    except Exception as error:  # the decoders of damaged files raise nearly anything
-        raise DataError(f"cannot decode picture {path}: {error}") from error
-
-
-def _sized(picture: Tensor, trained: Trained) -> Tensor:
-    """The picture as evaluation resizes it: whole, masks being resized back."""
+def _sized(read: Any, picture: Tensor, trained: Trained) -> Tensor:
+    """The picture as evaluation sees it: cropped where class folders are, else whole, masks being resized back."""
     from torchvision.transforms.v2.functional import resize
 
     size = trained.config.data.image_size
     if trained.kind == "classification":
+        if data.reads_files(trained.config.data.name):
+            return folders.transforms(trained.image_shape[1])[1](read, 0)[0].as_subclass(Tensor)
         size = trained.image_shape[1:]
     return picture if size is None else resize(picture, list(size), antialias=True)  # type: ignore[arg-type]
 
 
 def _padded(picture: Tensor, trained: Trained) -> Any:
     """The picture as a detector reads it, with its size before padding: an ``ImageList``."""
-    data = trained.config.data
-    images, _ = boxes.resizing(data.image_size, data.longest_side)([picture / 255])
+    settings = trained.config.data
+    images, _ = boxes.resizing(settings.image_size, settings.longest_side)([picture / 255])
     return images
 
 
