@@ -13,6 +13,7 @@ from torch import nn
 from localgrad import methods
 from localgrad.errors import ConfigError, nearest
 from localgrad.method import Method
+from localgrad.recipes import safe_yaml
 from localgrad.task import Task
 
 # What a YAML file may hold for one method: a name, or {name: {option: value}}; from the base to the outermost plug-in.
@@ -29,7 +30,7 @@ def parse_method(text: str) -> MethodSpec:
 
     if text.lstrip().startswith("["):
         try:
-            found = yaml.safe_load(text)
+            found = safe_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"method {text!r} is no YAML; write '[{{dgl: {{head: linear}}}}]'") from error
         if not isinstance(found, list):

@@ -119,7 +119,7 @@ def test_held_out_images(coco: Path) -> None:
     "changes, message",
     [
         ({"category_id": 4}, r"instances_train2030.json: 1 boxes are .* annotation 1 has category_id 4"),
-        ({"image_id": 77}, r"annotation 1 has category_id 7 and image_id 77"),
+        ({"image_id": 77}, r"annotation 1 has category_id 7, image_id 77"),
         ({"bbox": [1, 2, 3]}, r"cannot read .*instances_train2030.json: ValueError"),
     ],
 )
@@ -131,9 +131,61 @@ def test_damaged_annotations_are_named(coco: Path, changes: dict[str, Any], mess
 
 def test_unknown_categories_are_left_out_when_asked(coco: Path) -> None:
     change(coco, category_id=4)
-    with pytest.warns(UserWarning, match="category_id 4 .* left out"):
+    with pytest.warns(UserWarning, match="category_id 4, .* left out"):
         data = load(coco, on_damage="skip")
     assert sum(len(image.boxes) for image in data.train.items) == 2
+
+
+@pytest.mark.parametrize("what, named", [("images", "first.png"), ("categories", "cat")])
+def test_an_id_that_stands_twice_is_refused(what: str, named: str, tmp_path: Path) -> None:
+    content: dict[str, Any] = {
+        "images": [{"id": 0, "file_name": "first.png"}], "categories": [{"id": 3, "name": "cat"}],
+        "annotations": [{"id": 1, "image_id": 0, "category_id": 3, "bbox": [1, 2, 3, 4]}],
+    }  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    (found,), classes = boxes.read_coco(tmp_path / "a.json", tmp_path)
+    assert classes == ("cat",) and found.boxes.tolist() == [[1, 2, 4, 6]]
+    content[what].append({"id": 0, "file_name": "b.png"} if what == "images" else {"id": "3", "name": "dog"})
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(localgrad.DataError, match=f"two {what} have the id .*{named}"):
+        boxes.read_coco(tmp_path / "a.json", tmp_path)
+
+
+def test_ids_may_be_written_as_text(tmp_path: Path) -> None:
+    content: dict[str, Any] = {
+        "images": [{"id": "7", "file_name": "a.png"}], "categories": [{"id": "3", "name": " cat "}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": "3", "bbox": [1, 2, 3, 4]}],
+    }  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    (found,), classes = boxes.read_coco(tmp_path / "a.json", tmp_path)
+    assert classes == ("cat",) and len(found.boxes) == 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"bbox": [float("nan"), 1, 5, 5]}, "or no numbers"), ({"bbox": [1, 1, float("inf"), 5]}, "or no numbers")],
+)
+def test_boxes_that_are_no_numbers(coco: Path, changes: dict[str, Any], message: str) -> None:
+    change(coco, **changes)
+    with pytest.raises(localgrad.DataError, match=message):
+        load(coco)
+
+
+def test_a_picture_of_another_size_than_its_annotations_is_refused(coco: Path) -> None:
+    file = coco / "annotations" / "instances_train2030.json"
+    content = json.loads(file.read_text())
+    for image in content["images"]:
+        image.update(height=17, width=33)
+    file.write_text(json.dumps(content))
+    with pytest.raises(localgrad.DataError, match=r"its annotations are for 33x17"):
+        list(load(coco).train.epoch(0))
+
+
+def test_a_set_without_any_box_is_refused(coco: Path) -> None:
+    file = coco / "annotations" / "instances_train2030.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    with pytest.raises(localgrad.DataError, match="no training image has a box"):
+        load(coco)
 
 
 def test_boxes_without_an_area_are_left_out_with_a_warning(coco: Path) -> None:
@@ -161,11 +213,11 @@ def test_boxes_outside_their_image_and_damaged_files(coco: Path) -> None:
 
 
 def test_voc_by_hand(tmp_path: Path) -> None:
-    entry = "<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>8</xmin><ymin>4</ymin><xmax>{}</xmax>"
+    entry = "<object><name> {}\n</name><difficult>{}</difficult><bndbox><xmin>8</xmin><ymin>4</ymin><xmax>{}</xmax>"
     entry += "<ymax>20</ymax></bndbox></object>"
     (tmp_path / "Annotations").mkdir()
     (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
-    for name, objects in {"a": [("red", 0, 40), ("blue", 1, 16)], "b": [], "c": [("red", 0, 8)]}.items():
+    for name, objects in {"a": [("red", 0, 40), ("blue", 1, 16)], "b": [], "c": [("red", 0, 7)]}.items():
         picture(tmp_path / "JPEGImages" / f"{name}.jpg")
         body = "".join(entry.format(*one) for one in objects)
         (tmp_path / "Annotations" / f"{name}.xml").write_text(f"<annotation>{body}</annotation>")
@@ -176,8 +228,8 @@ def test_voc_by_hand(tmp_path: Path) -> None:
     assert data.classes == ("blue", "red") and data.test.num_images == 1
     _, targets = next(data.train.epoch(0))
     full = max(targets, key=lambda target: len(target["boxes"]))
-    assert full["boxes"].tolist() == [[8, 4, 40, 20], [8, 4, 16, 20]] and full["labels"].tolist() == [1, 0]
-    assert full["iscrowd"].tolist() == [0, 1] and full["area"].tolist() == [512.0, 128.0]
+    assert full["boxes"].tolist() == [[7, 3, 40, 20], [7, 3, 16, 20]] and full["labels"].tolist() == [1, 0]
+    assert full["iscrowd"].tolist() == [0, 1] and full["area"].tolist() == [33 * 17.0, 9 * 17.0]
     (tmp_path / "Annotations" / "a.xml").write_text("<annotation>")
     with pytest.raises(localgrad.DataError, match=r"cannot read .*a.xml"):
         boxes.load(f"voc:{tmp_path}", batch_size=2)
@@ -208,11 +260,10 @@ def test_the_sets_at_hand(real_data: Path) -> None:
     assert (data.train.num_images, data.test.num_images, data.num_classes) == (128, 128, 80)
     assert [sum(len(i.boxes) for i in split.items) for split in (data.train, data.test)] == [929, 898]
     assert sum(not len(image.boxes) for image in data.train.items) == 2
-    with pytest.warns(UserWarning, match="have no area"):
-        cells = boxes.load("bccd", root=real_data, batch_size=4, image_size=(64, 64))
+    cells = boxes.load("bccd", root=real_data, batch_size=4, image_size=(64, 64))
     assert cells.classes == ("Platelets", "RBC", "WBC")
     assert [s.num_images for s in (cells.train, cells.validation, cells.test)] == [205, 87, 72]
-    assert sum(len(i.boxes) for s in (cells.train, cells.validation, cells.test) for i in s.items) == 4888 - 2
+    assert sum(len(i.boxes) for s in (cells.train, cells.validation, cells.test) for i in s.items) == 4888
 
 
 def test_train_evaluate_and_predict(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,17 @@ def test_a_recipe_names_only_what_differs(tmp_path: Path) -> None:
     assert shipped["model"] == {"name": "resnet8"} and shipped["about"] == {"notes": "Übung"}
 
 
+def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("optim: {lr: 0.2}\ntrain: {epochs: 1}\noptim: {weight_decay: 0.1}\n")
+    with pytest.raises(ConfigError, match="key 'optim' is written twice"):
+        read_recipe(str(tmp_path / "mine.yaml"))
+    (tmp_path / "deep.yaml").write_text("train: {epochs: 1, epochs: 2}\n")
+    with pytest.raises(ConfigError, match="key 'epochs' is written twice"):
+        read_recipe(str(tmp_path / "deep.yaml"))
+    with pytest.raises(ConfigError, match="is no YAML"):
+        parse_method("[{dgl: {head: linear, head: 1c2f}}]")
+
+
 def test_circles_and_private_recipes_are_refused(tmp_path: Path) -> None:
     for one, other in (("a", "b"), ("b", "c"), ("c", "a")):
         (tmp_path / f"{one}.yaml").write_text(f"extends: {other}.yaml\n")

@@ -324,10 +324,26 @@ def test_cityscapes_label_ids_become_train_ids(tmp_path: Path) -> None:
         mask_file(tmp_path / f"gtFine/{place}_gtFine_labelIds.png", ids)
     data = masks.load("cityscapes", root=tmp_path, batch_size=1, validation=0.0)
     assert data.num_classes == 19 and data.classes[:2] == ("road", "sidewalk") and data.classes[-1] == "bicycle"
-    ((_, targets),) = data.test.epoch(0)
+    with pytest.warns(UserWarning, match="no pixel of the test masks is of class building, wall"):
+        ((_, targets),) = data.test.epoch(0)
     assert targets[0, 0, :6].tolist() == [255, 0, 1, 18, 255, 255]
     with pytest.raises(DataError, match=r"leftImg8bit_trainvaltest\.zip"):
         masks.load("cityscapes", root=tmp_path / "elsewhere", batch_size=1)
+
+
+def test_a_named_class_that_no_pixel_has_is_said_once(tmp_path: Path) -> None:
+    """Masks of 0 and 255, as many tools write two classes: all of the object would count as ignored."""
+    (tmp_path / "classes.txt").write_text("\ufeffbackground\nobject\n", encoding="utf-8")
+    mask = np.zeros((8, 8), int)
+    mask[2:6] = 255
+    for split in ("train", "test"):
+        picture(tmp_path / f"images/{split}/a.png", mask)
+        mask_file(tmp_path / f"masks/{split}/a.png", mask)
+    data = masks.load(f"masks:{tmp_path}", batch_size=1, validation=0.0)
+    assert data.classes == ("background", "object")
+    with pytest.warns(UserWarning, match="training masks is of class object. Pixels of 255 are ignored"):
+        list(data.train.epoch(0))
+    list(data.train.epoch(1))  # warnings are errors here: it says so once
 
 
 def test_camvid_as_segnet_lays_it_out(tmp_path: Path) -> None:
@@ -393,6 +409,8 @@ def test_weights_go_into_the_backbone(tmp_path: Path, form: str) -> None:
         torch.save({"state_dict": state, "epoch": 3}, path)
     said = models.load_pretrained(model, path)
     assert said.startswith("21 of 23 tensors") and "into 'backbone'; left out: fc." in said
+    own = set(model.state_dict()) - {f"backbone.{name}" for name in source.state_dict()}
+    assert f"; {len(own)} of the model's own stay random: " in said and all(name in said for name in sorted(own)[:1])
     for name, value in model.backbone.state_dict().items():
         assert torch.equal(value, source.state_dict()[name]), name
 

@@ -355,7 +355,7 @@ def test_every_recipe_has_measured_costs() -> None:
             assert cost["flops"] == cost["e2e_flops"] and cost["activation_bytes"] == cost["e2e_activation_bytes"]
             assert cost["auxiliary_parameters"] == cost["twin_parameters"] == 0
         else:
-            assert cost["activation_bytes"] < 2.2 * cost["e2e_activation_bytes"]  # MLAAN on unpooled features
+            assert cost["activation_bytes"] < 2.5 * cost["e2e_activation_bytes"]  # MLAAN on unpooled features
 
 
 @pytest.mark.parametrize("name", ["digits", "man/cifar10_resnet32_k8_dgl", "hpff/cifar10_resnet32_k15_infopro"])

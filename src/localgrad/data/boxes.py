@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,13 +34,17 @@ _VOC_GET = "Expected are JPEGImages, Annotations and ImageSets/Main/<split>.txt 
 
 
 class Boxed(NamedTuple):
-    """An image file and, for each of its boxes, (x, y) of two corners in pixels, class, whether it is a crowd, area."""
+    """An image file and, for each of its boxes, (x, y) of two corners in pixels, class, whether it is a crowd, area.
+
+    ``size`` is (height, width) as the annotations give it, None if they do not.
+    """
 
     path: str
     boxes: Tensor
     labels: Tensor
     iscrowd: Tensor
     area: Tensor
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,9 @@ class BoxSet:
     test: list[Boxed] = field(repr=False)
 
 
-def boxed(path: Path, rows: Sequence[tuple[list[float], int, bool, float | None]]) -> Boxed:
+def boxed(
+    path: Path, rows: Sequence[tuple[list[float], int, bool, float | None]], size: tuple[int, int] | None = None
+) -> Boxed:
     """One image from rows of (x1, y1, x2, y2), class, crowd and, where the file gives one, area."""
     boxes = torch.tensor([row[0] for row in rows], dtype=torch.float32).reshape(-1, 4)
     sides = boxes[:, 2:] - boxes[:, :2]
@@ -65,6 +72,7 @@ def boxed(path: Path, rows: Sequence[tuple[list[float], int, bool, float | None]
         torch.tensor([row[1] for row in rows], dtype=torch.int64),
         torch.tensor([row[2] for row in rows], dtype=torch.int64),
         torch.where(given.isnan(), sides.prod(1), given),
+        size,
     )
 
 
@@ -72,23 +80,27 @@ def read_coco(annotations: Path, images: Path, on_damage: OnDamage = "raise") ->
     """Every image of a COCO file, those without a box included, and the names of its categories by ascending id.
 
     Raises:
-        DataError: the file is damaged, or a box is of an unknown category; with ``skip`` such boxes are left out with a
-            warning.
+        DataError: the file is damaged, an id of an image or a category stands twice, or a box is of an unknown category
+            or no box; with ``skip`` such boxes are left out with a warning.
     """
     try:
         content = json.loads(annotations.read_text(encoding="utf-8"))
-        names = {int(c["id"]): str(c["name"]) for c in content["categories"]}
-        files = {int(i["id"]): images / str(i["file_name"]) for i in content["images"]}
+        names = _by_id(annotations, "categories", content["categories"], lambda c: str(c["name"]).strip())
+        files = _by_id(annotations, "images", content["images"], lambda i: images / str(i["file_name"]))
+        sizes = {
+            int(i["id"]): (int(i["height"]), int(i["width"])) for i in content["images"] if {"height", "width"} <= {*i}
+        }
         label = {identifier: k for k, identifier in enumerate(sorted(names))}
         rows: dict[int, list[tuple[list[float], int, bool, float | None]]] = {identifier: [] for identifier in files}
         unknown = []
         for a in content["annotations"]:
             x, y, width, height = map(float, a["bbox"])
-            if a["category_id"] not in label or a["image_id"] not in rows:
+            category, image = int(a["category_id"]), int(a["image_id"])
+            if category not in label or image not in rows or not math.isfinite(x + y + width + height):
                 unknown.append(a)
                 continue
-            row = [x, y, x + width, y + height], label[a["category_id"]], bool(a.get("iscrowd", 0)), a.get("area")
-            rows[a["image_id"]].append(row)
+            row = [x, y, x + width, y + height], label[category], bool(a.get("iscrowd", 0)), a.get("area")
+            rows[image].append(row)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"cannot read {annotations}: {type(error).__name__}: {error}. It should hold images, categories and "
@@ -97,17 +109,33 @@ def read_coco(annotations: Path, images: Path, on_damage: OnDamage = "raise") ->
     if unknown:
         first = unknown[0]
         what = (
-            f"{annotations}: {len(unknown)} boxes are of a category or image that the file does not list; annotation "
-            f"{first.get('id')} has category_id {first['category_id']} and image_id {first['image_id']}"
+            f"{annotations}: {len(unknown)} boxes are of a category or image that the file does not list, or no "
+            f"numbers; annotation {first.get('id')} has category_id {first['category_id']}, image_id "
+            f"{first['image_id']} and bbox {first['bbox']}"
         )
         if on_damage == "raise":
             raise DataError(f"{what}. Correct the file, or set data.on_damage=skip to leave them out.")
         warnings.warn(f"{what}; left out", stacklevel=2)
-    return [boxed(files[k], rows[k]) for k in sorted(files)], tuple(names[k] for k in sorted(names))
+    return [boxed(files[k], rows[k], sizes.get(k)) for k in sorted(files)], tuple(names[k] for k in sorted(names))
+
+
+def _by_id(annotations: Path, what: str, entries: list[Any], value: Callable[[Any], Any]) -> dict[int, Any]:
+    """``value`` of each entry by its id, which may be a number or its digits."""
+    found: dict[int, Any] = {}
+    for entry in entries:
+        if (identifier := int(entry["id"])) in found:
+            raise DataError(
+                f"{annotations}: two {what} have the id {identifier}, {found[identifier]} and {value(entry)}; boxes "
+                "would move from one to the other. Give each its own id, also in its annotations."
+            )
+        found[identifier] = value(entry)
+    return found
 
 
 def read_voc(root: Path, split: str, classes: tuple[str, ...]) -> list[Boxed]:
     """The images that ``ImageSets/Main/<split>.txt`` names. Boxes that are ``difficult`` count as crowds do.
+
+    Pixels are counted from 1 in the files and ``xmax`` is the last one inside, so ``x1 = xmin - 1`` and ``x2 = xmax``.
 
     Raises:
         DataError: a file is missing or damaged, or names an unknown class.
@@ -128,7 +156,7 @@ def _voc_objects(root: Path, split: str) -> Iterator[tuple[str, list[tuple[str, 
 
     listed = root / "ImageSets" / "Main" / f"{split}.txt"
     try:
-        names = [line.split()[0] for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.split()[0] for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {listed}: {error}. {_VOC_GET}") from error
     for name in names:
@@ -139,8 +167,11 @@ def _voc_objects(root: Path, split: str) -> Iterator[tuple[str, list[tuple[str, 
                 name,
                 [
                     (
-                        str(one.findtext("name")),
-                        [float(str(one.findtext(f"bndbox/{side}"))) for side in ("xmin", "ymin", "xmax", "ymax")],
+                        str(one.findtext("name")).strip(),
+                        [
+                            float(str(one.findtext(f"bndbox/{side}"))) - offset
+                            for side, offset in (("xmin", 1), ("ymin", 1), ("xmax", 0), ("ymax", 0))
+                        ],
                         one.findtext("difficult") == "1",
                     )
                     for one in objects
@@ -227,7 +258,7 @@ def without_degenerate(images: list[Boxed]) -> list[Boxed]:
     for one in images:
         good = (one.boxes[:, 2:] > one.boxes[:, :2]).all(1)
         dropped += [one.path] * int((~good).sum())
-        kept.append(Boxed(one.path, one.boxes[good], one.labels[good], one.iscrowd[good], one.area[good]))
+        kept.append(Boxed(one.path, one.boxes[good], one.labels[good], one.iscrowd[good], one.area[good], one.size))
     if dropped:
         total = sum(len(one.boxes) for one in images)
         warnings.warn(
@@ -256,13 +287,19 @@ def read_boxed(one: Boxed) -> tuple[Tensor, dict[str, Tensor]]:
     """The image uint8 (3, H, W) and its target, as ``tv_tensors``; boxes end at its borders.
 
     Raises:
-        DataError: the file cannot be read, or a box leaves the image by more than a pixel.
+        DataError: the file cannot be read, is of another size than its annotations say, or a box leaves the image by
+            more than a pixel.
     """
     from torchvision import tv_tensors
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     image = pil_to_tensor(read_picture(one.path))
     height, width = image.shape[1:]
+    if one.size is not None and one.size != (height, width):
+        raise DataError(
+            f"{one.path} is {width}x{height} pixels as it is shown, its annotations are for "
+            f"{one.size[1]}x{one.size[0]}; replace one of them, or set data.on_damage=skip."
+        )
     limits = torch.tensor([width, height, width, height])
     outside = ((one.boxes < -TOLERANCE) | (one.boxes > limits + TOLERANCE)).any(1)
     if outside.any():
@@ -337,6 +374,10 @@ def load(
         found = LAYOUTS[kind](Path(path).expanduser(), on_damage)
     else:
         found = SETS[name][2](Path(root).expanduser() if root is not None else default_root(), on_damage)
+    if not any(len(one.boxes) for one in found.train):
+        raise DataError(
+            f"{found.title}: no training image has a box, so there is nothing to learn; check the annotations."
+        )
     resize = resizing(image_size, longest_side)
     if not 0 <= validation < 1:
         raise ConfigError(f"validation={validation} must be a fraction in [0, 1); for one tenth write 0.1")

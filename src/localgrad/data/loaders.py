@@ -145,6 +145,7 @@ class Files:
         workers: processes.
         device: where batches are given.
         on_damage: ``raise`` for an image that cannot be used, or ``skip`` it; ``skipped`` then says why, by its path.
+        watch: told the targets of every batch, and None at the end of an epoch that was read whole.
     """
 
     order: Order
@@ -157,6 +158,7 @@ class Files:
     workers: int
     device: torch.device
     on_damage: OnDamage = "raise"
+    watch: Callable[[Any], None] | None = None
     skipped: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -187,8 +189,12 @@ class Files:
                     raise error
                 self.skipped[self.items[index][0]] = str(error)
             if batch is not None:
+                if self.watch is not None:
+                    self.watch(batch[1])
                 inputs, targets = tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), batch)
                 yield self.finish(inputs), targets
+        if self.watch is not None and start == 0:
+            self.watch(None)
 
 
 @dataclass(frozen=True, eq=False)

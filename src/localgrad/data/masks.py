@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -99,7 +100,7 @@ def _cityscapes(root: Path) -> MaskSet:
 def _folder(root: Path) -> MaskSet:
     names = root / "classes.txt"
     try:
-        classes = tuple(line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip())
+        classes = tuple(line.strip() for line in names.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {names}: {error}. {_FOLDER_GET}") from error
     if not 2 <= len(classes) < IGNORED:
@@ -195,6 +196,27 @@ def read_pair(pair: Pair, ids: np.ndarray) -> tuple[Tensor, Tensor]:
     )
 
 
+class Occurrence:
+    """Warns once, after an epoch that was read whole, of classes that no pixel had: most often their pixels say 255."""
+
+    def __init__(self, split: str, classes: tuple[str, ...]) -> None:
+        self.split, self.classes, self.said = split, classes, False
+        self.seen: set[int] = set()
+
+    def __call__(self, targets: Tensor | None) -> None:
+        if self.said:
+            return
+        if targets is not None:
+            self.seen |= set(targets.unique().tolist())
+            return
+        self.said = True
+        missing = [name for k, name in enumerate(self.classes) if k not in self.seen]
+        if missing:
+            ignored = f" Pixels of {IGNORED} are ignored; is that what the masks mean?" if IGNORED in self.seen else ""
+            named = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
+            warnings.warn(f"no pixel of the {self.split} masks is of class {named}.{ignored}", stacklevel=3)
+
+
 def transforms(
     size: tuple[int, int] | None, crop: tuple[int, int] | None, scale: tuple[float, float]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -281,18 +303,21 @@ def load(
     if validation > 0 and not found.validation:
         held, training = hold_out(training, validation)
 
-    def split(pairs: list[Pair], indices: Tensor) -> Files:
+    def split(pairs: list[Pair], indices: Tensor, name: str) -> Files:
         order = Order(indices, eval_batch_size)
         normalise, where = Normalise(_MEAN, _STD), torch.device(device)
         read = partial(read_pair, ids=found.ids)
         change = joint if augment else fit
-        return Files(order, pairs, read, change, fit, stacked, normalise, workers, where, on_damage)
+        watch = Occurrence(name, found.classes)
+        return Files(order, pairs, read, change, fit, stacked, normalise, workers, where, on_damage, watch)
 
-    train, test = split(found.train, training), split(found.test, torch.arange(len(found.test)))
+    train = split(found.train, training, "training")
+    test = split(found.test, torch.arange(len(found.test)), "test")
     train = replace(train, order=Order(training, batch_size, seed, drop_last, replica, num_replicas))
     kept = None
     if validation > 0:
-        kept = split(found.validation or found.train, torch.arange(len(found.validation)) if found.validation else held)
+        indices = torch.arange(len(found.validation)) if found.validation else held
+        kept = split(found.validation or found.train, indices, "validation")
     sides = crop_size or image_size
     if sides is None:
         sides = tuple(read_pair(found.train[0], found.ids)[1].shape)  # type: ignore[assignment]

@@ -21,7 +21,7 @@ def load_pretrained(model: nn.Module, path: str | Path) -> str:
     that twins and copies of units start from these weights.
 
     Returns:
-        one sentence: what was loaded, and what was not.
+        one sentence: what was loaded, what was not, and what of the model keeps its random weights.
 
     Raises:
         CheckpointError: no such file, not a state dict, or most of its tensors fit nowhere in the model.
@@ -45,7 +45,11 @@ def load_pretrained(model: nn.Module, path: str | Path) -> str:
     model.load_state_dict(chosen, strict=False)
     where = f" into {place.removesuffix('.')!r}" if place else ""
     rest = f"; left out: {', '.join(left_out[:4])}{', ...' if len(left_out) > 4 else ''}" if left_out else ""
-    return f"{len(chosen)} of {len(weights)} tensors of {path} loaded{where}{rest}"
+    random = [name for name in own if name not in chosen and not name.endswith("num_batches_tracked")]
+    said = f"{len(chosen)} of {len(weights)} tensors of {path} loaded{where}{rest}"
+    if random:
+        said += f"; {len(random)} of the model's own stay random: {', '.join(random[:4])}{', ...' * (len(random) > 4)}"
+    return said
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,31 @@ from localgrad.errors import ConfigError, nearest
 
 RECIPES = Path(__file__).parent
 COSTS = RECIPES / "_costs.json"
+
+
+def safe_yaml(text: str) -> Any:
+    """What YAML says, by the safe loader; a key that is written twice is refused, as YAML demands.
+
+    Raises:
+        yaml.YAMLError: not YAML, or a key twice.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses what `yaml.SafeLoader` silently drops."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                name = self.construct_object(key, deep=True)
+                if isinstance(name, Hashable) and name in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {name!r} is written twice", key.start_mark
+                    )
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)  # noqa: S506 (a safe loader)
 
 
 def recipes() -> dict[str, Path]:
@@ -57,7 +82,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if path in chain:
         raise ConfigError(f"recipes extend each other in a circle: {' -> '.join(p.name for p in (*chain, path))}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = safe_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; check its permissions") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -92,7 +117,7 @@ def override(settings: dict[str, Any], assignments: Sequence[str]) -> dict[str, 
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
             raise ConfigError(f"{assignment!r} is no setting; write section.name=value, for instance optim.lr=0.05")
         try:
-            change: Any = yaml.safe_load(text)
+            change: Any = safe_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"{assignment!r}: {text!r} is not a YAML value") from error
         for part in reversed(key.split(".")):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -300,7 +301,9 @@ def build_network(
     with seeded(config.train.seed, "weights"):
         model = model_of(config, task.num_outputs, image_shape)
         if config.model.weights is not None:
-            load_pretrained(model, config.model.weights)
+            said = load_pretrained(model, config.model.weights)
+            if "stay random" in said:
+                warnings.warn(f"model.weights: {said}", stacklevel=2)
         if config.model.batchnorm == "sync":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         elif config.model.batchnorm == "frozen":

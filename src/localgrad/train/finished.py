@@ -9,6 +9,7 @@ from torch import nn
 from localgrad import models
 from localgrad.config import Config, validate
 from localgrad.errors import CheckpointError
+from localgrad.recipes import safe_yaml
 from localgrad.task import Task
 
 WEIGHTS = "model.safetensors"
@@ -28,7 +29,7 @@ def read_config(path: Path) -> Config:
             f"{path} holds no run (no config.yaml); --resume takes a directory that `localgrad train` wrote"
         )
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings = safe_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}; check its permissions") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
