@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from localgrad.balance import Balance, whole
 from localgrad.batches import num_samples, parts_of
 from localgrad.boundary import stopped
 from localgrad.errors import TrainingError
@@ -22,6 +23,7 @@ from localgrad.timetable import Row, timetable
 
 if TYPE_CHECKING:
     from localgrad.network import LocalNetwork
+    from localgrad.ranks import Replicas
 
 
 def local_losses(
@@ -89,15 +91,24 @@ def local_losses(
         if replicas is not None:
             replicas.count(step, num_samples(inputs) or 1)
         joined = alone if replicas is None else replicas.joined
+        balance = balance_of(inputs, targets, len(parts), replicas)
         with network.opened(spans) as opened:
             passes = []
             for part, (x, y, share) in enumerate(parts):
-                batch = in_context(network, Batch(x, y, step, joined=joined), part, autocast)
+                weighed = whole if balance is None else balance.of(y, num_samples(x) or 1)
+                batch = in_context(network, Batch(x, y, step, joined=joined, balance=weighed), part, autocast)
                 passes.append(Pass(network, opened, spans, batch, part, share, autocast))
             late = any(rule.late for rule in network.rules)
             table = timetable(spans, network.num_blocks, len(parts), late=late, training=training)
             yield from execute(network, table, passes, on_output, done)
     network.checked |= {spans} if training else set()
+
+
+def balance_of(inputs: Any, targets: Any, parts: int, replicas: Replicas | None) -> Balance | None:
+    """What losses divide by in this step; None where the batch is in one part on one replica."""
+    if replicas is None:
+        return None if parts == 1 else Balance(targets, num_samples(inputs) or 1)
+    return Balance(targets, replicas.samples, replicas.joined)
 
 
 def require_network(network: Any, caller: str) -> None:

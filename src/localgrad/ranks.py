@@ -24,6 +24,10 @@ class Replicas(Protocol):
     def shard(self) -> bool:
         """Whether each has a share of every parameter only."""
 
+    @property
+    def samples(self) -> int:
+        """Of all replicas in this step; see `count`."""
+
     def joined(self, rows: Tensor) -> Tensor:
         """The rows (B, ...) of all replicas that share a batch, in order."""
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from localgrad.balance import BalanceOf, whole
 from localgrad.site import HeadBuilder
 
 
@@ -28,6 +29,8 @@ class Batch:
         step: optimizer steps done so far.
         boundary: the one whose loss is computed, counted from 1; K for the model's own.
         context: what each of the method's `localgrad.method.Context` made of this batch, by the context itself.
+        balance: what a loss that is no mean over samples has to be multiplied by, so that micro-batches and replicas
+            add up to the loss of the whole batch, see `localgrad.balance`.
         joined: the rows (B, ...) of all replicas that share this batch, in order; the gradient reaches those of this
             one. A loss that compares samples with one another calls it on what it compares.
     """
@@ -38,6 +41,7 @@ class Batch:
     boundary: int = 0
     context: Mapping[Hashable, Any] = field(default_factory=dict)
     joined: Callable[[Tensor], Tensor] = alone
+    balance: BalanceOf = whole
 
 
 class Metric(Protocol):
@@ -67,7 +71,11 @@ class Task(Protocol):
         """
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        """The scalar loss of an output, averaged over the batch."""
+        """The scalar loss of an output, averaged over the batch.
+
+        One that is a mean over something else than samples multiplies it by ``batch.balance``. A task that has a method
+        ``counted(targets)``, of what the loss divides by, can do so where blocks run on several ranks, too.
+        """
 
     def score(self, output: Any, targets: Any) -> Tensor:
         """What is shown while training: the score of each sample, ``(B,)`` float32 in [0, 1]."""

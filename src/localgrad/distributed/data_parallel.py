@@ -189,7 +189,7 @@ class Replicas:
     def __init__(self, network: LocalNetwork, group: dist.ProcessGroup, shard: bool = False) -> None:
         self.network, self.group, self.shard = network, group, shard
         self.rank, self.size = group.rank(), group.size()
-        self._share = 1.0
+        self.samples, self._share = 1, 1.0
 
     def spread(self) -> None:
         """Give every rank the parameters and buffers of the first; raises `ConfigError` if networks differ."""
@@ -262,7 +262,7 @@ class Replicas:
                 f"the ranks of the data axis have {shares} samples at step {step}, but shard=True averages over ranks "
                 "and not over samples: give each equally many (drop_last=True)"
             )
-        self._share = samples / sum(shares)
+        self.samples, self._share = sum(shares), samples / sum(shares)
 
     @torch.no_grad()
     def average_buffers(self) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from localgrad.balance import Count, whole
 from localgrad.batches import num_samples, parts_of
 from localgrad.distributed.compression import Wire
 from localgrad.distributed.crossing import Blocks, Place, RankBlocks, entered, handed_on, received
@@ -22,7 +24,7 @@ from localgrad.distributed.remote_twins import RemoteTwins
 from localgrad.distributed.rows import Runs, acts, rank_table
 from localgrad.distributed.timeline import Timeline
 from localgrad.distributed.trees import decoded, encoded
-from localgrad.engine import in_context
+from localgrad.engine import balance_of, in_context
 from localgrad.errors import ConfigError, TrainingError
 from localgrad.method import Term
 from localgrad.network import LocalNetwork
@@ -51,13 +53,24 @@ class _Part:
     """One micro-batch on its way through this rank.
 
     ``rows`` are its samples and those of the whole batch; ``received`` and ``sent`` are the places of the tensors that
-    crossed a boundary with a gradient to come back.
+    crossed a boundary with a gradient to come back; ``factor`` is that of the task's loss, see `localgrad.balance`.
     """
 
     state: Pass
     rows: tuple[int, int]
     received: list[Place] = field(default_factory=list)
     sent: list[Place] = field(default_factory=list)
+    factor: Tensor | None = None
+
+
+def _sent(factor: Tensor | None, count: Count, key: Hashable, least: float) -> Tensor | float:
+    """The factor that the first rank found for the task's loss, see `localgrad.balance`."""
+    if key != "targets" or factor is None:
+        raise TrainingError(
+            "this loss divides by what it finds in outputs (FCOS: anchors on objects), which ranks that see one "
+            "micro-batch at a time cannot tell of the others; use parts=1 and one replica, or RetinaNet"
+        )
+    return factor
 
 
 class _NotSent:
@@ -250,10 +263,21 @@ class Stage:
         total = num_samples(inputs) or 1
         self._count(step, total)
         begun = {}
-        for part, (x, y, share) in enumerate(parts_of(inputs, targets, self.network.method.accumulate.parts)):
-            state = self._pass(opened, Batch(x, y, step), part, share, autocast, {INPUTS: x})
-            begun[part] = _Part(state, (num_samples(x) or 1, total))
+        parts = parts_of(inputs, targets, self.network.method.accumulate.parts)
+        balance = balance_of(inputs, targets, len(parts), self.network.replicas if torch.is_grad_enabled() else None)
+        for part, (x, y, share) in enumerate(parts):
+            batch = (
+                Batch(x, y, step) if balance is None else Batch(x, y, step, balance=balance.of(y, num_samples(x) or 1))
+            )
+            state = self._pass(opened, batch, part, share, autocast, {INPUTS: x})
+            begun[part] = _Part(state, (num_samples(x) or 1, total), factor=self._factor(batch))
         return begun
+
+    def _factor(self, batch: Batch) -> Tensor | None:
+        """What later ranks, which see the targets of one part at a time, multiply the task's loss by."""
+        counted = getattr(self.network.method.task, "counted", None)
+        factor = None if counted is None else batch.balance(counted, "targets", 0.0)
+        return factor if isinstance(factor, Tensor) else None
 
     def _entered(self, opened: OpenModel, message: Message, step: int, autocast: torch.dtype | None) -> _Part:
         """A micro-batch that the rank before sent."""
@@ -265,9 +289,11 @@ class Stage:
         x, y = (decoded(said[name], tensors) for name in (INPUTS, "targets"))
         if x is not None:
             values[INPUTS] = x
-        batch = Batch(_NotSent() if x is None else x, y, step)
+        factor = decoded(said["factor"], tensors)
+        alone = said["parts"] == 1 and self.network.replicas is None
+        batch = Batch(_NotSent() if x is None else x, y, step, balance=whole if alone else partial(_sent, factor))
         state = self._pass(opened, batch, message.part, rows / total, autocast, values)
-        return _Part(state, (rows, total), entered(state, said, tensors))
+        return _Part(state, (rows, total), entered(state, said, tensors), factor=factor)
 
     def _count(self, step: int, samples: int) -> None:
         if self.network.replicas is not None and torch.is_grad_enabled():
@@ -294,6 +320,7 @@ class Stage:
             "rows": part.rows,
             INPUTS: encoded(state.batch.inputs, tensors, "inputs") if read else None,
             "targets": encoded(state.batch.targets, tensors, "targets"),
+            "factor": encoded(part.factor, tensors, "factor"),
         }
         self.timeline.note("sent", step, state.part)
         self._values_out.send(step, state.part, said, tensors, self.timeline.arrival(VALUES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,7 +12,10 @@ from localgrad.errors import ConfigError, TrainingError
 from localgrad.losses.precision import widened
 from localgrad.site import HeadBuilder
 from localgrad.task import Batch
+from localgrad.tasks.counting import balanced, check_weights, cross_entropy, weight_of
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
+
+IGNORED = -100  # PyTorch's default
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Classification:
 
     num_classes: int
     label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
 
@@ -33,13 +38,27 @@ class Classification:
         return proposed
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of logits (B, num_classes) with indices (B,) or probabilities (B, num_classes)."""
+        """Cross-entropy of logits (B, num_classes) with indices (B,) or probabilities (B, num_classes).
+
+        Labels of -100 are ignored; 0 for a batch of nothing else.
+        """
         if output.dim() != 2 or output.shape[1] != self.num_classes:
             raise TrainingError(
                 f"the model returns {tuple(output.shape)}, but classification({self.num_classes}) needs "
                 f"(B, {self.num_classes}); build the model with num_classes={self.num_classes}"
             )
-        return F.cross_entropy(widened(output), batch.targets, label_smoothing=self.label_smoothing)
+        logits, targets = widened(output), batch.targets
+        if targets.is_floating_point():  # a mean over samples
+            weights = None if self.class_weights is None else logits.new_tensor(self.class_weights)
+            return F.cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
+        loss = cross_entropy(logits, targets, IGNORED, self.class_weights, self.label_smoothing)
+        return balanced(loss, batch, self.counted)
+
+    def counted(self, targets: Tensor) -> Tensor:
+        """What the loss divides by: labels that are not ignored, each by the weight of its class."""
+        if targets.is_floating_point():
+            return torch.tensor(len(targets), device=targets.device)
+        return weight_of(targets, IGNORED, self.class_weights)
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Whether each sample's largest logit is its class, (B,) float32; the likelier class of mixed targets."""
@@ -81,6 +100,7 @@ def classification(
     num_classes: int,
     *,
     label_smoothing: float = 0.0,
+    class_weights: tuple[float, ...] | None = None,
     mean: tuple[float, ...] = (0.0,),
     std: tuple[float, ...] = (1.0,),
 ) -> Classification:
@@ -89,6 +109,7 @@ def classification(
     Args:
         num_classes: at least 2.
         label_smoothing: share of the target spread over all classes, for every head.
+        class_weights: of the loss, one for each class; None for equal ones.
         mean, std: what the inputs were normalised by, per channel in [0, 1] units; reconstruction losses undo it.
 
     Raises:
@@ -103,5 +124,7 @@ def classification(
         raise ConfigError(f"num_classes={num_classes}; classification needs at least 2 classes")
     if not 0.0 <= label_smoothing < 1.0:
         raise ConfigError(f"label_smoothing={label_smoothing}; it must be at least 0 and below 1")
+    check_weights(class_weights, num_classes, label_smoothing)
     check_normalisation(mean, std)
-    return Classification(num_classes, label_smoothing, tuple(mean), tuple(std))
+    weights = None if class_weights is None else tuple(class_weights)
+    return Classification(num_classes, label_smoothing, weights, tuple(mean), tuple(std))

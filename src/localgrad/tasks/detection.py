@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from localgrad.errors import ConfigError, TrainingError
 from localgrad.losses.precision import widened
 from localgrad.site import HeadBuilder
 from localgrad.task import Batch
+from localgrad.tasks.counting import balanced
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
 
 CANDIDATES = 100
@@ -86,8 +88,12 @@ class Detection:
         return {name: sum((losses[name] for losses in others), first[name]) / len(found) for name in first}
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        """The sum of `losses`."""
-        return torch.stack(list(self.losses(output, batch.targets).values())).sum()
+        """The sum of `losses`. RetinaNet's are means over images; FCOS divides by the anchors that lie on objects."""
+        loss = torch.stack(list(self.losses(output, batch.targets).values())).sum()
+        if "bbox_ctrness" not in output:
+            return loss
+        answer = self.answer(output)
+        return balanced(loss, batch, lambda targets: on_objects(answer, targets), batch.boundary, least=1.0)
 
     @torch.no_grad()
     def score(self, output: Any, targets: Sequence[Target]) -> Tensor:
@@ -137,6 +143,29 @@ class Detection:
     def pixels(self, inputs: Tensor) -> Tensor:
         """See `localgrad.tasks.normalisation.pixels_of`."""
         return pixels_of(inputs, self.mean, self.std)
+
+
+def on_objects(answer: Mapping[str, Any], targets: Sequence[Target]) -> Tensor:
+    """How many anchors FCOS matches with the boxes of ``targets``: what its losses divide by, if it is not 0.
+
+    torchvision matches inside ``compute_loss`` and hands the matches to the head; here something else takes them.
+    """
+    from torchvision.models.detection.fcos import FCOS
+
+    levels = anchors_of(answer)
+    anchors = [torch.cat(levels)] * len(targets)
+
+    class Matching:
+        """In place of a detector: its settings, and a head that returns what it is matched with."""
+
+        head = SimpleNamespace(compute_loss=lambda targets, outputs, anchors, matched: matched)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(answer["detector"], name)
+
+    kept = [trained_boxes(target) for target in targets]
+    matched = FCOS.compute_loss(Matching(), kept, dict(answer), anchors, [len(level) for level in levels])
+    return torch.stack([(found >= 0).sum() for found in matched]).sum()
 
 
 def anchors_of(answer: Mapping[str, Any]) -> list[Tensor]:

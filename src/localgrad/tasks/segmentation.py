@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +14,7 @@ from localgrad.errors import ConfigError, TrainingError
 from localgrad.losses.precision import widened
 from localgrad.site import HeadBuilder
 from localgrad.task import Batch
+from localgrad.tasks.counting import balanced, check_weights, cross_entropy, weight_of
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
 
 
@@ -65,17 +65,15 @@ class Segmentation:
         loss = self._cross_entropy(self.logits(output), batch.targets)
         if isinstance(output, Mapping) and "aux" in output:
             loss = loss + self.auxiliary * self._cross_entropy(output["aux"], batch.targets)
-        return loss
+        return balanced(loss, batch, self.counted)
+
+    def counted(self, targets: Tensor) -> Tensor:
+        """What the loss divides by: pixels that are not ignored, each by the weight of its class."""
+        return weight_of(targets, self.ignore_index, self.class_weights)
 
     def _cross_entropy(self, logits: Tensor, masks: Tensor) -> Tensor:
-        weights = None
         logits = resized(widened(logits), masks.shape[-2:])
-        if self.class_weights is not None:
-            weights = torch.tensor(self.class_weights, device=logits.device, dtype=logits.dtype)
-        loss = F.cross_entropy(
-            logits, masks, weights, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
-        )
-        return torch.where((masks != self.ignore_index).any(), loss, torch.zeros_like(loss))
+        return cross_entropy(logits, masks, self.ignore_index, self.class_weights, self.label_smoothing)
 
     def score(self, output: Any, targets: Tensor) -> Tensor:
         """The share of each image's pixels that are classified rightly, (B,) float32; 1 where all are ignored.
@@ -179,15 +177,13 @@ def segmentation(
         raise ConfigError(f"num_classes={num_classes}; segmentation needs at least 2 classes")
     if 0 <= ignore_index < num_classes:
         raise ConfigError(f"ignore_index={ignore_index} is one of the {num_classes} classes; use 255 or -100")
-    for name, names in (("class_weights", class_weights), ("classes", classes or None)):
-        if names is not None and len(names) != num_classes:
-            raise ConfigError(f"{name} has {len(names)} entries; give one for each of the {num_classes} classes")
-    if class_weights is not None and (min(class_weights) < 0 or sum(class_weights) <= 0):
-        raise ConfigError(f"class_weights={class_weights}; weights are at least 0, and one is positive")
+    if classes and len(classes) != num_classes:
+        raise ConfigError(f"classes has {len(classes)} entries; give one for each of the {num_classes} classes")
     if not auxiliary >= 0:
         raise ConfigError(f"auxiliary={auxiliary}; a weight is at least 0")
     if not 0.0 <= label_smoothing < 1.0:
         raise ConfigError(f"label_smoothing={label_smoothing}; it must be at least 0 and below 1")
+    check_weights(class_weights, num_classes, label_smoothing)
     check_normalisation(mean, std)
     weights = None if class_weights is None else tuple(class_weights)
     return Segmentation(
