@@ -122,7 +122,7 @@ def test_branches_of_a_vision_transformer() -> None:
 
     network = localgrad.localize(vit, trgl(BASE, tau=TAU), ("blocks.2",), example=images)
     bare = copy.deepcopy(vit)
-    own = nn.ModuleList([nn.LayerNorm(8), nn.Linear(8, CLASSES)])
+    own = nn.ModuleList([nn.LayerNorm(8, 1e-6), nn.Linear(8, CLASSES)])
     copied(own, network.auxiliary["0-1"])
     x = bare._pos_embed(bare.patch_embed(images))
     for half in range(2):

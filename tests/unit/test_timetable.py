@@ -68,7 +68,7 @@ def test_what_every_timetable_promises(method: localgrad.Method, parts: int) -> 
 
 
 def test_parts_pass_a_group_of_blocks_before_the_next_one_begins() -> None:
-    table = timetable.timetable(methods.auglocal(TASK).spans(4, 0), 4, 2)  # (0, 1), (1, 2), (2, 4)
+    table = timetable.timetable(methods.auglocal(TASK, tail=2).spans(4, 0), 4, 2)  # (0, 1), (1, 2), (2, 4)
     forwards = [(row.block, row.part) for row in table if row.do == "forward"]
     assert forwards == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0), (2, 1), (3, 1)]
 
