@@ -440,14 +440,14 @@ def test_summary_command(call: Call) -> None:
 
 def test_bench(call: Call, tmp_path: Path) -> None:
     tiny = ["bench", "resnet8", "--batch-size", "4", "--image-size", "8", "--rounds", "1"]
-    files = [f"--{name}={tmp_path / file}" for name, file in
-             (("out", "b.json"), ("picture", "p.png"), ("timeline", "t.png"))]  # fmt: skip
-    said = call(*tiny, "-m", "dgl", "-m", "[{dgl: {head: linear}}]", "-k", "2", "--no-combinations", *files)
-    names = [row["name"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]]
+    out = tmp_path / "new" / "folder"
+    options = ["-m", "dgl", "-m", "[{dgl: {head: linear}}]", "-k", "2", "--no-combinations", "--out", str(out)]
+    said = call(*tiny, *options)
+    names = [row["name"] for row in json.loads((out / "bench.json").read_text())["rows"]]
     assert names[-2:] == ["dgl K=2", "dgl(head=linear) K=2"] and names[0] == "end-to-end"
     assert all(name in said.out for name in names)
-    assert (tmp_path / "p.png").stat().st_size > 10_000 and (tmp_path / "t.png").stat().st_size > 10_000
-    refused(call(*tiny, "--out", str(tmp_path / "none" / "b.json")), "there is no directory")
+    assert all((out / picture).stat().st_size > 10_000 for picture in ("pareto.png", "timeline.png"))
+    refused(call(*tiny, "--out", str(out / "bench.json")), "name a folder that can be written")
     refused(call(*tiny, "--variant", "fp16"), "unknown precision 'fp16'")
 
 

@@ -22,24 +22,20 @@ from localgrad.task import Batch, Task
 
 
 @base
-def feature_distillation(
-    task: Task, *, teacher: nn.Module, layers: Sequence[str] | None = None, label: float = 0.0
-) -> Method:
+def feature_distillation(task: Task, *, teacher: nn.Module, layers: Sequence[str] | None = None) -> Method:
     """Every block learns where a trained teacher's features are active; only the last block sees the labels.
 
-    ``L_k = attention_transfer(h_k, t_k) + label * task.loss(head_k(h_k))`` for ``k < K``, the model's own loss for the
-    last block, where ``t_k`` are the teacher's features at its k-th boundary. The teacher runs once a batch, in eval
-    mode and without gradient.
+    ``L_k = attention_transfer(h_k, t_k)`` for ``k < K``, the model's own loss for the last block, where ``t_k`` are the
+    teacher's features at its k-th boundary. The teacher runs once a batch, in eval mode and without gradient.
 
     Args:
         task: from `localgrad.tasks`.
         teacher: a trained model for the same inputs, of any architecture.
         layers: modules of the teacher, the inputs of which are ``t_1 .. t_{K-1}``; None cuts it into K blocks of
             equally many units.
-        label: weight of the label loss of a DGL head; 0 builds none.
 
     Raises:
-        MethodError: unknown layers or a negative weight, and when the first batch comes, a wrong number of layers.
+        MethodError: unknown layers, and when the first batch comes, a wrong number of layers.
 
     Example:
         >>> import localgrad
@@ -51,16 +47,12 @@ def feature_distillation(
     activation maps (Zagoruyko & Komodakis, ICLR 2017, arXiv:1612.03928).
     Differs: LAKD's own map and its coupling of modules are not public in detail; this is plain attention transfer.
     """
-    if not label >= 0:
-        raise MethodError(f"label={label}; a weight is at least 0")
     for name in layers or ():
         if name not in dict(teacher.named_modules()):
             raise MethodError(f"layers: {nearest(name, dict(teacher.named_modules()), 'module of the teacher')}")
     maps = Teacher(teacher, None if layers is None else tuple(layers))
-    terms = [Term(heads.AttentionMap(), AttentionTransfer(maps), scored=False)]
-    if label > 0:
-        terms.append(Term(task.head(heads.MLP(task.num_outputs)), task.loss, label))
-    return Method("feature_distillation", task, terms=tuple(terms), spans=Local(), contexts=(maps,))
+    terms = (Term(heads.AttentionMap(), AttentionTransfer(maps), scored=False),)
+    return Method("feature_distillation", task, terms=terms, spans=Local(), contexts=(maps,))
 
 
 @dataclass(frozen=True, eq=False)
