@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from localgrad import data
+from localgrad import data, sealed
 from localgrad.config import Config
 from localgrad.data import boxes, folders
 from localgrad.data.augment import Normalise
@@ -21,7 +20,7 @@ from localgrad.errors import CheckpointError, DataError
 from localgrad.losses.distillation import logits_of
 from localgrad.tasks import detection
 from localgrad.train.experiment import device_of
-from localgrad.train.finished import WEIGHTS, model_of, read_config
+from localgrad.train.finished import RESULT, WEIGHTS, model_of, read_config
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,12 @@ def load_trained(run_dir: Path, device: str = "auto") -> Trained:
     Raises:
         CheckpointError: no finished run there.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     config = read_config(run_dir)
     try:
-        told = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))["trained_on"]
+        told = sealed.read_json(run_dir / RESULT)["trained_on"]
         known: dict[str, Any] = {name: tuple(told[name]) for name in ("classes", "image_shape", "mean", "std")}
-        kind, weights = told["kind"], load_file(run_dir / WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        kind, weights = told["kind"], sealed.read_tensors(run_dir / WEIGHTS)
+    except (CheckpointError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{run_dir} holds no finished run ({' '.join(str(error).split())[:200]}); give a directory in which "
             "`localgrad train` came to its end"
