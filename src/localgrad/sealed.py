@@ -131,7 +131,7 @@ def read_yaml(path: Path) -> str:
 def tensors_data(tensors: Mapping[str, Tensor]) -> bytes:
     """A sealed safetensors file, which other programs read too."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return save(plain, {"format": "pt", "sha256": _of_tensors(plain)})
+    return save(plain, {"sha256": _of_tensors(plain)})  # one entry: safetensors writes several in any order
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

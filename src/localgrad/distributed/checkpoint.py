@@ -185,7 +185,15 @@ class Checkpoints:
         return sealed.decode(sealed.read_json(place / COMPLETE)["beside"], tensors)
 
     def weights(self, step: int) -> dict[str, Tensor]:
-        """The whole network after ``step`` steps, whatever this rank trains, keyed like its ``state_dict``."""
+        """The whole network after ``step`` steps, whatever this rank trains, keyed like its ``state_dict``.
+
+        One rank may call it alone.
+
+        Raises:
+            CheckpointError: the checkpoint is missing or damaged.
+        """
+        if damage := self._damage_seen(step):
+            raise CheckpointError(damage)
         reader = dcp.HuggingFaceStorageReader(str(self._place(step)))
         saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
         names = {id(tensor): name for name, tensor in named_tensors(self.network).items()}
@@ -217,21 +225,24 @@ class Checkpoints:
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with the files of a checkpoint, if anything: the same answer on every rank."""
-        place, rank, ranks = self._place(step), 0, 1
-        if self.group is not None:
-            rank, ranks = self.group.rank(), self.group.size()
+        if self.group is None:
+            return self._damage_seen(step) or None
+        # Each rank reads its share of the files.
+        answers = gather_text(self.group, self._damage_seen(step, self.group.rank(), self.group.size()))
+        return next((answer for answer in answers if answer), None)
+
+    def _damage_seen(self, step: int, rank: int = 0, ranks: int = 1) -> str:
+        """What is wrong with every ``ranks``-th file; empty if nothing is."""
+        place = self._place(step)
         try:
             files = sealed.read_json(place / COMPLETE)["files"]
             there = {path.name for path in place.iterdir()} - {COMPLETE}
             lost = sorted(set(files) ^ there)
-            # Each rank reads its share of the files.
             altered = [name for name in sorted(files)[rank::ranks] if name not in lost]
             altered = [name for name in altered if sealed.file_digest(place / name) != files[name]]
-            found = f"{place} is damaged: {', '.join(lost + altered)}" if lost or altered else ""
-        except (OSError, CheckpointError) as error:
-            found = str(error)
-        answers = [found] if self.group is None else gather_text(self.group, found)
-        return next((answer for answer in answers if answer), None)
+        except (OSError, CheckpointError, LookupError, TypeError) as error:
+            return str(error)
+        return f"{place} is damaged: {', '.join(lost + altered)}" if lost or altered else ""
 
     def newest(self) -> int | None:
         """The step of the newest checkpoint that is whole, None if there is none; damaged ones before it are renamed.

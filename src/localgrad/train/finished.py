@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 
 from torch import nn
@@ -30,7 +31,9 @@ def read_config(path: Path) -> Config:
         for folder in sorted(path.glob(f"checkpoints/step{'[0-9]' * 8}"), reverse=True):
             with contextlib.suppress(CheckpointError, LookupError, TypeError, ValueError):
                 beside = dict(sealed.read_json(folder / COMPLETE)["beside"]["dict"])
-                return validate(safe_yaml(beside["config"]), str(folder))
+                config = validate(safe_yaml(beside["config"]), str(folder))
+                warnings.warn(f"{error}; taking the settings that {folder.name} was written with", stacklevel=2)
+                return config
         if not file.is_file():
             raise CheckpointError(
                 f"{path} holds no run (no {CONFIG}); --resume takes a directory that `localgrad train` wrote"
