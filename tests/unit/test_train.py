@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -410,3 +413,62 @@ def test_local_learning_reaches_a_useful_accuracy_on_digits() -> None:
     )  # fmt: skip
     state = finish(build(config))
     assert evaluate(state.network, state.data.test)["score"]["model"] >= 0.95
+
+
+def test_a_directory_has_one_writer_at_a_time(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    first.claim()
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=rf"is in use by process {os.getpid()} on .*, since \d"):
+            second.claim(resume=resume)
+    first.close()
+    second.claim()
+    second.close()
+    code = (
+        "import sys, time; from pathlib import Path; from localgrad.train.folder import RunFolder; "
+        "folder = RunFolder(Path(sys.argv[1])); folder.claim(); print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"is in use by process {other.pid}"):
+            first.claim()
+        other.kill()
+        other.wait()
+    first.claim()  # the lock of a process that has died is free
+    first.close()
+
+
+def test_metrics_that_a_kill_cut_off_are_made_up(tmp_path: Path) -> None:
+    config = settings()
+    start(config, tmp_path)
+    rows = (tmp_path / "metrics.csv").read_text()
+    (tmp_path / "metrics.csv").write_text("".join(rows.splitlines(keepends=True)[:2]))
+    start(config, tmp_path, resume=True)
+    assert (tmp_path / "metrics.csv").read_text() == rows
+
+
+def test_replacing_a_run_clears_all_of_it_and_nothing_else(tmp_path: Path) -> None:
+    config = settings(train={"epochs": 1}, data={"limit": 100})
+    start(config, tmp_path)
+    start(config, tmp_path / "another method")
+    (tmp_path / "notes.txt").write_text("mine")
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        folder.claim()
+    folder.claim(overwrite=True)
+    folder.close()
+    assert {path.name for path in tmp_path.iterdir()} <= {"notes.txt", ".lock"}
+
+
+def test_a_damaged_run_stops_none_of_those_resumed_with_it(tmp_path: Path) -> None:
+    config = settings(beside=[["e2e"]], train={"epochs": 1}, data={"limit": 100})
+    start(config, tmp_path)
+    for file in tmp_path.glob("dgl/checkpoints/*/complete.json"):
+        file.write_text("{}")
+    (tmp_path / "e2e" / "config.yaml").unlink()
+    (tmp_path / "e2e" / "result.json").unlink()
+    kept = sorted(path.name for path in (tmp_path / "e2e" / "checkpoints").iterdir())
+    with pytest.raises(CheckpointError, match=r"dgl: no checkpoint in .*The other runs have ended"):
+        start(config, tmp_path, resume=True)
+    assert (tmp_path / "e2e" / "result.json").is_file() and (tmp_path / "e2e" / "config.yaml").is_file()
+    assert sorted(path.name for path in (tmp_path / "e2e" / "checkpoints").iterdir()) == kept

@@ -253,19 +253,20 @@ class Checkpoints:
             CheckpointError: there are some, but none is whole.
         """
         reasons: list[str] = []
+        damaged: list[Path] = []
         for step in reversed(self.steps()):
             damage = self._damage(step)
             if damage is None:
                 self._checked = step
-                if reasons and self._first:
+                if damaged and self._first:
                     warnings.warn(f"{' '.join(reasons)}; continuing from step {step}", stacklevel=3)
+                    for place in damaged:
+                        aside = place.with_name(place.name + ".damaged")
+                        shutil.rmtree(aside, ignore_errors=True)
+                        place.rename(aside)
                 return step
             reasons.append(damage)
-            if self._first:
-                place = self._place(step)
-                aside = place.with_name(place.name + ".damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                place.rename(aside)
+            damaged.append(self._place(step))
         if reasons:
             raise CheckpointError(
                 f"no checkpoint in {self.folder} is whole: {'; '.join(reasons)}. Restore one from a copy, or begin anew"
