@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +219,7 @@ def test_no_good_checkpoint_is_refused_and_none_at_all_begins_anew(tmp_path: Pat
         path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
         start(config, tmp_path, resume=True)
+    shutil.rmtree(tmp_path / "checkpoints")
     _, said = start(config, tmp_path, resume=True)
     assert "starting from the beginning" in said
     assert (tmp_path / "model.safetensors").read_bytes() == weights

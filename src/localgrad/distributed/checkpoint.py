@@ -291,6 +291,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} has no complete checkpoint of step {step}; it has {known or 'none'}")
         elif step != self._checked and (damage := self._damage(step)) is not None:
             raise CheckpointError(damage)
+        self._checked = None  # files may change until they are read again
         place = self._place(step)
         try:
             facts = sealed.read_json(place / COMPLETE)
