@@ -4,8 +4,9 @@ python bench/mutations.py --number 300 --ranks 1 --out results/reliability-2026-
 python bench/mutations.py --number 120 --ranks 2 --out results/reliability-2026-11-28/two-ranks.jsonl
 
 Each line is one mutation of one file, of a run that was stopped or has ended, and one command: a resumption, an
-evaluation, a prediction. What it may end in is ``recovered`` (the very answer of the undamaged run) or ``refused`` (exit
-code 2, one paragraph that names the file, or the folder it lies in). Everything else is a fault, and the exit code is 1.
+evaluation, a prediction. It may end as ``recovered`` (the very answer of the undamaged run), ``older`` (an evaluation of
+the checkpoint before, with a warning that names the damage) or ``refused`` (exit code 2, one paragraph that names the
+file, or the folder it lies in). Everything else is a fault, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -30,12 +31,11 @@ from safetensors.torch import load_file
 
 PATIENCE = 90.0
 STOPPED = 5
+RIGHT = ("recovered", "older", "refused")
 RUN = ["train", "digits", "beside=[]", "data.limit=120", "train.batch_size=32", "train.threads=1", "--epochs", "3"]
 RUN += ["train.checkpoint_every=2", "--model", "resnet8", "--num-blocks", "4"]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.checkpoint", "localgrad.train.parallel", "localgrad.cli.train"]
-)
+CONTEXT.set_forkserver_preload(["torch.distributed.checkpoint", "localgrad.train.parallel", "localgrad.cli.train"])
 
 
 def command_in(rank: int, ranks: int, port: int, words: list[str], said: str, stop: int | None) -> None:
@@ -56,7 +56,7 @@ def command_in(rank: int, ranks: int, port: int, words: list[str], said: str, st
             if run.step >= stop:
                 os._exit(0)
 
-        RunFolder.save = last  # type: ignore[method-assign]
+        RunFolder.save = last
     code = 0
     with Path(said).open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
@@ -188,30 +188,32 @@ def main() -> int:
                     whole[kind] = answer(run, said, words)
                     continue
                 assert file is not None
-                row["outcome"] = outcome(code, said, file, lambda: answer(run, said, words), whole[kind])
-                if row["outcome"] not in ("recovered", "refused"):
+                row["outcome"] = outcome(code, said, file, run, words, whole[kind])
+                if row["outcome"] not in RIGHT:
                     row["said"] = said[-2000:]
                     print(json.dumps(row, indent=1), file=sys.stderr)
                 counts[row["outcome"]] += 1
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()
     print(", ".join(f"{outcome} {count}" for outcome, count in sorted(counts.items())))
-    return int(bool(set(counts) - {"recovered", "refused"}))
+    return int(bool(set(counts) - set(RIGHT)))
 
 
-def outcome(code: int | None, said: str, file: Path, found: Any, whole: Any) -> str:
+def outcome(code: int | None, said: str, file: Path, run: Path, words: list[str], whole: Any) -> str:
     """What a command made of a damaged ``file``."""
     if code is None:
         return "hang"
     if "Traceback" in said:
         return "traceback"
+    told = "".join(said.split())
+    named = any(part in told for part in (file.name, file.parent.name))
     if code == 0:
         try:
-            return "recovered" if found() == whole else "silent"
+            if answer(run, said, words) == whole:
+                return "recovered"
         except (OSError, ValueError, LookupError):
             return "silent"
-    told = "".join(said.split())
-    named = any("".join(str(part).split()) in told for part in (file.name, file.parent.name))
+        return "older" if words[0] == "eval" and named and "isdamaged" in told else "silent"
     return "refused" if code == 2 and "error:" in said and named else "unnamed"
 
 
