@@ -4,9 +4,9 @@ python bench/mutations.py --number 300 --ranks 1 --out results/reliability-2026-
 python bench/mutations.py --number 120 --ranks 2 --out results/reliability-2026-11-28/two-ranks.jsonl
 
 Each line is one mutation of one file, of a run that was stopped or has ended, and one command: a resumption, an
-evaluation, a prediction. It may end as ``recovered`` (the very answer of the undamaged run), ``older`` (an evaluation of
-the checkpoint before, with a warning that names the damage) or ``refused`` (exit code 2, one paragraph that names the
-file, or the folder it lies in). Everything else is a fault, and the exit code is 1.
+evaluation, a prediction. It may end as ``recovered`` (the very answer of the undamaged run), ``older`` (evaluates the
+checkpoint before, with a warning that names the damage) or ``refused`` (exit code 2, one paragraph that names the file,
+or the folder it lies in). Everything else is a fault, and the exit code is 1.
 """
 
 from __future__ import annotations
