@@ -3,8 +3,8 @@
 python bench/command_lines.py --number 1000 --out results/reliability-2026-11-28/command-lines.jsonl
 
 Each runs in a process of its own. Right is: exit code 0, or 2 for a mistake; no traceback; a refusal within 20 s and
-below 1 GB. What is still at work after 20 s and has said something is stopped, and counts as accepted. The exit code is 1
-if anything else happened.
+below 1 GB. What is still at work after 20 s and has said something is stopped, and counts as accepted. The exit code is
+1 if anything else happened.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ VALUES = [
     "yes", "null", "", " ", "[]", "{}", "[1, 2]", "{a: 1}", "dgl", "dgl+man", "[dgl, man]", "[{dgl: {head: linear}}]",
     "e2e", "[[[[[[[[dgl]]]]]]]]", "&a [*a]", "[&a [x, x], *a]", "!!int abc", "!!python/object/apply:os.system [ls]",
     "2024-99-99", "resnet8", "resnet32", "timm:resnet18", "torchvision:resnet18", "digits", "cifar10", "folder:none",
-    "masks:.", ".", "/", "~nobody", "none.yaml", "é\u202e", "a=b", "=", "train.epochs=1", "cpu", "cuda:7", "bf16", "1GiB",
-    "0B", "-5MiB", "1e", "x" * 5000, "[" * 300, "../../etc/passwd", "os:system", "localgrad.models:resnet8", "block=2",
+    "masks:.", ".", "/", "~nobody", "none.yaml", "é\u202e", "a=b", "=", "train.epochs=1", "cpu", "cuda:7", "bf16",
+    "1GiB", "0B", "-5MiB", "1e", "x" * 5000, "[" * 300, "../../etc/passwd", "os:system", "localgrad.models:resnet8", "block=2",
     "data=0",
 ]  # fmt: skip
 SMALL = ["train.epochs=1", "data.limit=60", "train.threads=1"]

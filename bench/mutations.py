@@ -128,7 +128,7 @@ def damaged(path: Path, draw: random.Random) -> str:
 def answer(run: Path, said: str, words: list[str]) -> Any:
     """What a command came to, to compare: weights, scores and metrics, or what it printed."""
     if words[0] != "train":
-        return [line for line in said.splitlines() if "warn" not in line.lower()]
+        return said[min(said.index(start) for start in ("{", "[") if start in said) :]  # JSON, behind any warning
     rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
     kept = [k for k, name in enumerate(rows[0]) if name != "seconds" and "train/" not in name]
     result = json.loads((run / "result.json").read_text())
