@@ -35,8 +35,8 @@ VALUES = [
     "e2e", "[[[[[[[[dgl]]]]]]]]", "&a [*a]", "[&a [x, x], *a]", "!!int abc", "!!python/object/apply:os.system [ls]",
     "2024-99-99", "resnet8", "resnet32", "timm:resnet18", "torchvision:resnet18", "digits", "cifar10", "folder:none",
     "masks:.", ".", "/", "~nobody", "none.yaml", "é\u202e", "a=b", "=", "train.epochs=1", "cpu", "cuda:7", "bf16",
-    "1GiB", "0B", "-5MiB", "1e", "x" * 5000, "[" * 300, "../../etc/passwd", "os:system", "localgrad.models:resnet8", "block=2",
-    "data=0",
+    "1GiB", "0B", "-5MiB", "1e", "x" * 5000, "[" * 300, "../../etc/passwd", "os:system",
+    "localgrad.models:resnet8", "block=2", "data=0",
 ]  # fmt: skip
 SMALL = ["train.epochs=1", "data.limit=60", "train.threads=1"]
 

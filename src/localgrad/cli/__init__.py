@@ -65,7 +65,7 @@ def _paragraph(text: str) -> str:
     return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
-def _warning(message: Warning | str, *_: Any) -> str:
+def _warning(message: Warning | str, category: object, filename: str, lineno: int, line: str | None = None) -> str:
     return _paragraph(f"warning: {message}") + "\n"
 
 
