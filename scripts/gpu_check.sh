@@ -67,7 +67,7 @@ tested() { limited "$1" "$2" "$python" -m pytest -q -ra -o addopts= -p no:cachep
 
 if wants tests && ! grep -qs "^passed" "$out/tests.status"; then
   files=tests/cuda
-  [ "$device" = cpu ] || files="tests/cuda tests/unit/test_capture.py tests/unit/test_checkpoint.py::test_cuda"
+  [ "$device" = cpu ] || files="tests/cuda tests/unit/test_capture.py tests/unit/test_sealed.py::test_cuda"
   # shellcheck disable=SC2086
   tested tests.txt 120 $files
   status=$?
