@@ -187,6 +187,47 @@ def test_torchvisions_r3d_18_is_trained_by_heads_smaller_than_it() -> None:
         assert sum(p.numel() for p in network.auxiliary.parameters()) < 0.1 * whole
 
 
+class UNet(nn.Module):
+    """Two levels; answers with logits at half of the sides."""
+
+    def __init__(self, sides: int) -> None:
+        super().__init__()
+        self.down1, self.down2, self.down3 = layer(sides, 2, 8, 2), layer(sides, 8, 16), layer(sides, 16, 16)
+        self.pool, self.up = LAYERS[sides].average_pool(2), nn.Upsample(scale_factor=2)
+        self.up2, self.out = layer(sides, 32, 8), LAYERS[sides].conv(8, CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.down2(self.down1(x))
+        return self.out(self.up2(torch.cat([skip, self.up(self.down3(self.pool(skip)))], 1)))
+
+
+@pytest.mark.parametrize("shape", [(32,), (4, 8, 16)], ids=["signals", "volumes"])
+def test_segmentation(shape: tuple[int, ...]) -> None:
+    """Skips are found as in maps; heads answer at their own grid; losses and scores are those of all positions."""
+    task = localgrad.tasks.segmentation(CLASSES)
+    torch.manual_seed(0)
+    inputs, masks = torch.randn(4, 2, *shape), torch.randint(CLASSES, (4, *shape))
+    masks[0, 0] = 255
+    cuts = [[cut.name for cut in Partition(UNet(n), torch.randn(4, 2, *[8] * n)).cuts] for n in (len(shape), 2)]
+    assert cuts[0] == cuts[1] == ["down2", "down3", "up2", "out"]
+    network = localgrad.localize(UNet(len(shape)), localgrad.methods.dgl(task), ("down3", "up2"), example=inputs)
+    losses = train(network, inputs, masks, 4)
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    logits = network.model(inputs).detach()
+    mode = {1: "linear", 3: "trilinear"}[len(shape)]
+    whole = F.interpolate(logits, size=shape, mode=mode, align_corners=False)
+    expected = F.cross_entropy(whole, masks, ignore_index=255)
+    torch.testing.assert_close(task.loss(logits, Batch(inputs, masks, 0)), expected)
+    counted = masks != 255
+    right = (whole.argmax(1) == masks) & counted
+    torch.testing.assert_close(task.score(whole, masks), right.flatten(1).sum(1) / counted.flatten(1).sum(1))
+    metric = task.metric()
+    metric.update(logits, masks)
+    assert metric.compute()["pixel_accuracy"] == pytest.approx((right.sum() / counted.sum()).item())
+    with pytest.raises(TrainingError, match="as many sides"):
+        task.loss(logits, Batch(inputs, masks[..., None], 0))
+
+
 # --- every head reads them --------------------------------------------------------------------------------------------
 
 HEADS: dict[str, HeadBuilder] = {

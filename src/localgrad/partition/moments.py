@@ -263,11 +263,13 @@ class Partition:
         return []
 
     def _side(self, value: Value) -> int:
-        """Height of maps in positions; 0 for other values."""
+        """Height of maps in positions, length of signals; 0 for other values."""
         shape = self.shapes.get(value, ())
-        if len(shape) not in (4, 5):
+        if not 3 <= len(shape) <= 5:
             return 0
         hint = self._channels_hint(self.graph.times[value[0]], shape)
+        if len(shape) == 3 and hint != "first":
+            return 0  # tokens
         return shape[1] if hint == "last" else shape[2]
 
     def _cut(self, call: Call, features: Value, crossing: Sequence[Value]) -> Cut:
