@@ -519,6 +519,28 @@ class Recurrent(nn.Module):
         return self.fc(self.two(self.one(x)[0])[0].mean(1))
 
 
+class Transcriber(nn.Module):
+    """Convolutions, then a recurrent layer that takes signals as words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.Conv1d(3, 6, 3, padding=1)
+        self.words = Words()
+        self.fc = nn.Linear(10, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.words(F.max_pool1d(self.convolutions(x), 2)).mean(1))
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(6, 5, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(1, 2))[0]
+
+
 def read_out(width: int, signals: bool) -> list[nn.Module]:
     pool = [nn.AdaptiveAvgPool1d(1), nn.Flatten()] if signals else [nn.Flatten()]
     return [*pool, nn.LazyLinear(width)]
@@ -557,6 +579,7 @@ TOLD: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int], Layout]] = 
     "norm without weights": (
         lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 6),
                               *read_out(CLASSES, False)), "2", (10, 6), TOKENS),
+    "signals that are transposed for a recurrent layer": (Transcriber, "words", (3, 20), SIGNALS),
     "recurrent": (Recurrent, "two", (10, 6), TOKENS),
 }  # fmt: skip
 

@@ -558,14 +558,17 @@ def _looks_for(module: nn.Module, shape: tuple[int, ...], made: bool) -> Hint:
     """Where a layer looks for channels in features of a shape that it takes, or ``made``."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)):
         return "first"
-    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
-        return "last"
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         *outer, width = module.normalized_shape
         if outer:
             return None  # it normalises positions as well
     elif isinstance(module, (nn.Linear, nn.Embedding)):
         width = module.weight.shape[0 if isinstance(module, nn.Linear) and made else -1]
+    elif isinstance(module, nn.RNNBase):
+        given = (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
+        width = given if made else module.input_size
+    elif isinstance(module, nn.MultiheadAttention):
+        width = module.embed_dim
     else:
         return None
     return "last" if width == shape[-1] else "first" if len(shape) > 3 else None
