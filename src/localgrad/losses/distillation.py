@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from localgrad.errors import TrainingError
+from localgrad.layout import LAYERS
 from localgrad.losses.precision import widened
 from localgrad.method import Context
 from localgrad.task import Batch, Loss
@@ -19,10 +20,12 @@ from localgrad.task import Batch, Loss
 def divergence(logits: Tensor, other: Tensor, temperature: float = 1.0, reverse: bool = False) -> Tensor:
     """``KL(softmax(other / T) || softmax(logits / T))``, or the ``reverse``, averaged over samples and positions.
 
-    Both are (B, num_classes) or (B, num_classes, h, w), maps of ``other`` resized to the grid of ``logits``.
+    Both are (B, num_classes) or (B, num_classes, h, w), or volumes; maps of ``other`` are resized to the grid of
+    ``logits``.
     """
     if logits.shape[2:] != other.shape[2:]:
-        other = F.interpolate(widened(other), size=logits.shape[2:], mode="bilinear", align_corners=False)
+        mode = LAYERS[logits.dim() - 2].resize
+        other = F.interpolate(widened(other), size=logits.shape[2:], mode=mode, align_corners=False)
     ours = F.log_softmax(widened(logits) / temperature, 1)
     theirs = F.log_softmax(widened(other) / temperature, 1)
     pair = (theirs, ours) if reverse else (ours, theirs)
@@ -30,13 +33,14 @@ def divergence(logits: Tensor, other: Tensor, temperature: float = 1.0, reverse:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits (B, num_classes) or (B, num_classes, h, w) that an output is, or that it holds as ``out``.
+    """The logits (B, num_classes), (B, num_classes, h, w) or (B, num_classes, d, h, w) that an output is, or that it
+    holds as ``out``.
 
     Raises:
         TrainingError: it holds none.
     """
     logits = output.get("out") if isinstance(output, Mapping) else output
-    if not isinstance(logits, Tensor) or logits.dim() not in (2, 4):
+    if not isinstance(logits, Tensor) or logits.dim() not in (2, 4, 5):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise TrainingError(
             f"soft targets need logits (B, num_classes) or (B, num_classes, h, w), but the network answers with {found}"

@@ -14,11 +14,11 @@ from localgrad.task import Batch
 
 
 def similarity_matrix(values: Tensor) -> Tensor:
-    """Cosine similarities of centred rows, clamped to [-1, 1]; (B, D) or maps (B, C, H, W) -> (B, B).
+    """Cosine similarities of centred rows, clamped to [-1, 1]; (B, D) or maps (B, C, H, W), (B, C, L), ... -> (B, B).
 
     Maps are first reduced to each channel's standard deviation over positions.
     """
-    if values.dim() == 4:
+    if values.dim() > 2:
         flat = values.flatten(2)
         # With a single position there is no spread to compare; the value itself is what is left.
         values = flat.std(2) if flat.shape[2] > 1 else flat[:, :, 0]

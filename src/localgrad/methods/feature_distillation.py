@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from localgrad.losses import AttentionTransfer
 from localgrad.method import Context, Method, Network, Term
 from localgrad.methods.composition import base
 from localgrad.partition import Partition, by_count
+from localgrad.partition.moments import Hint
 from localgrad.spans import Local
 from localgrad.task import Batch, Task
 
@@ -57,30 +59,35 @@ def feature_distillation(task: Task, *, teacher: nn.Module, layers: Sequence[str
 
 @dataclass(frozen=True, eq=False)
 class Teacher(Context):
-    """The attention maps of the teacher at each boundary, (B, 1, H, W)."""
+    """The attention maps of the teacher at each boundary, (B, 1, H, W).
+
+    ``chosen`` are its layers by the number of boundaries, and where each looks for channels.
+    """
 
     model: nn.Module = field(repr=False)
     layers: tuple[str, ...] | None
-    chosen: dict[int, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    chosen: dict[int, dict[str, Hint]] = field(default_factory=dict, repr=False)
 
     def __call__(self, network: Network, batch: Batch) -> list[Tensor]:
         boundaries = network.num_blocks - 1
         model = self.model.to(network.device)
         model.eval()
         inputs = batch.inputs.to(next(model.parameters()).dtype)
-        if self.layers is None and boundaries not in self.chosen:
-            cuts = by_count(Partition(model, inputs[:2]), boundaries + 1, "unit")
-            self.chosen[boundaries] = tuple(cut.name for cut in cuts)
-        layers = self.chosen[boundaries] if self.layers is None else self.layers
-        if len(layers) != boundaries:
+        if self.layers is not None and len(self.layers) != boundaries:
             raise MethodError(
-                f"feature_distillation: {len(layers)} layers of the teacher for {boundaries} boundaries; name one each"
+                f"feature_distillation: {len(self.layers)} layers of the teacher for {boundaries} boundaries; name one "
+                "each"
             )
+        if boundaries not in self.chosen:
+            partition = Partition(copy.deepcopy(model).requires_grad_(True), inputs[:2])
+            names = self.layers or tuple(cut.name for cut in by_count(partition, boundaries + 1, "unit"))
+            self.chosen[boundaries] = {name: partition.looked_for(name) for name in names}
+        layers = self.chosen[boundaries]
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
             def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-                maps = ToMaps(layout_of(arguments[0], inputs))(arguments[0])
+                maps = ToMaps(layout_of(arguments[0], inputs, layers[name]))(arguments[0])
                 found[name] = Energy()(maps)
 
             return hook
@@ -93,4 +100,4 @@ class Teacher(Context):
         finally:
             for hook in hooks:
                 hook.remove()
-        return [found[name] for name in layers]
+        return [found[name] for name in self.layers or layers]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from localgrad import heads
 from localgrad.errors import ConfigError, TrainingError
+from localgrad.layout import LAYERS
 from localgrad.losses.precision import widened
 from localgrad.site import HeadBuilder
 from localgrad.task import Batch
@@ -42,13 +43,13 @@ class Segmentation:
         return heads.FCN(self.num_classes, self.head_width)
 
     def logits(self, output: Any) -> Tensor:
-        """The logits (B, num_classes, h, w) of an output.
+        """The logits (B, num_classes, h, w) of an output; (B, num_classes, l) of signals and so on.
 
         Raises:
             TrainingError: it holds none.
         """
         logits = output.get("out") if isinstance(output, Mapping) else output
-        if not isinstance(logits, Tensor) or logits.dim() != 4 or logits.shape[1] != self.num_classes:
+        if not isinstance(logits, Tensor) or not 3 <= logits.dim() <= 5 or logits.shape[1] != self.num_classes:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(output).__name__}"
             raise TrainingError(
                 f"the model returns {found}, but segmentation({self.num_classes}) needs (B, {self.num_classes}, h, w), "
@@ -72,7 +73,7 @@ class Segmentation:
         return weight_of(targets, self.ignore_index, self.class_weights)
 
     def _cross_entropy(self, logits: Tensor, masks: Tensor) -> Tensor:
-        logits = resized(widened(logits), masks.shape[-2:])
+        logits = resized(widened(logits), masks.shape[1:])
         return cross_entropy(logits, masks, self.ignore_index, self.class_weights, self.label_smoothing)
 
     def score(self, output: Any, targets: Tensor) -> Tensor:
@@ -83,8 +84,8 @@ class Segmentation:
         predicted = self.logits(output).argmax(1)
         masks = F.interpolate(targets[:, None].float(), size=predicted.shape[1:]).long()[:, 0]
         counted = masks != self.ignore_index
-        wrong = ((predicted != masks) & counted).sum((1, 2))
-        return 1.0 - wrong / counted.sum((1, 2)).clamp(min=1)
+        wrong = ((predicted != masks) & counted).flatten(1).sum(1)
+        return 1.0 - wrong / counted.flatten(1).sum(1).clamp(min=1)
 
     def metric(self) -> IntersectionOverUnion:
         """IoU of each class, at the size of the masks."""
@@ -114,7 +115,7 @@ class IntersectionOverUnion:
 
     def update(self, output: Any, targets: Tensor) -> None:
         """Count one batch: logits (B, num_classes, h, w), masks (B, H, W)."""
-        logits = resized(widened(self.task.logits(output)), targets.shape[-2:])
+        logits = resized(widened(self.task.logits(output)), targets.shape[1:])
         self.confusion.to(logits.device).update(logits.argmax(1), targets)
 
     def compute(self) -> dict[str, float]:
@@ -128,10 +129,21 @@ class IntersectionOverUnion:
 
 
 def resized(logits: Tensor, size: Any) -> Tensor:
-    """Logits (B, C, h, w) at ``size`` (H, W), bilinear, corners not aligned; the same tensor if they have it."""
-    if logits.shape[-2:] == size:
+    """Logits (B, C, h, w) at ``size`` (H, W), bilinear, corners not aligned; the same tensor if they have it.
+
+    Those of signals and volumes likewise.
+
+    Raises:
+        TrainingError: the masks have another number of sides.
+    """
+    if logits.shape[2:] == size:
         return logits
-    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+    if len(size) != logits.dim() - 2:
+        raise TrainingError(
+            f"logits of shape {tuple(logits.shape)} for masks of {tuple(size)} positions; give masks as many sides: "
+            "(B, H, W) for images, (B, L) for signals, (B, D, H, W) for volumes"
+        )
+    return F.interpolate(logits, size=tuple(size), mode=LAYERS[len(size)].resize, align_corners=False)
 
 
 def segmentation(
@@ -149,7 +161,8 @@ def segmentation(
     """Give every pixel one of ``num_classes`` classes.
 
     The model answers with logits (B, num_classes, h, w) on any grid, or with a mapping that holds them as ``out`` and
-    those of its own auxiliary classifier as ``aux``. Targets are masks (B, H, W), int64.
+    those of its own auxiliary classifier as ``aux``. Targets are masks (B, H, W), int64. Signals (B, C, L) have logits
+    (B, num_classes, l) and masks (B, L), volumes (B, C, D, H, W) one side more than images.
 
     Args:
         num_classes: at least 2.
