@@ -111,7 +111,7 @@ def test_the_score_of_each_image() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_classes": 1}, "at least 2"),
+        ({"num_classes": 0}, "at least 1"),
         ({"num_classes": 300}, "is one of the 300 classes"),
         ({"num_classes": 3, "class_weights": (1.0, 2.0)}, "class_weights has 2 entries"),
         ({"num_classes": 3, "class_weights": (0.0, 0.0, 0.0)}, "one is positive"),
@@ -280,7 +280,7 @@ def test_bad_files_are_skipped_and_counted_when_asked(folder: Path, what: str) -
     [
         (lambda root: (root / "masks/train/2.png").unlink(), "images/train/2.png has no mask"),
         (lambda root: (root / "classes.txt").unlink(), "cannot read .*classes.txt"),
-        (lambda root: (root / "classes.txt").write_text("one\n"), "names 1 classes"),
+        (lambda root: (root / "classes.txt").write_text("\n"), "names 0 classes"),
         (lambda root: [p.unlink() for p in (root / "images/test").iterdir()], "holds no image"),
         (lambda root: (root / "masks/test").rename(root / "masks/x"), "masks/test is no folder"),
     ],

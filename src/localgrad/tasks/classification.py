@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from localgrad.site import HeadBuilder
 from localgrad.task import Batch
 from localgrad.tasks.counting import balanced, check_weights, cross_entropy, weight_of
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
+from localgrad.tasks.targets import CLASSES, check_classes, has_values, require
 
 IGNORED = -100  # PyTorch's default
+TOLERANCE = 1e-2  # of probabilities, which may be in half precision
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Classification:
     class_weights: tuple[float, ...] | None = None
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    read: set[torch.device] = field(default_factory=set, compare=False, repr=False)
 
     @property
     def num_outputs(self) -> int:
@@ -42,17 +46,58 @@ class Classification:
 
         Labels of -100 are ignored; 0 for a batch of nothing else.
         """
-        if output.dim() != 2 or output.shape[1] != self.num_classes:
-            raise TrainingError(
-                f"the model returns {tuple(output.shape)}, but classification({self.num_classes}) needs "
-                f"(B, {self.num_classes}); build the model with num_classes={self.num_classes}"
-            )
-        logits, targets = widened(output), batch.targets
+        logits, targets = widened(self.logits(output)), batch.targets
+        self.check(targets, len(logits))
         if targets.is_floating_point():  # a mean over samples
             weights = None if self.class_weights is None else logits.new_tensor(self.class_weights)
             return F.cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
         loss = cross_entropy(logits, targets, IGNORED, self.class_weights, self.label_smoothing)
         return balanced(loss, batch, self.counted)
+
+    def check(self, targets: Any, samples: int) -> None:
+        """Raise `TrainingError` unless targets are class indices (samples,) or probabilities (samples, num_classes)."""
+        task, shape = f"classification({self.num_classes})", (samples, self.num_classes)
+        indices = isinstance(targets, Tensor) and targets.dtype == torch.int64
+        require(
+            (indices and targets.shape == (samples,))
+            or (isinstance(targets, Tensor) and targets.is_floating_point() and targets.shape == shape),
+            task, targets,
+            f"int64 class indices of shape ({samples},), or probabilities {shape}, float",
+            f"{CLASSES}, targets.float() for one-hot rows, or tasks.regression for other numbers",
+        )  # fmt: skip
+        if not has_values(targets, self.read):
+            return
+        if indices:
+            check_classes(targets, self.num_classes, IGNORED, task)
+        else:
+            sums = targets.double().sum(1)
+            if not (((sums - 1).abs() <= TOLERANCE) & (targets >= -TOLERANCE).all(1)).all():
+                raise TrainingError(
+                    f"{task} was given rows that sum up to {sums.min():g} to {sums.max():g}; a row of it holds the "
+                    f"probabilities of classes, which sum up to 1; where several classes hold at once, write "
+                    f"tasks.multilabel({self.num_classes})"
+                )
+
+    def logits(self, output: Any) -> Tensor:
+        """The logits (B, num_classes) that an output is.
+
+        Raises:
+            TrainingError: it is none.
+        """
+        if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] != self.num_classes:
+            form = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+            raise TrainingError(
+                f"the model returns {form}, but classification({self.num_classes}) needs "
+                f"(B, {self.num_classes}); build the model with num_classes={self.num_classes}"
+            )
+        return output
+
+    def onehot(self, targets: Tensor) -> Tensor:
+        """Rows (B, num_classes) of indices or probabilities; NaN for a label that is ignored."""
+        if targets.is_floating_point():
+            return targets
+        rows = F.one_hot(targets.clamp(min=0), self.num_classes).float()
+        return rows.where((targets != IGNORED)[:, None], float("nan"))
 
     def counted(self, targets: Tensor) -> Tensor:
         """What the loss divides by: labels that are not ignored, each by the weight of its class."""
@@ -71,6 +116,10 @@ class Classification:
     def pixels(self, inputs: Tensor) -> Tensor:
         """See `localgrad.tasks.normalisation.pixels_of`."""
         return pixels_of(inputs, self.mean, self.std)
+
+    def blank(self, samples: int, shape: tuple[int, ...]) -> Tensor:
+        """Targets for inputs (samples, *shape), to plan with."""
+        return torch.zeros(samples, dtype=torch.int64)
 
 
 class Accuracy:

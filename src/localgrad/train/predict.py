@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from localgrad import data
 from localgrad.config import Config
@@ -18,8 +17,8 @@ from localgrad.data import boxes, folders
 from localgrad.data.augment import Normalise
 from localgrad.data.pictures import read_picture
 from localgrad.errors import CheckpointError, DataError
-from localgrad.losses.distillation import logits_of
-from localgrad.tasks import detection
+from localgrad.tasks import detection, segmentation
+from localgrad.tasks.segmentation import resized
 from localgrad.train.experiment import device_of
 from localgrad.train.finished import WEIGHTS, model_of, read_config
 
@@ -133,16 +132,19 @@ def _padded(picture: Tensor, trained: Trained) -> Any:
 
 
 def _labelled(path: Path, picture: Tensor, output: Any, trained: Trained) -> Prediction:
-    share, index = logits_of(output)[0].float().softmax(0).max(0)
+    share, index = output[0].float().softmax(0).max(0)
     return Prediction(path, f"{trained.classes[int(index)]} ({share:.1%})", {})
 
 
 def _segmented(path: Path, picture: Tensor, output: Any, trained: Trained) -> Prediction:
-    logits = F.interpolate(logits_of(output).float(), size=picture.shape[1:], mode="bilinear", align_corners=False)
-    mask = logits.argmax(1)[0].cpu()
-    shares = torch.bincount(mask.flatten(), minlength=len(trained.classes)) / mask.numel()
-    largest = [f"{trained.classes[k]} {shares[k]:.0%}" for k in shares.argsort(descending=True)[:4] if shares[k] > 0]
-    pictures = {".overlay.png": overlay(picture, mask, len(trained.classes)), ".mask.png": mask.to(torch.uint8)[None]}
+    task = segmentation(len(trained.classes))
+    mask = resized(task.logits(output).float(), picture.shape[1:]).argmax(1)[0].cpu()
+    first = task.values - task.num_classes  # 1 where there is a background that has no name
+    names = ("background", *trained.classes)[1 - first :]
+    shares = torch.bincount(mask.flatten(), minlength=task.values) / mask.numel()
+    largest = [f"{names[k]} {shares[k]:.0%}" for k in shares.argsort(descending=True)[:4] if shares[k] > 0]
+    drawn = overlay(picture, mask - first, task.num_classes)
+    pictures = {".overlay.png": drawn, ".mask.png": mask.to(torch.uint8)[None]}
     return Prediction(path, ", ".join(largest), pictures)
 
 
