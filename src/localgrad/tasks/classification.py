@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ from localgrad.site import HeadBuilder
 from localgrad.task import Batch
 from localgrad.tasks.counting import balanced, check_weights, cross_entropy, weight_of
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
-from localgrad.tasks.targets import CLASSES, check_classes, has_values, require
+from localgrad.tasks.targets import CLASSES, check_classes, require, values_of
 
 IGNORED = -100  # PyTorch's default
 TOLERANCE = 1e-2  # of probabilities, which may be in half precision
@@ -65,13 +66,12 @@ class Classification:
             f"int64 class indices of shape ({samples},), or probabilities {shape}, float",
             f"{CLASSES}, targets.float() for one-hot rows, or tasks.regression for other numbers",
         )  # fmt: skip
-        if not has_values(targets, self.read):
-            return
+        values = values_of(targets, self.read)
         if indices:
-            check_classes(targets, self.num_classes, IGNORED, task)
-        else:
-            sums = targets.double().sum(1)
-            if not (((sums - 1).abs() <= TOLERANCE) & (targets >= -TOLERANCE).all(1)).all():
+            check_classes(values, self.num_classes, IGNORED, task)
+        elif values is not None:
+            sums = values.sum(1, dtype=np.float64)
+            if not ((abs(sums - 1) <= TOLERANCE).all() and (values >= -TOLERANCE).all()):
                 raise TrainingError(
                     f"{task} was given rows that sum up to {sums.min():g} to {sums.max():g}; a row of it holds the "
                     f"probabilities of classes, which sum up to 1; where several classes hold at once, write "

@@ -18,7 +18,7 @@ from localgrad.site import HeadBuilder
 from localgrad.task import Batch
 from localgrad.tasks.counting import balanced
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
-from localgrad.tasks.targets import check_classes, check_finite, has_values, require
+from localgrad.tasks.targets import check_classes, check_finite, require, values_of
 
 CANDIDATES = 100
 FOUND = 0.5
@@ -104,9 +104,10 @@ class Detection:
             require(labels.shape == boxes.shape[:1] and labels.dtype == torch.int64, task, labels, allowed,
                     "write labels.long(), one for each box")  # fmt: skip
         labels = torch.cat([one["labels"] for one in targets])
-        if has_values(labels, self.read):
-            check_classes(labels, self.num_classes, None, task)
-            check_finite(torch.cat([one["boxes"] for one in targets]), task)
+        values = values_of(labels, self.read)
+        check_classes(values, self.num_classes, None, task)
+        if values is not None:
+            check_finite(torch.cat([one["boxes"] for one in targets]).cpu().numpy(), task)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """The sum of `losses`. RetinaNet's are means over images; FCOS divides by the anchors that lie on objects."""
@@ -164,6 +165,10 @@ class Detection:
     def pixels(self, inputs: Tensor) -> Tensor:
         """See `localgrad.tasks.normalisation.pixels_of`."""
         return pixels_of(inputs, self.mean, self.std)
+
+    def blank(self, samples: int, shape: tuple[int, ...]) -> list[Target]:
+        """Targets for inputs (samples, *shape), with one box each."""
+        return [{"boxes": torch.ones(1, 4), "labels": torch.zeros(1, dtype=torch.int64)} for _ in range(samples)]
 
 
 def on_objects(answer: Mapping[str, Any], targets: Sequence[Target]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from localgrad.site import HeadBuilder
 from localgrad.task import Batch
 from localgrad.tasks.counting import balanced
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
-from localgrad.tasks.targets import has_values, require
+from localgrad.tasks.targets import require, values_of
 
 IGNORED = -1
 
@@ -69,9 +70,10 @@ class Multilabel:
             f"{shape} floats, 1 where a label holds, 0 where it does not, -1 where that is not known",
             "write targets.float(), or tasks.classification for class indices (B,)",
         )  # fmt: skip
-        if has_values(targets, self.read) and not (((targets >= 0) & (targets <= 1)) | (targets == IGNORED)).all():
+        values = values_of(targets, self.read)
+        if values is not None and not (((values >= 0) & (values <= 1)) | (values == IGNORED)).all():
             raise TrainingError(
-                f"{task} was given targets from {targets.min():g} to {targets.max():g}; it takes 0 to 1, and -1 for "
+                f"{task} was given targets from {values.min():g} to {values.max():g}; it takes 0 to 1, and -1 for "
                 "entries that are ignored; write NaN and other marks of unknown labels as -1"
             )
 
@@ -127,6 +129,7 @@ class MeanAveragePrecision:
         self.precision = MultilabelAveragePrecision(task.num_labels, average=None, ignore_index=IGNORED)
         self.right: Tensor | float = 0.0
         self.entries: Tensor | float = 0.0
+        self.held: Tensor | float = 0.0  # how often each label does
 
     def update(self, output: Tensor, targets: Tensor) -> None:
         """Count one batch: logits (B, num_labels), targets (B, num_labels)."""
@@ -134,12 +137,16 @@ class MeanAveragePrecision:
         self.precision.to(output.device).update(widened(output).sigmoid(), holds.long().where(counts, IGNORED))
         self.right = self.right + (((output > 0) == holds) & counts).sum()
         self.entries = self.entries + counts.sum()
+        self.held = self.held + holds.sum(0)
 
     def compute(self) -> dict[str, float]:
         """``map``, ``accuracy`` and ``ap/<label>`` of every label that occurs."""
-        found = self.precision.compute().double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of labels that never hold
+            found = self.precision.compute().double()
         names = self.task.classes or tuple(map(str, range(self.task.num_labels)))
-        each = {f"ap/{name}": value.item() for name, value in zip(names, found, strict=True) if not value.isnan()}
+        rows = zip(names, found, torch.as_tensor(self.held).expand(len(names)), strict=True)
+        each = {f"ap/{name}": value.item() for name, value, held in rows if held > 0}
         accuracy = float(self.right) / max(1.0, float(self.entries))
         return {"map": sum(each.values()) / max(1, len(each)), "accuracy": accuracy, **each}
 

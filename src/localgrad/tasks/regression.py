@@ -14,7 +14,7 @@ from localgrad.losses.precision import widened
 from localgrad.site import HeadBuilder
 from localgrad.task import Batch
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
-from localgrad.tasks.targets import check_finite, has_values, require
+from localgrad.tasks.targets import check_finite, require, values_of
 
 _LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
@@ -36,9 +36,9 @@ class Regression:
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """The mean over samples and outputs of ``(f - y)^2``, ``|f - y|``, or the smooth form of the latter."""
         answers, targets = self.pair(output, batch.targets)
-        if has_values(targets, self.read):
-            check_finite(targets, f"regression({self.num_outputs})")
-        return _LOSSES[self.distance](answers, targets)
+        check_finite(values_of(batch.targets, self.read), f"regression({self.num_outputs})")
+        # Reduced apart: torch's own mean keeps the storage of all entries on a CPU, which planning would not foresee.
+        return _LOSSES[self.distance](answers, targets, reduction="none").mean()
 
     def pair(self, output: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Answers and targets, both (B, num_outputs) and of one dtype.

@@ -17,7 +17,7 @@ from localgrad.site import HeadBuilder
 from localgrad.task import Batch
 from localgrad.tasks.counting import balanced, check_weights, cross_entropy, weight_of
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
-from localgrad.tasks.targets import CLASSES, check_classes, has_values, require
+from localgrad.tasks.targets import CLASSES, check_classes, require, values_of
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ class Segmentation:
             fits and masks.dtype == torch.int64, task, masks,
             f"int64 masks (B, H, W), one for each of {len(logits)} images", CLASSES,
         )  # fmt: skip
-        if has_values(masks, self.read):
-            check_classes(masks, self.values, self.ignore_index, task)
+        check_classes(values_of(masks, self.read), self.values, self.ignore_index, task)
 
     def counted(self, targets: Tensor) -> Tensor:
         """What the loss divides by: pixels that are not ignored, each by the weight of its class."""
