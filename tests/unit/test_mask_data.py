@@ -509,7 +509,7 @@ def test_one_class_from_the_command_line(folder: Path, tmp_path: Path, capsys: p
         f"data: {{name: 'masks:{folder}', image_size: [24, 32]}}\n"
         "task: {class_weights: [1.0, 2.0], head_width: 8}\n"
         "method: [dgl]\nblocks: {cuts: [encoder.layer1]}\noptim: {name: adamw, lr: 0.003}\n"
-        "train: {epochs: 6, batch_size: 2, eval_batch_size: 2, threads: 1}\n"
+        "train: {epochs: 2, batch_size: 2, eval_batch_size: 2, threads: 1}\n"
     )
     assert run("train", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run"), "--json") == 0
     (result,) = json.loads(capsys.readouterr().out)
@@ -517,7 +517,7 @@ def test_one_class_from_the_command_line(folder: Path, tmp_path: Path, capsys: p
     shown = folder / "images/test/0.png"
     assert run("predict", str(tmp_path / "run"), str(shown), "--out", str(tmp_path / "out"), "--json") == 0
     ((row,), mask) = json.loads(capsys.readouterr().out), np.array(Image.open(tmp_path / "out/0.mask.png"))
-    assert set(np.unique(mask)) <= {0, 1} and set(str(row).split()) & {"background", "'background", "sky", "'sky"}
+    assert set(np.unique(mask)) <= {0, 1} and row["answer"].split()[0] in ("background", "sky")
 
 
 def test_train_evaluate_resume_and_predict(

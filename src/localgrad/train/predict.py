@@ -19,7 +19,7 @@ from localgrad.data.pictures import read_picture
 from localgrad.errors import CheckpointError, DataError
 from localgrad.tasks import detection, segmentation
 from localgrad.tasks.segmentation import resized
-from localgrad.train.experiment import device_of
+from localgrad.train.experiment import build_task, device_of
 from localgrad.train.finished import WEIGHTS, model_of, read_config
 
 
@@ -72,7 +72,9 @@ def load_trained(run_dir: Path, device: str = "auto") -> Trained:
             f"{run_dir} holds no finished run ({' '.join(str(error).split())[:200]}); give a directory in which "
             "`localgrad train` came to its end"
         ) from error
-    model = model_of(config, len(known["classes"]), known["image_shape"])
+    task = build_task(config, len(known["classes"]), known["mean"], known["std"], kind, known["classes"])
+    kind = config.task.get("name", kind)
+    model = model_of(config, task.num_outputs, known["image_shape"])
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -92,7 +94,7 @@ def predict(trained: Trained, images: Sequence[Path]) -> Iterator[Prediction]:
 
     if trained.kind not in SHOWN:
         raise DataError(f"no way to show the answers of a {trained.kind} network; known: {', '.join(SHOWN)}")
-    if trained.kind != "classification":
+    if trained.kind in ("segmentation", "detection"):
         named: dict[str, Path] = {}
         for path in images:
             if (other := named.setdefault(path.stem, path)) != path:
@@ -117,7 +119,7 @@ def _sized(read: Any, picture: Tensor, trained: Trained) -> Tensor:
     from torchvision.transforms.v2.functional import resize
 
     size = trained.config.data.image_size
-    if trained.kind == "classification":
+    if trained.kind not in ("segmentation", "detection"):
         if data.reads_files(trained.config.data.name):
             return folders.transforms(trained.image_shape[1])[1](read, 0)[0].as_subclass(Tensor)
         size = trained.image_shape[1:]
@@ -134,6 +136,10 @@ def _padded(picture: Tensor, trained: Trained) -> Any:
 def _labelled(path: Path, picture: Tensor, output: Any, trained: Trained) -> Prediction:
     share, index = output[0].float().softmax(0).max(0)
     return Prediction(path, f"{trained.classes[int(index)]} ({share:.1%})", {})
+
+
+def _measured(path: Path, picture: Tensor, output: Any, trained: Trained) -> Prediction:
+    return Prediction(path, ", ".join(f"{value:.4g}" for value in output[0].float().reshape(-1).tolist()), {})
 
 
 def _segmented(path: Path, picture: Tensor, output: Any, trained: Trained) -> Prediction:
@@ -170,6 +176,7 @@ def _detected(path: Path, picture: Tensor, output: Any, trained: Trained) -> Pre
 
 SHOWN: dict[str, Callable[[Path, Tensor, Any, Trained], Prediction]] = {
     "classification": _labelled,
+    "regression": _measured,
     "segmentation": _segmented,
     "detection": _detected,
 }
