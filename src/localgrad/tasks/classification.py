@@ -106,8 +106,12 @@ class Classification:
         return weight_of(targets, IGNORED, self.class_weights)
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
-        """Whether each sample's largest logit is its class, (B,) float32; the likelier class of mixed targets."""
-        return (output.argmax(1) == hard_labels(targets)).float()
+        """Whether each sample's largest logit is its class, (B,) float32; the likelier class of mixed targets.
+
+        1 where the label is ignored.
+        """
+        labels = hard_labels(targets)
+        return ((output.argmax(1) == labels) | (labels == IGNORED)).float()
 
     def metric(self) -> Accuracy:
         """Accuracy over all images."""
@@ -123,21 +127,22 @@ class Classification:
 
 
 class Accuracy:
-    """A `localgrad.task.Metric`: the share of images that are classified rightly."""
+    """A `localgrad.task.Metric`: the share of images that are classified rightly, of those with a label."""
 
     def __init__(self, task: Classification) -> None:
         self.task = task
         self.right: Tensor | float = 0.0
-        self.images = 0
+        self.images: Tensor | int = 0
 
     def update(self, output: Tensor, targets: Tensor) -> None:
         """Count one batch: logits (B, num_classes), indices (B,) or probabilities (B, num_classes)."""
-        self.right = self.right + self.task.score(output, targets).sum()
-        self.images += len(targets)
+        counts = hard_labels(targets) != IGNORED
+        self.right = self.right + (self.task.score(output, targets) * counts).sum()
+        self.images = self.images + counts.sum()
 
     def compute(self) -> dict[str, float]:
         """``{"accuracy": ...}``."""
-        return {"accuracy": float(self.right) / max(1, self.images)}
+        return {"accuracy": float(self.right) / max(1, int(self.images))}
 
 
 def hard_labels(targets: Tensor) -> Tensor:
