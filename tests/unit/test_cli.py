@@ -144,6 +144,8 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "momentum": ([*DIGITS, "optim.momentum=1"], ["optim.momentum=1.0", "below 1"]),
     "weight decay": ([*DIGITS, "optim.weight_decay=.inf"], ["optim.weight_decay=inf"]),
     "label smoothing": ([*DIGITS, "task.label_smoothing=1"], ["label_smoothing=1", "below 1"]),
+    "task": ([*DIGITS, "task.name=multilabel"], ["task.name=multilabel", "is for classification"]),
+    "task option": ([*DIGITS, "task={name: regression, los: l1}"], ["task.los", "'loss'"]),
     "average": ([*DIGITS, "train.ema_decay=1"], ["train.ema_decay=1.0", "between 0 and 1"]),
     "threads": ([*DIGITS, "train.threads=0"], ["train.threads=0"]),
     "validation": ([*DIGITS, "data.validation=1.0"], ["validation=1.0", "[0, 1)"]),
@@ -189,6 +191,30 @@ def test_bad_input_is_refused_in_one_paragraph(case: str, call: Call, monkeypatc
     arguments, words = BAD[case]
     refused(call(*arguments), *words)
     assert isinstance(raised[0], LocalgradError)
+
+
+def test_class_indices_are_learnt_as_numbers(call: Call) -> None:
+    said = call("train", "digits", "beside=[]", "--epochs", "4", "optim.lr=0.02", "task.name=regression",
+                "train.threads=1", "--run-dir", "run", "--json")  # fmt: skip
+    (result,) = json.loads(said.out)
+    assert list(result["last"]["metrics"]) == ["r2", "mae", "rmse"]
+    assert result["last"]["metrics"]["r2"] == result["last"]["test"]["model"] > 0.5  # 0 for any constant
+    assert json.loads(call("eval", "run", "--json").out)["score"] == result["last"]["test"]
+    loaded = load("digits", batch_size=64)
+    pixels, _ = next(loaded.test.epoch(0))
+    from PIL import Image
+
+    grey = (pixels[0, 0] * loaded.std[0] + loaded.mean[0]).clamp(0, 1) * 255
+    Image.fromarray(grey.byte().numpy()).save("one.png")
+    (row,) = json.loads(call("predict", "run", "one.png", "--json").out)
+    assert -5 < float(row["answer"]) < 15
+
+
+def test_a_plan_of_another_task(call: Call) -> None:
+    said = call("plan", "resnet8", "--batch-size", "4", "--task", "multilabel", "--num-outputs", "5", "--memory",
+                "1GiB", "--rates", "1,10", "--method", "[{dgl: {head: linear}}]", "--json")  # fmt: skip
+    found = json.loads(said.out)
+    assert found["task"] == "localgrad.tasks.multilabel(5)" and "task = localgrad.tasks.multilabel(5)" in found["code"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")

@@ -94,7 +94,7 @@ def test_similarity_of_maps_compares_spread_over_positions() -> None:
 
 def test_similarity_is_0_for_the_labels_themselves_and_4_at_most() -> None:
     targets = torch.tensor([0, 1, 2, 0])
-    loss = Similarity(3)
+    loss = Similarity(classification(3))
     assert loss(F.one_hot(targets, 3).float() * 5 + 2, given(targets)).item() == pytest.approx(0, abs=1e-12)
     assert 0 < loss(torch.randn(4, 3), given(targets)) <= 4
     torch.testing.assert_close(
@@ -105,7 +105,7 @@ def test_similarity_is_0_for_the_labels_themselves_and_4_at_most() -> None:
 
 def test_similarity_of_constant_features_has_a_finite_gradient() -> None:
     maps = torch.zeros(3, 4, 2, 2, requires_grad=True)
-    Similarity(3)(maps + torch.ones(3, 4, 1, 1), given(torch.tensor([0, 1, 2]))).backward()
+    Similarity(classification(3))(maps + torch.ones(3, 4, 1, 1), given(torch.tensor([0, 1, 2]))).backward()
     assert maps.grad.isfinite().all()
 
 
@@ -115,5 +115,5 @@ def test_losses_keep_or_raise_the_precision(dtype: torch.dtype) -> None:
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     batch = given(targets, images)
     assert Contrastive()(torch.randn(4, 3).to(dtype), batch).dtype == expected
-    assert Similarity(2)(torch.randn(4, 3).to(dtype), batch).dtype == expected
+    assert Similarity(classification(2))(torch.randn(4, 3).to(dtype), batch).dtype == expected
     assert Reconstruction(classification(2))(torch.randn(4, 3, 4, 4).to(dtype), batch).dtype == expected

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from localgrad.errors import TrainingError
 from localgrad.losses.precision import widened
-from localgrad.task import Batch
+from localgrad.task import Batch, Task
 
 
 def similarity_matrix(values: Tensor) -> Tensor:
@@ -31,25 +31,27 @@ def similarity_matrix(values: Tensor) -> Tensor:
 class Similarity:
     """Mean squared difference between the similarity matrices of a projection and of the one-hot labels.
 
-    ``mean((S(projection) - S(onehot(targets)))**2)`` over the B x B entries.
+    ``mean((S(projection) - S(onehot(targets)))**2)`` over the B x B entries. Samples without a label take no part.
 
     Args:
-        num_classes: width of the one-hot labels; mixed targets are used as they are.
+        task: its ``onehot(targets)`` are the rows, (B, num_classes): NaN for a sample without a label.
 
     Raises:
-        TrainingError: for masks, which have no one class.
+        TrainingError: for a task without them: masks, boxes and numbers have no one class.
 
     Source: Nokland & Eidnes, ICML 2019, arXiv:1901.06656, eq. 1 and released code.
     """
 
-    num_classes: int
+    task: Task
 
     def __call__(self, output: Tensor, batch: Batch) -> Tensor:
-        targets = batch.targets
-        if not isinstance(targets, Tensor) or targets.dim() > 2:
+        onehot = getattr(self.task, "onehot", None)
+        if onehot is None:
             raise TrainingError(
-                "similarity matching needs one class for each image, not masks or boxes; use another method"
+                "similarity matching needs one class for each image, not masks, boxes or numbers; use another method"
             )
-        onehot = targets if targets.dim() == 2 else F.one_hot(targets, self.num_classes)
-        values = batch.joined(widened(output))
-        return F.mse_loss(similarity_matrix(values), similarity_matrix(batch.joined(onehot).to(values.dtype)))
+        values, rows = batch.joined(widened(output)), batch.joined(onehot(batch.targets))
+        wanted = similarity_matrix(rows.to(values.dtype))
+        known = ~wanted.isnan()
+        ours = similarity_matrix(values).where(known, 0.0)
+        return F.mse_loss(ours, wanted.where(known, 0.0)) * (known.numel() / known.sum().clamp(min=1))

@@ -242,19 +242,29 @@ def build_task(
 ) -> Task:
     """The task of a run: the function of `localgrad.tasks` that ``kind`` names, with the options ``config.task``.
 
+    Classes may be taken for numbers, ``config.task["name"]`` being ``regression``.
+
     Raises:
-        ConfigError: an option that the task does not have.
+        ConfigError: an option that the task does not have, or a task that the data are not for.
     """
     known: dict[str, Any] = {"mean": mean, "std": std, "classes": classes}
+    options = {name: value for name, value in config.task.items() if name != "name"}
+    if (name := config.task.get("name", kind)) != kind:
+        if (name, kind) != ("regression", "classification"):
+            raise ConfigError(
+                f"task.name={name}, but {config.data.name!r} is for {kind}; leave it out, or write regression to learn "
+                "class indices as numbers"
+            )
+        kind, num_classes = name, 1
     make = getattr(tasks, kind)
     allowed = list(inspect.signature(make).parameters)[1:]
     known = {name: value for name, value in known.items() if name in allowed}
-    for name in config.task:
+    for name in options:
         if name not in allowed or name in known:
             free = [option for option in allowed if option not in known]
             raise ConfigError(f"task.{name}: " + (nearest(name, free, f"option of {kind}") if free else "no options"))
     try:
-        return make(num_classes, **known, **config.task)
+        return make(num_classes, **known, **options)
     except TypeError as error:
         raise ConfigError(f"task: {config.task} does not suit {kind}: {error}") from error
 
