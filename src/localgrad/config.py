@@ -159,7 +159,8 @@ class About:
 class Config:
     """One run. ``beside`` lists methods trained with the same settings for comparison.
 
-    ``task`` are options of the task that the data are for, as its function in `localgrad.tasks` takes them.
+    ``task`` are options of the task that the data are for, as its function in `localgrad.tasks` takes them; ``name``
+    among them is ``module:function`` of a task of the user's. Models, methods and data may be named so too.
     """
 
     method: MethodSpec
@@ -223,6 +224,11 @@ def dump(config: Config) -> str:
     for section in ("optim", "data"):
         settings[section] = {k: list(v) if isinstance(v, tuple) else v for k, v in settings[section].items()}
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def folder_name(name: str) -> str:
+    """What the folder of a run by the method ``name`` is called."""
+    return name.replace("+", "-").replace(":", "-")
 
 
 def run_names(config: Config) -> list[str]:

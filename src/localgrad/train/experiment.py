@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map_only
 
-from localgrad import cuts, data, tasks
+from localgrad import cuts, data, named, tasks
 from localgrad.config import BlocksConfig, Config
 from localgrad.cutting import Cutting
 from localgrad.errors import CheckpointError, ConfigError, TrainingError, nearest
@@ -236,21 +236,40 @@ def build_task(
 ) -> Task:
     """The task of a run: the function of `localgrad.tasks` that ``kind`` names, with the options ``config.task``.
 
+    An option ``name`` is ``module:function`` of the user's, used instead: it takes ``num_classes``, those of ``mean``,
+    ``std`` and ``classes`` that it names, and the other options.
+
     Raises:
-        ConfigError: an option that the task does not have.
+        ConfigError: an option that the task does not have, or a function that returns no task.
     """
+    kind, options = task_name(config, kind), {k: v for k, v in config.task.items() if k != "name"}
     known: dict[str, Any] = {"mean": mean, "std": std, "classes": classes}
-    make = getattr(tasks, kind)
+    make = named.function(kind, "task") if named.is_named(kind) else getattr(tasks, kind)
     allowed = list(inspect.signature(make).parameters)[1:]
     known = {name: value for name, value in known.items() if name in allowed}
-    for name in config.task:
+    for name in options:
         if name not in allowed or name in known:
             free = [option for option in allowed if option not in known]
             raise ConfigError(f"task.{name}: " + (nearest(name, free, f"option of {kind}") if free else "no options"))
     try:
-        return make(num_classes, **known, **config.task)
+        task = make(num_classes, **known, **options)
     except TypeError as error:
-        raise ConfigError(f"task: {config.task} does not suit {kind}: {error}") from error
+        raise ConfigError(f"task: {options} does not suit {kind}: {error}") from error
+    if not isinstance(task, Task):
+        raise ConfigError(f"task {kind!r} returned a {type(task).__name__}; it must return a localgrad.task.Task")
+    return task
+
+
+def task_name(config: Config, kind: str) -> str:
+    """The function that makes the task of a run: that of the data, or the user's own.
+
+    Raises:
+        ConfigError: a name that is not ``module:function``.
+    """
+    name = config.task.get("name", kind)
+    if name != kind and not (isinstance(name, str) and named.is_named(name)):
+        raise ConfigError(f"task.name={name!r}; write module:function of a task of your own, or leave it out")
+    return str(name)
 
 
 def cutting_of(blocks: BlocksConfig) -> Cutting | tuple[str, ...]:

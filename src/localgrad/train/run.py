@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from localgrad.config import Config, run_names
+from localgrad.config import Config, folder_name, run_names
 from localgrad.errors import LocalgradError
 from localgrad.measure.plots import comparison_picture, curves_picture
 from localgrad.spec import method_name
@@ -62,8 +62,8 @@ def run(
         resume_with: the command that continues the run, for the message after an interruption.
 
     Returns:
-        the experiment and its result: test scores of every head at the last epoch, and of the model at the best epoch
-        of the validation split, kept apart.
+        the experiment and its result: scores on the test split of every head at the last epoch, and of the model at
+        the best epoch of the validation split, kept apart; ``split`` is what the former is called where it lies.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
@@ -97,7 +97,7 @@ def run(
 
 
 def result_of(run: Experiment, folder: RunFolder) -> dict[str, Any]:
-    """What a run that has ended shows: test scores at the last epoch and, if one is known, at the best one."""
+    """What a run that has ended shows: scores at the last epoch and, if one is known, at the best one."""
     network = run.evaluated
     last = evaluate(network, run.data.test, run.autocast)
     result: dict[str, Any] = {
@@ -116,7 +116,8 @@ def result_of(run: Experiment, folder: RunFolder) -> dict[str, Any]:
         "epochs": run.epoch,
         "steps": run.step,
         "seed": run.config.train.seed,
-        "last": {"epoch": run.epoch, "test": last["score"], "metrics": last["metrics"]},
+        "split": run.data.scored,
+        "last": {"epoch": run.epoch, "score": last["score"], "metrics": last["metrics"]},
     }
     if run.best is not None:
         weights = {k: v.clone() for k, v in network.state_dict().items()}
@@ -124,7 +125,7 @@ def result_of(run: Experiment, folder: RunFolder) -> dict[str, Any]:
         result["best"] = {
             "epoch": run.best["epoch"],
             "validation": run.best["score"],
-            "test": evaluate(network, run.data.test, run.autocast)["score"],
+            "score": evaluate(network, run.data.test, run.autocast)["score"],
         }
         network.load_state_dict(weights)
     return result
@@ -144,7 +145,7 @@ def compare(
     specs, names = [config.method, *config.beside], run_names(config)
     experiments, results = [], []
     for name, spec in zip(names, specs, strict=True):
-        place = path / name.replace("+", "-") if config.beside else path
+        place = path / folder_name(name) if config.beside else path
         # A comparison may have been stopped before it came to this method.
         continues = resume and (not config.beside or (place / "config.yaml").is_file())
         folder = RunFolder(place, resume=continues, overwrite=overwrite or resume)
