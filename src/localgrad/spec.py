@@ -146,19 +146,39 @@ def _called(name: str, function: Any, argument: Any, options: dict[str, Any]) ->
     """``function(argument, **options)``, the options converted to the types it declares."""
     from pydantic import ConfigDict, ValidationError, validate_call
 
+    hints = _hints(function)
     try:
-        return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(_checked(function))(argument, **options)
+        for option, value in options.items():
+            refuse_booleans(f"method.{name}.{option}", value, hints.get(option, Any))
+        return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(_checked(function, hints))(
+            argument, **options
+        )
     except ValidationError as error:
         raise ConfigError(f"method.{name}: " + "; ".join(complaints(error))) from error
 
 
-def _checked(function: Any) -> Any:
+def _hints(function: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError):  # of the user's, which may name types for checkers only
+        return {}
+
+
+def refuse_booleans(place: str, value: Any, hint: Any) -> None:
+    """Raise `ConfigError` where a boolean stands for a number, which pydantic would read as 0 or 1."""
+
+    def takes(hint: Any) -> bool:
+        return hint in (bool, Any, str) or any(takes(part) for part in typing.get_args(hint))
+
+    if any(isinstance(one, bool) for one in (value if isinstance(value, (list, tuple)) else [value])) and not takes(
+        hint
+    ):
+        raise ConfigError(f"{place}={value!r}; it must be a number, not a boolean")
+
+
+def _checked(function: Any, hints: dict[str, Any]) -> Any:
     """``function`` with its first argument, a task or a method, left to itself: pydantic checks the options only."""
     signature = inspect.signature(function)
-    try:
-        hints = typing.get_type_hints(function)
-    except (NameError, TypeError):  # of the user's, which may name types for checkers only
-        hints = {}
     first, *rest = signature.parameters.values()
     parameters = [first.replace(annotation=Any), *(p.replace(annotation=hints.get(p.name, Any)) for p in rest)]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -37,6 +40,11 @@ def read_config(path: Path) -> Config:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file} is damaged: expected settings, found {type(settings).__name__}")
     return validate(settings, str(file))
+
+
+def digest(trained_on: dict[str, Any]) -> str:
+    """Sha256 of what a result says of the data, beside which it stands as ``sha256``: a change would change answers."""
+    return hashlib.sha256(json.dumps(trained_on, sort_keys=True).encode()).hexdigest()
 
 
 def model_of(config: Config, num_classes: int, image_shape: tuple[int, ...]) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from localgrad import data
+from localgrad import data, named
 from localgrad.config import Config
 from localgrad.data import boxes, folders
 from localgrad.data.augment import Normalise
 from localgrad.data.pictures import read_picture
 from localgrad.errors import CheckpointError, DataError
 from localgrad.losses.distillation import logits_of
+from localgrad.spec import complaints
 from localgrad.tasks import detection
-from localgrad.train.experiment import device_of
-from localgrad.train.finished import WEIGHTS, model_of, read_config
+from localgrad.train.experiment import device_of, task_name
+from localgrad.train.finished import WEIGHTS, digest, model_of, read_config
 
 
 @dataclass(frozen=True)
@@ -54,31 +56,100 @@ class Prediction:
     pictures: dict[str, Any]
 
 
+@dataclass(kw_only=True)
+class TrainedOn:
+    """What ``result.json`` says of the data that a run was trained on, under ``trained_on``."""
+
+    kind: str
+    classes: list[str]
+    image_shape: tuple[int, int, int]
+    mean: list[float]
+    std: list[float]
+
+    def __post_init__(self) -> None:
+        channels, *sides = self.image_shape
+        if not (1 <= channels <= 1024 and all(1 <= side <= 2**16 for side in sides)):
+            raise ValueError(f"image_shape={list(self.image_shape)} is no (C, H, W) of an image")
+        if not 1 <= len(self.classes) <= 2**20:
+            raise ValueError(f"{len(self.classes)} classes; there is at least 1")
+        if not (len(self.mean) == len(self.std) == channels):
+            raise ValueError(f"mean={self.mean} and std={self.std} are not one each for {channels} channels")
+        if not (all(map(math.isfinite, self.mean)) and all(0 < s < math.inf for s in self.std)):
+            raise ValueError(f"mean={self.mean}, std={self.std}; they are finite, std is positive")
+
+
+def _trained_on(file: Path) -> TrainedOn:
+    """What a result says about the data.
+
+    Raises:
+        CheckpointError: it is not what training writes.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    try:
+        told = dict(json.loads(file.read_text(encoding="utf-8"))["trained_on"])
+        if told.pop("sha256") != digest(told):
+            raise ValueError("trained_on was changed after training, its sha256 is another one")
+        TrainedOn.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[attr-defined]
+        return TypeAdapter(TrainedOn).validate_json(json.dumps(told))
+    except ValidationError as error:
+        raise CheckpointError(f"{file} is damaged: trained_on.{'; '.join(complaints(error))}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} holds no finished run ({type(error).__name__}: {' '.join(str(error).split())[:200]}); give a "
+            "directory in which `localgrad train` came to its end"
+        ) from error
+
+
 def load_trained(run_dir: Path, device: str = "auto") -> Trained:
     """The model that a finished run left in a directory.
 
+    A model that was named ``module:function`` is imported by that name, which runs the code of that module.
+
     Raises:
-        CheckpointError: no finished run there.
+        CheckpointError: no finished run there, or files that are not what training writes.
+        DataError: a task whose answers nothing here can show.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = read_config(run_dir)
-    try:
-        told = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))["trained_on"]
-        known: dict[str, Any] = {name: tuple(told[name]) for name in ("classes", "image_shape", "mean", "std")}
-        kind, weights = told["kind"], load_file(run_dir / WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    config, told = read_config(run_dir), _trained_on(run_dir / "result.json")
+    kind = task_name(config, told.kind)
+    if kind not in SHOWN:
+        raise DataError(f"no way to show the answers of a {kind} network; known: {', '.join(SHOWN)}")
+    if not named.is_named(config.data.name) and kind != data.kind_of(config.data.name):
         raise CheckpointError(
-            f"{run_dir} holds no finished run ({' '.join(str(error).split())[:200]}); give a directory in which "
-            "`localgrad train` came to its end"
-        ) from error
-    model = model_of(config, len(known["classes"]), known["image_shape"])
+            f"{run_dir / 'result.json'} says {kind}, but {config.data.name} is for {data.kind_of(config.data.name)}"
+        )
+    file = run_dir / WEIGHTS
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from error
+    try:
+        with torch.device("meta"):  # sizes first: a damaged result may ask for any amount of memory
+            expected = model_of(config, len(told.classes), told.image_shape).state_dict()
+    except NotImplementedError:  # it computes something while it is built
+        expected = weights
+    sizes = ({name: tensor.shape for name, tensor in state.items()} for state in (expected, weights))
+    differ = sorted({name for name, _ in set.symmetric_difference(*(set(found.items()) for found in sizes))})
+    if differ:
+        raise CheckpointError(
+            f"{file} does not fit {config.model.name} with the {len(told.classes)} classes and images of "
+            f"{told.image_shape} that {run_dir / 'result.json'} tells of: {', '.join(differ[:3])}"
+        )
+    model = model_of(config, len(told.classes), told.image_shape)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"{run_dir / WEIGHTS} does not fit {config.model.name}: {error}") from error
-    return Trained(model.to(device_of(device)).eval(), config, kind, **known)
+        raise CheckpointError(f"{file} does not fit {config.model.name}: {error}") from error
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.isnan().any() or (tensor.requires_grad and not tensor.isfinite().all()):
+            raise CheckpointError(f"{file} is damaged: {name} holds numbers that are not finite")
+    return Trained(
+        model.to(device_of(device)).eval(), config, kind, tuple(told.classes), told.image_shape, tuple(told.mean),
+        tuple(told.std),
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -86,13 +157,11 @@ def predict(trained: Trained, images: Sequence[Path]) -> Iterator[Prediction]:
     """What the model answers to each picture, one at a time.
 
     Raises:
-        DataError: a file that is no picture, a task whose answers nothing here can show, or two pictures of one name,
+        DataError: a file that is no picture, or two pictures of one name,
             whose answers would be written to one file.
     """
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    if trained.kind not in SHOWN:
-        raise DataError(f"no way to show the answers of a {trained.kind} network; known: {', '.join(SHOWN)}")
     if trained.kind != "classification":
         named: dict[str, Path] = {}
         for path in images:
@@ -196,13 +265,15 @@ def write(prediction: Prediction, folder: Path) -> list[Path]:
     """Write the pictures of a prediction as ``<image name><ending>``; returns their paths.
 
     Raises:
-        DataError: they cannot be written.
+        DataError: they cannot be written, or such a file is there already.
     """
     from torchvision.transforms.v2.functional import to_pil_image
 
     written = []
     for ending, pixels in prediction.pictures.items():
         path = folder / f"{prediction.image.stem}{ending}"
+        if path.exists():
+            raise DataError(f"{path} is there already, and would be replaced; remove it or choose another --out")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             to_pil_image(pixels).save(path)

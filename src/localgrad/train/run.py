@@ -18,6 +18,7 @@ from localgrad.errors import LocalgradError
 from localgrad.measure.plots import comparison_picture, curves_picture
 from localgrad.spec import method_name
 from localgrad.train.experiment import Experiment, build, with_method
+from localgrad.train.finished import digest
 from localgrad.train.folder import RunFolder
 from localgrad.train.loop import train
 from localgrad.train.meters import evaluate
@@ -100,17 +101,18 @@ def result_of(run: Experiment, folder: RunFolder) -> dict[str, Any]:
     """What a run that has ended shows: scores at the last epoch and, if one is known, at the best one."""
     network = run.evaluated
     last = evaluate(network, run.data.test, run.autocast)
+    trained_on = {
+        "kind": run.data.kind,
+        "classes": list(run.data.classes),
+        "image_shape": list(run.data.image_shape),
+        "mean": list(run.data.mean),
+        "std": list(run.data.std),
+    }
     result: dict[str, Any] = {
         "method": method_name(run.config.method),
         "model": run.config.model.name,
         "data": run.data.title,
-        "trained_on": {
-            "kind": run.data.kind,
-            "classes": list(run.data.classes),
-            "image_shape": list(run.data.image_shape),
-            "mean": list(run.data.mean),
-            "std": list(run.data.std),
-        },
+        "trained_on": {**trained_on, "sha256": digest(trained_on)},
         "blocks": run.network.num_blocks,
         "cuts": [cut.name for cut in run.network.cuts],
         "epochs": run.epoch,
