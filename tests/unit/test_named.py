@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,17 @@ def test_a_run_of_the_users_own(own: None, capsys: pytest.CaptureFixture[str]) -
     text = Path("run/config.yaml").read_text()
     for name in ("ownnets:small", "ownnets:mine", "ownnets:twice", "ownnets:load", "ownnets:weighted"):
         assert name in text
+
+
+def test_the_example_of_the_docs_trains(own: None, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "own.md").read_text(encoding="utf-8")
+    code, command = (re.findall(rf"^```{kind}\n(.*?)^```", page, re.M | re.S)[0] for kind in ("python", "sh"))
+    Path("mine.py").write_text(code, encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split()[1:], "train.threads=1", "--run-dir", "run"])
+    sys.modules.pop("mine", None)
+    assert not stop.value.code, capsys.readouterr().err
+    assert json.loads(Path("run/result.json").read_text())["model"] == "mine:small"
 
 
 def test_options_reach_the_function(own: None) -> None:

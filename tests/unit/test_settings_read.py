@@ -23,7 +23,7 @@ KEYS = [
     f"{section.name}.{setting.name}"
     for section in dataclasses.fields(Config)
     if section.name in ("model", "data", "blocks", "optim", "train")
-    for setting in dataclasses.fields(section.default_factory)  # type: ignore[arg-type]
+    for setting in dataclasses.fields(section.default_factory)
 ]
 WORDS = (
     "0.1|'0.1'|1e-3|1e-300|1e400|yes|on|'true'|1|0|-1|2147483648|100000000000000000000|.nan|.inf|-.inf|null|~|[]|{}|[1,2]|"

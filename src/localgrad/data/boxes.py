@@ -88,7 +88,7 @@ def read_coco(annotations: Path, images: Path, on_damage: OnDamage = "raise") ->
             or no box; with ``skip`` such boxes are left out with a warning.
     """
     try:
-        content = json.loads(annotations.read_text(encoding="utf-8"))
+        content = json.loads(annotations.read_text(encoding="utf-8-sig"))
         names = _by_id(annotations, "categories", content["categories"], lambda c: str(c["name"]).strip())
         files = _by_id(annotations, "images", content["images"], lambda i: images / str(i["file_name"]))
         sizes = {
