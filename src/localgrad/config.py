@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import math
 import re
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from localgrad.errors import ConfigError
-from localgrad.spec import MethodSpec, complaints, method_name
+from localgrad.spec import MethodSpec, complaints, method_name, refuse_booleans
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -51,6 +52,19 @@ class DataConfig:
     limit: int | None = None
     augment: bool = True
     workers: int = 0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.validation < 1, f"data.validation={self.validation}; it must be a fraction in [0, 1)")
+        _whole("data.workers", self.workers, 0, _PROCESSES)
+        _whole("data.limit", self.limit, 1, _MOST)
+        for name in ("image_size", "crop_size", "longest_side"):
+            sides = getattr(self, name)
+            for side in sides if isinstance(sides, tuple) else (sides,):
+                _whole(f"data.{name}", side, 1, 2**16)
+        _require(
+            0 < self.scale[0] <= self.scale[1] < math.inf,
+            f"data.scale={list(self.scale)}; write [lowest, highest], both positive",
+        )
 
 
 @dataclass(kw_only=True)
@@ -99,9 +113,10 @@ class OptimConfig:
             self.min_lr == 0 or (0 < self.min_lr < self.lr and self.schedule == "poly"),
             f"optim.min_lr={self.min_lr}; a rate below optim.lr, with optim.schedule=poly only",
         )
-        _require(self.warmup_epochs >= 0, f"optim.warmup_epochs={self.warmup_epochs}; it must be at least 0")
+        _whole("optim.warmup_epochs", self.warmup_epochs, 0, _MOST)
         _require(
-            self.clip_grad is None or self.clip_grad > 0, f"optim.clip_grad={self.clip_grad}; a positive norm or null"
+            self.clip_grad is None or 0 < self.clip_grad < math.inf,
+            f"optim.clip_grad={self.clip_grad}; a positive norm or null",
         )
 
 
@@ -127,11 +142,9 @@ class TrainConfig:
     checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_batch_size"):
-            _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}; it must be at least 1")
-        for name in ("threads", "checkpoint_every"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"train.{name}={value}; it must be at least 1, or null")
+        for name in ("epochs", "batch_size", "eval_batch_size", "checkpoint_every"):
+            _whole(f"train.{name}", getattr(self, name), 1, _MOST)
+        _whole("train.threads", self.threads, 1, _PROCESSES)
         _require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
             f"train.ema_decay={self.ema_decay}; it must lie between 0 and 1, or null",
@@ -159,8 +172,9 @@ class About:
 class Config:
     """One run. ``beside`` lists methods trained with the same settings for comparison.
 
-    ``task`` are options of the task that the data are for, as its function in `localgrad.tasks` takes them. An option
-    ``name`` of ``regression`` learns class indices as numbers.
+    ``task`` are options of the task that the data are for, as its function in `localgrad.tasks` takes them; ``name``
+    among them is ``regression``, which learns class indices as numbers, or ``module:function`` of a task of the user's.
+    Models, methods and data may be named so too.
     """
 
     method: MethodSpec
@@ -172,6 +186,13 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     beside: list[MethodSpec] = field(default_factory=list)
     about: About = field(default_factory=About)
+
+
+_MOST, _PROCESSES = 10**9, 1024  # that are counted; threads and processes of one run
+
+
+def _whole(name: str, value: int | None, least: int, most: int) -> None:
+    _require(value is None or least <= value <= most, f"{name}={value}; it must be at least {least}, at most {most}")
 
 
 def _require(holds: bool, message: str) -> None:
@@ -191,6 +212,10 @@ def validate(settings: dict[str, Any], source: str) -> Config:
     """
     from pydantic import ValidationError
 
+    for section, kind in {f.name: f.default_factory for f in dataclasses.fields(Config)}.items():
+        if dataclasses.is_dataclass(kind) and isinstance(values := settings.get(section), dict):
+            for name, hint in typing.get_type_hints(kind).items():
+                refuse_booleans(f"{source}: {section}.{name}", values.get(name), hint)
     try:
         return _adapter().validate_python(settings)
     except ValidationError as error:
@@ -224,6 +249,11 @@ def dump(config: Config) -> str:
     for section in ("optim", "data"):
         settings[section] = {k: list(v) if isinstance(v, tuple) else v for k, v in settings[section].items()}
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def folder_name(name: str) -> str:
+    """What the folder of a run by the method ``name`` is called."""
+    return name.replace("+", "-").replace(":", "-")
 
 
 def run_names(config: Config) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from localgrad import methods
+from localgrad import methods, named
 from localgrad.errors import ConfigError, nearest
 from localgrad.method import Method
 from localgrad.recipes import safe_yaml
@@ -66,7 +66,8 @@ def as_code(spec: MethodSpec) -> str:
     text = "task"
     for name, options in _parts(spec):
         given = "".join(f", {key}={value!r}" for key, value in options.items())
-        text = f"localgrad.methods.{name}({text}{given})"
+        function = name.replace(":", ".") if named.is_named(name) else f"localgrad.methods.{name}"
+        text = f"{function}({text}{given})"
     return text
 
 
@@ -79,9 +80,11 @@ def _parts(spec: MethodSpec) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def known_methods() -> dict[str, bool]:
     """Name -> whether it is a base (takes a task) or a plug-in (takes a method)."""
-    return {
-        name: next(iter(inspect.signature(getattr(methods, name)).parameters)) == "task" for name in methods.__all__
-    }
+    return {name: _is_base(getattr(methods, name)) for name in methods.__all__}
+
+
+def _is_base(function: Callable[..., Any]) -> bool:
+    return next(iter(inspect.signature(function).parameters), None) == "task"
 
 
 def build_method(
@@ -93,7 +96,8 @@ def build_method(
     """The method a specification names, base first.
 
     Args:
-        spec: names with their options.
+        spec: names with their options; ``module:function`` is one of the user's, a base if its first parameter is
+            called ``task``, else a plug-in. It returns a `localgrad.Method`.
         task: what the base takes.
         load_model: makes a model of an option ``teacher`` that is a path.
 
@@ -110,22 +114,20 @@ def build_method(
         if len(entries) != 1:
             raise ConfigError(f"method: {part!r} must hold one name, as in {{pgl: {{every: 10}}}}")
         ((name, options),) = entries.items()
-        if name not in known:
-            raise ConfigError(nearest(name, known, "method"))
-        if known[name] != (position == 0):
+        if name not in known and not named.is_named(name):
+            raise ConfigError(nearest(name, known, "method") + "; your own is written module:function")
+        function = getattr(methods, name) if name in known else named.function(name, "method")
+        base = _is_base(function)
+        if base != (position == 0):
             bases = ", ".join(n for n, base in known.items() if base)
             raise ConfigError(
                 f"method {method_name(spec)!r}: {name!r} is a "
-                + (
-                    "base and must come first; plug-ins follow it"
-                    if known[name]
-                    else f"plug-in; begin with one of {bases}"
-                )
+                + ("base and must come first; plug-ins follow it" if base else f"plug-in; begin with one of {bases}")
             )
-        function = getattr(methods, name)
-        allowed = list(inspect.signature(function).parameters)[1:]
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        allowed = [p.name for p in parameters]
         for option in options or {}:
-            if option not in allowed:
+            if option not in allowed and not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 raise ConfigError(
                     f"method.{name}: {nearest(option, allowed, 'option')}"
                     if allowed
@@ -134,25 +136,49 @@ def build_method(
         given = dict(options or {})
         if isinstance(given.get("teacher"), str) and load_model is not None:
             given["teacher"] = load_model(given["teacher"])
-        value = _called(function, value, given)
-    assert isinstance(value, Method)
+        value = _called(name, function, value, given)
+        if not isinstance(value, Method):
+            raise ConfigError(f"method {name!r} returned a {type(value).__name__}; it must return a localgrad.Method")
     return value
 
 
-def _called(function: Any, argument: Any, options: dict[str, Any]) -> Any:
+def _called(name: str, function: Any, argument: Any, options: dict[str, Any]) -> Any:
     """``function(argument, **options)``, the options converted to the types it declares."""
     from pydantic import ConfigDict, ValidationError, validate_call
 
+    hints = _hints(function)
     try:
-        return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(_checked(function))(argument, **options)
+        for option, value in options.items():
+            refuse_booleans(f"method.{name}.{option}", value, hints.get(option, Any))
+        return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(_checked(function, hints))(
+            argument, **options
+        )
     except ValidationError as error:
-        raise ConfigError(f"method.{function.__name__}: " + "; ".join(complaints(error))) from error
+        raise ConfigError(f"method.{name}: " + "; ".join(complaints(error))) from error
 
 
-def _checked(function: Any) -> Any:
+def _hints(function: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError):  # of the user's, which may name types for checkers only
+        return {}
+
+
+def refuse_booleans(place: str, value: Any, hint: Any) -> None:
+    """Raise `ConfigError` where a boolean stands for a number, which pydantic would read as 0 or 1."""
+
+    def takes(hint: Any) -> bool:
+        return hint in (bool, Any, str) or any(takes(part) for part in typing.get_args(hint))
+
+    if any(isinstance(one, bool) for one in (value if isinstance(value, (list, tuple)) else [value])) and not takes(
+        hint
+    ):
+        raise ConfigError(f"{place}={value!r}; it must be a number, not a boolean")
+
+
+def _checked(function: Any, hints: dict[str, Any]) -> Any:
     """``function`` with its first argument, a task or a method, left to itself: pydantic checks the options only."""
     signature = inspect.signature(function)
-    hints = typing.get_type_hints(function)
     first, *rest = signature.parameters.values()
     parameters = [first.replace(annotation=Any), *(p.replace(annotation=hints.get(p.name, Any)) for p in rest)]
 
@@ -161,7 +187,6 @@ def _checked(function: Any) -> Any:
 
     call.__signature__ = signature.replace(parameters=parameters, return_annotation=Any)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
-    call.__name__ = function.__name__
     return call
 
 

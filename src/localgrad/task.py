@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -55,6 +55,7 @@ class Metric(Protocol):
         """Figures by name; the first, in [0, 1], is the score that is reported and selects the best epoch."""
 
 
+@runtime_checkable
 class Task(Protocol):
     """What the network is trained to do. Methods and engine know a task by these members only.
 

@@ -285,8 +285,9 @@ def test_train_evaluate_and_predict(coco: Path, tmp_path: Path, capsys: pytest.C
 
     (result,) = json.loads(run("train", str(recipe), "--run-dir", str(place), "--json"))
     assert list(result["last"]["metrics"])[:3] == ["map", "map_50", "map_75"]
-    assert set(result["last"]["test"]) == {"block 1", "block 2", "model"}
-    assert json.loads(run("eval", str(place), "--json"))["score"] == result["last"]["test"]
+    assert set(result["last"]["score"]) == {"block 1", "block 2", "model"}
+    told = json.loads(run("eval", str(place), "--json"))
+    assert told["score"] == result["last"]["score"] and told["split"] == result["split"] == "val"
     picture_of = str(coco / "val2030" / "12.png")
     (row,) = json.loads(run("predict", str(place), picture_of, "--out", str(out), "--min-score", "0.001", "--json"))
     with Image.open(out / "12.boxes.png") as drawn, Image.open(picture_of) as before:

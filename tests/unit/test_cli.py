@@ -372,7 +372,7 @@ def test_exported_weights_are_the_bare_models(trained: Path) -> None:
     with torch.no_grad():
         right = sum((model(x).argmax(1) == y).sum().item() for x, y in test.epoch(0))
     result = json.loads((trained / "result.json").read_text())
-    assert right / test.num_images == pytest.approx(result["last"]["test"]["model"], abs=1e-7)
+    assert right / test.num_images == pytest.approx(result["last"]["score"]["model"], abs=1e-7)
 
 
 def test_eval_gives_the_figures_of_the_run(trained: Path, call: Call) -> None:
@@ -380,9 +380,9 @@ def test_eval_gives_the_figures_of_the_run(trained: Path, call: Call) -> None:
     said = call("eval", str(trained), "--json")
     assert said.code == 0
     scores = json.loads(said.out)
-    assert scores["score"] == result["last"]["test"] and (scores["epoch"], scores["split"]) == (2, "test")
+    assert scores["score"] == result["last"]["score"] and (scores["epoch"], scores["split"]) == (2, "test")
     best = json.loads(call("eval", str(trained), "--json", "--best").out)
-    assert best["score"] == result["best"]["test"] and best["epoch"] == result["best"]["epoch"]
+    assert best["score"] == result["best"]["score"] and best["epoch"] == result["best"]["epoch"]
     best = json.loads(call("eval", str(trained), "--json", "--best", "--split", "validation").out)
     assert best["score"]["model"] == pytest.approx(result["best"]["validation"])
     said = call("eval", str(trained))

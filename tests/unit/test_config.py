@@ -80,7 +80,7 @@ def test_overrides_are_read_as_yaml_and_merged() -> None:
         base, ["optim.lr=1e-3", "blocks={num_blocks: null, cuts: [a, b]}", "data.root=~/x", "train.compile=yes"]
     )
     assert found == {
-        "optim": {"lr": "1e-3", "momentum": 0.5}, "blocks": {"num_blocks": None, "cuts": ["a", "b"]},
+        "optim": {"lr": 1e-3, "momentum": 0.5}, "blocks": {"num_blocks": None, "cuts": ["a", "b"]},
         "data": {"root": "~/x"}, "train": {"compile": True},
     }  # fmt: skip
     assert base["optim"] == {"lr": 0.1, "momentum": 0.5}

@@ -79,7 +79,7 @@ def test_comparison(tmp_path: Path) -> None:
     results = [
         {
             "method": name, "blocks": 4,
-            "last": {"test": {"block 1": 0.5, "blocks 1-2": 0.6, "model": 0.9 + index / 100}},
+            "split": "test", "last": {"score": {"block 1": 0.5, "blocks 1-2": 0.6, "model": 0.9 + index / 100}},
             "cost": {"step_seconds": 0.01 * (index + 1), "activation_bytes": 2**20 * (9 - index)},
         }
         for index, name in enumerate(("dgl", "e2e", "e2e+checkpointing", "a", "b", "c", "d", "e", "f"))

@@ -253,7 +253,7 @@ def test_start_beyond_the_epoch() -> None:
 
 
 def test_unknown_and_missing_sets(tmp_path: Any) -> None:
-    with pytest.raises(DataError, match=r"did you mean 'cifar10'.*folder:/path"):
+    with pytest.raises(DataError, match=r"did you mean 'cifar10'.*folder, or module:function"):
         data.load("cifar11", batch_size=8)
     for name in ("cifar10", "fashion_mnist", "svhn", "stl10", "imagenette224", "imagefolder"):
         with pytest.raises(DataError) as caught:

@@ -324,7 +324,7 @@ def test_cityscapes_label_ids_become_train_ids(tmp_path: Path) -> None:
         mask_file(tmp_path / f"gtFine/{place}_gtFine_labelIds.png", ids)
     data = masks.load("cityscapes", root=tmp_path, batch_size=1, validation=0.0)
     assert data.num_classes == 19 and data.classes[:2] == ("road", "sidewalk") and data.classes[-1] == "bicycle"
-    with pytest.warns(UserWarning, match="no pixel of the test masks is of class building, wall"):
+    with pytest.warns(UserWarning, match="no pixel of the val masks is of class building, wall"):
         ((_, targets),) = data.test.epoch(0)
     assert targets[0, 0, :6].tolist() == [255, 0, 1, 18, 255, 255]
     with pytest.raises(DataError, match=r"leftImg8bit_trainvaltest\.zip"):
@@ -538,10 +538,10 @@ def test_train_evaluate_resume_and_predict(
     assert run("train", str(recipe), "--run-dir", str(place), "--json") == 0
     (result,) = json.loads(capsys.readouterr().out)
     assert list(result["last"]["metrics"])[:2] == ["miou", "pixel_accuracy"]
-    assert result["last"]["test"]["model"] == result["last"]["metrics"]["miou"]
-    assert set(result["last"]["test"]) == {"block 1", "block 2", "model"}
+    assert result["last"]["score"]["model"] == result["last"]["metrics"]["miou"]
+    assert set(result["last"]["score"]) == {"block 1", "block 2", "model"}
     assert run("eval", str(place), "--json") == 0
-    assert json.loads(capsys.readouterr().out)["score"] == result["last"]["test"]
+    assert json.loads(capsys.readouterr().out)["score"] == result["last"]["score"]
     assert run("eval", str(place)) == 0
     assert "miou" in capsys.readouterr().out
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from localgrad import named
 from localgrad.cli.bench import bench
 from localgrad.cli.compare import compare
 from localgrad.cli.doctor import doctor
@@ -51,6 +52,7 @@ def _heard(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
         _held.close()
+        named.SEARCHED[:] = [os.getcwd()]  # modules of the user's lie where the command is typed
         command(*args, **options)
 
     return run

@@ -13,7 +13,7 @@ from localgrad.errors import ConfigError
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="resnet32, timm:NAME or torchvision:NAME.")],
+    model: Annotated[str, typer.Argument(help="resnet32, timm:NAME, torchvision:NAME, or MODULE:FUNCTION.")],
     batch_size: Annotated[int, typer.Option(help="Images in a step.")],
     method: Annotated[
         list[str] | None,

@@ -15,7 +15,14 @@ from localgrad.errors import CheckpointError, ConfigError
 
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="A directory that `localgrad train` wrote.")],
-    split: Annotated[Literal["test", "validation"], typer.Option(help="Which images to score.")] = "test",
+    split: Annotated[
+        Literal["test", "val", "validation"] | None,
+        typer.Option(
+            help="Which images to score: test, or val where the data have no test, is the default; validation are "
+            "those that chose the best epoch.",
+            show_default=False,
+        ),
+    ] = None,
     best: Annotated[
         bool, typer.Option("--best", help="The weights of the best validation epoch, not the last ones.")
     ] = False,
@@ -29,9 +36,9 @@ def evaluate(
 
     settings = read_config(run_dir)
     if settings.beside:
-        from localgrad.config import run_names
+        from localgrad.config import folder_name, run_names
 
-        names = ", ".join(str(run_dir / name.replace("+", "-")) for name in run_names(settings))
+        names = ", ".join(str(run_dir / folder_name(name)) for name in run_names(settings))
         raise ConfigError(f"{run_dir} holds several runs; evaluate one of them: {names}")
     experiment = build(settings)
     folder = RunFolder(run_dir)
@@ -43,9 +50,13 @@ def evaluate(
             raise ConfigError(f"{run_dir} has no best epoch: none is finished, or data.validation=0; leave --best out")
         epoch = experiment.best["epoch"]
         experiment.evaluated.load_state_dict(folder.best_weights(experiment))
+    scored = experiment.data.scored
+    if split not in (None, "validation", scored):
+        raise ConfigError(f"--split {split}: {experiment.data.title} has no split of that name; use --split {scored}")
+    split = split or scored  # type: ignore[assignment]
     batches = experiment.data.validation if split == "validation" else experiment.data.test
     if batches is None:
-        raise ConfigError(f"{run_dir} was trained without a validation split (data.validation=0); use --split test")
+        raise ConfigError(f"{run_dir} was trained without a validation split (data.validation=0); use --split {scored}")
     scores = evaluate(experiment.evaluated, batches, experiment.autocast)
     result: dict[str, Any] = {"run": str(run_dir), "split": split, "epoch": epoch, **scores}
     if as_json:

@@ -144,8 +144,12 @@ def _relative(cost: dict[str, Any] | None) -> dict[str, str]:
 
 def _data(_: str | None) -> list[dict[str, Any]]:
     from localgrad import data
+    from localgrad.data.paths import FORMS
 
     return [
         {"name": found.name, "title": found.title, "found": "yes" if found.found else "no", "where": str(found.where)}
         for found in data.available()
+    ] + [
+        {"name": f"{prefix}:PATH", "title": "a folder of your own", "found": "-", "where": f"PATH holds {holds}"}
+        for prefix, (holds, _) in FORMS.items()
     ]

@@ -20,17 +20,26 @@ Recipe = Annotated[
 MethodOption = Annotated[
     str | None,
     typer.Option(
-        "--method", "-m", help="dgl+man, inner to outer, or YAML: '[{dgl: {head: linear}}, man]'.", show_default=False
+        "--method",
+        "-m",
+        help="dgl+man, inner to outer, or YAML: '[{dgl: {head: linear}}, man]'; MODULE:FUNCTION is your own.",
+        show_default=False,
     ),
 ]
 BlocksOption = Annotated[
     int | None, typer.Option("--num-blocks", "-k", help="Blocks to cut the model into.", show_default=False)
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="resnet32, timm:NAME or torchvision:NAME.", show_default=False)
+    str | None,
+    typer.Option(
+        "--model", help="resnet32, timm:NAME, torchvision:NAME, or MODULE:FUNCTION of your own.", show_default=False
+    ),
 ]
 DataOption = Annotated[
-    str | None, typer.Option("--data", help="A data set (see: localgrad list data).", show_default=False)
+    str | None,
+    typer.Option(
+        "--data", help="A data set (see: localgrad list data), a folder, or MODULE:FUNCTION.", show_default=False
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -65,4 +74,8 @@ def settings_of(recipe: str | None, overrides: list[str] | None, **flags: Any) -
         changes["method"] = parse_method(changes["method"])
     settings = merge(settings, changes)
     settings.setdefault("method", ["dgl"])
-    return config.validate(settings, recipe or "command line")
+    found = config.validate(settings, recipe or "command line")
+    from localgrad.data import full_name
+
+    found.data.name = full_name(found.data.name)
+    return found

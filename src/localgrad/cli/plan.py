@@ -14,7 +14,7 @@ from localgrad.errors import ConfigError
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="resnet32, timm:NAME or torchvision:NAME.")],
+    model: Annotated[str, typer.Argument(help="resnet32, timm:NAME, torchvision:NAME, or MODULE:FUNCTION.")],
     batch_size: Annotated[int, typer.Option(help="Images in a step.")],
     memory: Annotated[str | None, typer.Option(help="What there is, such as 8GiB.", show_default=False)] = None,
     image_size: Annotated[

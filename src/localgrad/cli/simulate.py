@@ -12,7 +12,7 @@ LATENCY = 1e-3  # of a link, seconds
 
 
 def simulate(
-    model: Annotated[str, typer.Argument(help="resnet32, timm:NAME or torchvision:NAME.")],
+    model: Annotated[str, typer.Argument(help="resnet32, timm:NAME, torchvision:NAME, or MODULE:FUNCTION.")],
     ranks: Annotated[int, typer.Option(help="Devices like this one.")] = 4,
     num_blocks: Annotated[int, typer.Option("--num-blocks", "-k", help="Blocks to cut the model into.")] = 4,
     batch_size: Annotated[int, typer.Option(help="Images of one replica in a step.")] = 32,

@@ -92,7 +92,7 @@ def train(
         )
         name = Path(recipe or str(data)).stem.replace("recipe:", "").replace(":", "-")
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        folder = run_dir or Path("runs") / f"{name}-{method_name(settings.method).replace('+', '-')}-{stamp}"
+        folder = run_dir or Path("runs") / f"{name}-{configuration.folder_name(method_name(settings.method))}-{stamp}"
     from localgrad.sealed import write, yaml_text
     from localgrad.train.folder import RunFolder
     from localgrad.train.run import compare
@@ -174,8 +174,9 @@ def _show_results(console: Console, results: list[dict[str, Any]]) -> None:
     title = f"{first['model']} in {first['blocks']} blocks on {first['data']}, {first['epochs']} epochs"
     title += f", seed {first['seed']}"
     score_name = next(iter(first["last"]["metrics"]))
+    split, batch_size = first["split"], first["cost"]["batch_size"]
     console.print(
-        f"\n{title}\nTest {score_name}, and cost of a training step of {first['cost']['batch_size']} images",
+        f"\n{title}\n{split.capitalize()} {score_name}, and cost of a training step of {batch_size} images",
         style="bold",
     )
     table = new_table(
@@ -190,8 +191,8 @@ def _show_results(console: Console, results: list[dict[str, Any]]) -> None:
         best = result.get("best")
         table.add_row(
             result["method"],
-            f"{result['last']['test']['model']:.2%}",
-            f"{best['test']['model']:.2%}\n({best['epoch']})" if best else "-",
+            f"{result['last']['score']['model']:.2%}",
+            f"{best['score']['model']:.2%}\n({best['epoch']})" if best else "-",
             f"{costs['activation_bytes'] / 2**20:.2f} MiB" + against(result, "activation_bytes"),
             f"{costs['step_seconds'] * 1e3:.1f} ms" + against(result, "step_seconds"),
             f"{costs['flops'] / 1e9:.2f} G" + against(result, "flops"),
@@ -199,14 +200,14 @@ def _show_results(console: Console, results: list[dict[str, Any]]) -> None:
         )
     console.print(table)
     remarks = ["x: of e2e; auxiliary parameters: of the model's"] if reference else []
-    remarks += ["*: selected on the validation split, never on test"] if first.get("best") else []
+    remarks += [f"*: selected on the validation split, never on {split}"] if first.get("best") else []
     for remark in remarks:
         console.print(remark, style="dim")
     for result in results:
-        heads = {name: score for name, score in result["last"]["test"].items() if name != "model"}
+        heads = {name: score for name, score in result["last"]["score"].items() if name != "model"}
         if heads:
             console.print(
-                f"{result['method']}: test {score_name} of every head: "
+                f"{result['method']}: {split} {score_name} of every head: "
                 + ", ".join(f"{name} {score:.1%}" for name, score in heads.items())
-                + f", model {result['last']['test']['model']:.1%}",
+                + f", model {result['last']['score']['model']:.1%}",
             )

@@ -8,13 +8,29 @@ Order and augmentation are functions of (seed, epoch, batch or image), so an epo
         ...
 """
 
-from localgrad.data import boxes, masks
+from localgrad import named
+from localgrad.data import boxes, masks, own
 from localgrad.data.catalogue import available, load
 from localgrad.data.dataset import Data, Found, default_root
 from localgrad.data.loaders import Loader
+from localgrad.data.own import Splits
+from localgrad.data.paths import full_name
 from localgrad.data.sources import SOURCES
 
-__all__ = ["Data", "Found", "Loader", "available", "boxes", "default_root", "kind_of", "load", "masks", "reads_files"]
+__all__ = [
+    "Data",
+    "Found",
+    "Loader",
+    "Splits",
+    "available",
+    "boxes",
+    "default_root",
+    "full_name",
+    "kind_of",
+    "load",
+    "masks",
+    "reads_files",
+]
 
 
 def reads_files(name: str) -> bool:
@@ -24,5 +40,7 @@ def reads_files(name: str) -> bool:
 
 
 def kind_of(name: str) -> str:
-    """The task that a data set is for, as `localgrad.tasks` calls it."""
+    """The task that a data set is for, as `localgrad.tasks` calls it; data of the user's own say it themselves."""
+    if named.is_named(name) and not (masks.knows(name) or boxes.knows(name) or name.startswith("folder:")):
+        return own.read(name).kind
     return "segmentation" if masks.knows(name) else "detection" if boxes.knows(name) else "classification"

@@ -49,13 +49,17 @@ class Boxed(NamedTuple):
 
 @dataclass(frozen=True)
 class BoxSet:
-    """The images of a set, by split; ``validation`` is empty where it has none of its own."""
+    """The images of a set, by split; ``validation`` is empty where it has none of its own.
+
+    ``scored`` is what the split in ``test`` is called in the files.
+    """
 
     title: str
     classes: tuple[str, ...]
     train: list[Boxed] = field(repr=False)
     validation: list[Boxed] = field(repr=False)
     test: list[Boxed] = field(repr=False)
+    scored: str = "test"
 
 
 def boxed(
@@ -84,7 +88,7 @@ def read_coco(annotations: Path, images: Path, on_damage: OnDamage = "raise") ->
             or no box; with ``skip`` such boxes are left out with a warning.
     """
     try:
-        content = json.loads(annotations.read_text(encoding="utf-8"))
+        content = json.loads(annotations.read_text(encoding="utf-8-sig"))
         names = _by_id(annotations, "categories", content["categories"], lambda c: str(c["name"]).strip())
         files = _by_id(annotations, "images", content["images"], lambda i: images / str(i["file_name"]))
         sizes = {
@@ -198,7 +202,10 @@ def _coco(root: Path, on_damage: OnDamage, title: str | None = None) -> BoxSet:
             classes = found
     tests = read.pop("test", None)
     kept = read.pop("val", [])
-    return BoxSet(title or f"COCO layout in {root}", classes, read["train"], kept if tests else [], tests or kept)
+    return BoxSet(
+        title or f"COCO layout in {root}", classes, read["train"], kept if tests else [], tests or kept,
+        "test" if tests else "val",
+    )  # fmt: skip
 
 
 def _coco128(root: Path, on_damage: OnDamage) -> BoxSet:
@@ -220,8 +227,9 @@ def _voc(root: Path, on_damage: OnDamage, title: str | None = None) -> BoxSet:
     read = {split: read_voc(root, split, classes) for split in there}
     test = read.get("test") or read["val"]
     return BoxSet(
-        title or f"VOC layout in {root}", classes, read["train"], read.get("val", []) if "test" in read else [], test
-    )
+        title or f"VOC layout in {root}", classes, read["train"], read.get("val", []) if "test" in read else [], test,
+        "test" if read.get("test") else "val",
+    )  # fmt: skip
 
 
 def _bccd(root: Path, on_damage: OnDamage) -> BoxSet:
@@ -407,5 +415,6 @@ def load(
     width, height = resize.fixed_size or (min(resize.max_size, shorter * 4 // 3), shorter)
     shape = (3, -(-height // DIVISIBLE) * DIVISIBLE, -(-width // DIVISIBLE) * DIVISIBLE)
     return Data(
-        name, found.title, len(found.classes), found.classes, shape, _MEAN, _STD, train, kept, test, kind="detection"
-    )
+        name, found.title, len(found.classes), found.classes, shape, _MEAN, _STD, train, kept, test, kind="detection",
+        scored=found.scored,
+    )  # fmt: skip

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from localgrad import randomness
-from localgrad.data import boxes, folders, masks
+from localgrad import named, randomness
+from localgrad.data import boxes, folders, masks, own
 from localgrad.data.augment import Normalise, resize
 from localgrad.data.dataset import Data, Found, default_root, hold_out
 from localgrad.data.loaders import Files, OnDamage, Order, Resident
+from localgrad.data.paths import full_name
 from localgrad.data.sources import SOURCES, Layout, Source
 from localgrad.errors import ConfigError, DataError, nearest
 
@@ -31,6 +32,8 @@ def available(root: str | Path | None = None) -> list[Found]:
     lines = []
     for name, source in SOURCES.items():
         found = source.search(base)
+        if name == "imagefolder" and not isinstance(found, tuple):  # `localgrad.data.paths.FORMS` says what that needs
+            continue
         if isinstance(found, tuple):
             lines.append(Found(name, found[0].title or source.title, True, str(found[1].resolve())))
         else:
@@ -60,7 +63,8 @@ def load(
 
     Args:
         name: one of `available`, or ``folder:/path`` for images sorted as ``train/<class>/*``, ``val/<class>/*`` and
-            ``test/<class>/*``, one of the last two being enough.
+            ``test/<class>/*``, one of the last two being enough, or ``module:function`` of a function that returns
+            `localgrad.data.Splits`.
         root: where the user's copies lie; `default_root` if None.
         batch_size: images in a training batch, over all replicas; a multiple of ``num_replicas``.
         eval_batch_size: images in a validation or test batch; ``batch_size`` if None.
@@ -90,11 +94,15 @@ def load(
         >>> inputs.shape, data.num_classes
         (torch.Size([64, 1, 8, 8]), 10)
     """
+    name = full_name(name)
     kind, path = name, root
     if name.startswith("folder:"):
         kind, path = "imagefolder", name.removeprefix("folder:")
-    if kind not in SOURCES:
-        raise DataError(f"{nearest(name, SOURCES, 'data set')} For your own images write 'folder:/path'.")
+    its_own = kind == name and named.is_named(name)
+    if kind not in SOURCES and not its_own:
+        raise DataError(
+            f"{nearest(name, SOURCES, 'data set')} For your own images write their folder, or module:function."
+        )
     eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
     whole = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "num_replicas": num_replicas}
     for key, value in (whole | ({} if limit is None else {"limit": limit})).items():
@@ -108,23 +116,36 @@ def load(
     if image_size is not None:
         _check_whole("image_size", image_size, 4, 1024)
 
+    if its_own:
+        if image_size is not None or not augment or root is not None:
+            raise ConfigError(
+                f"data.image_size, data.augment and data.root are up to the function {name!r} itself; leave them out"
+            )
+        return own.load(
+            name, batch_size=batch_size, eval_batch_size=eval_batch_size, validation=validation, limit=limit, seed=seed,
+            workers=workers, drop_last=drop_last, device=torch.device(device), on_damage=on_damage, replica=replica,
+            num_replicas=num_replicas,
+        )  # fmt: skip
     source = SOURCES[kind]
     base = Path(path).expanduser() if path is not None else default_root()
     layout, place = source.locate(name, base)
     size, device = image_size or source.shape[1], torch.device(device)
     train: Resident | Files
     test: Resident | Files
-    own: Files | None = None
+    validating: Files | None = None
+    scored = "test"
     if layout.unpack is None:
         train, test = _resident(source, layout, place, size, limit, device)
         train, classes = (train if augment else replace(train, crop=None)), source.classes
     else:
-        train, own, test, classes = _files(source, layout.unpack(place), size, limit, workers, device, on_damage)
+        folder = layout.unpack(place)
+        scored = "test" if (folder / "test").is_dir() else "val"
+        train, validating, test, classes = _files(source, folder, size, limit, workers, device, on_damage)
         train = train if augment else replace(train, augment=train.fit)
-    held, kept = hold_out(train.order.indices, 0.0 if own else validation)
+    held, kept = hold_out(train.order.indices, 0.0 if validating else validation)
     kept_out: Resident | Files | None = replace(train, order=Order(held, eval_batch_size)) if len(held) else None
-    if own and validation > 0:
-        kept_out = replace(own, order=Order(own.order.indices, eval_batch_size))
+    if validating and validation > 0:
+        kept_out = replace(validating, order=Order(validating.order.indices, eval_batch_size))
     return Data(
         name=name,
         title=layout.title or (source.title if name == kind else f"images in {place}"),
@@ -136,6 +157,7 @@ def load(
         train=replace(train, order=Order(kept, batch_size, seed, drop_last, replica, num_replicas)),
         validation=kept_out,
         test=replace(test, order=Order(test.order.indices, eval_batch_size)),
+        scored=scored,
     )
 
 

@@ -21,7 +21,8 @@ class Data:
 
     ``image_shape`` is (C, H, W) of a training batch; ``mean`` and ``std`` (C floats, units of [0, 1]) are what inputs
     were normalised by; ``validation`` is None where none was asked for; ``kind`` names the task its targets are for, as
-    `localgrad.tasks` does.
+    `localgrad.tasks` does, or is ``module:function``; ``scored`` is what the split in ``test`` is called where it lies,
+    which is ``val`` where there is no test split.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Data:
     validation: Loader | None
     test: Loader
     kind: str = "classification"
+    scored: str = "test"
 
 
 class Found(NamedTuple):

@@ -26,7 +26,7 @@ class Folder:
 
 
 def scan(root: Path) -> tuple[Folder, Folder | None, Folder]:
-    """The splits ``root/train``, ``root/val`` and ``root/test``; without ``test``, ``val`` is what is tested on.
+    """The splits ``root/train``, ``root/val`` and ``root/test``; without ``test``, networks are scored on ``val``.
 
     Hidden files and folders are passed over. Links are followed, and each real folder is read once. Files that are no
     pictures by their ending are counted in one warning.

@@ -50,6 +50,7 @@ class MaskSet:
         title: for reports.
         classes: their names, in the order of the class ids that training sees.
         train, validation, test: pairs of paths; ``validation`` is empty where the set has none of its own.
+        scored: what the split in ``test`` is called in the files.
         ids: what a value of a mask file means: a class, or 255 for pixels that are ignored; -1 for an unknown value.
     """
 
@@ -59,6 +60,7 @@ class MaskSet:
     validation: list[Pair] = field(repr=False)
     test: list[Pair] = field(repr=False)
     ids: np.ndarray = field(repr=False)
+    scored: str = "test"
 
 
 def class_ids(known: dict[int, int]) -> np.ndarray:
@@ -95,7 +97,7 @@ def _cityscapes(root: Path) -> MaskSet:
     trained = sorted((c for c in reader.classes if not c.ignore_in_eval), key=lambda c: c.train_id)
     ids = class_ids({c.id: IGNORED if c.ignore_in_eval else c.train_id for c in reader.classes if c.id >= 0})
     classes = tuple(c.name for c in trained)
-    return MaskSet("Cityscapes (fine), val as test", classes, pairs["train"], [], pairs["val"], ids)
+    return MaskSet("Cityscapes (fine)", classes, pairs["train"], [], pairs["val"], ids, "val")
 
 
 def _folder(root: Path) -> MaskSet:
@@ -326,7 +328,7 @@ def load(
         return Files(order, pairs, read, change, fit, stacked, normalise, workers, where, on_damage, watch)
 
     train = split(found.train, training, "training")
-    test = split(found.test, torch.arange(len(found.test)), "test")
+    test = split(found.test, torch.arange(len(found.test)), found.scored)
     train = replace(train, order=Order(training, batch_size, seed, drop_last, replica, num_replicas))
     kept = None
     if validation > 0:
@@ -338,5 +340,5 @@ def load(
     assert sides is not None
     return Data(
         name, found.title, len(found.classes), found.classes, (3, *sides), _MEAN, _STD, train, kept, test,
-        kind="segmentation",
+        kind="segmentation", scored=found.scored,
     )  # fmt: skip

@@ -91,6 +91,8 @@ class Source:
             raise DataError(f"{place}: {len(images)} {split} images but {len(labels)} labels; fetch the set again.")
         if images.shape[1:] != self.shape or images.dtype != np.uint8 or len(images) == 0:
             raise DataError(f"{place}: {split} images are {images.dtype} {images.shape}, not uint8 (N, *{self.shape}).")
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise DataError(f"{place}: {split} labels are {labels.dtype} {labels.shape}, not whole numbers (N,).")
         if labels.min() < 0 or labels.max() >= len(self.classes):
             last = len(self.classes) - 1
             raise DataError(f"{place}: {split} labels run from {labels.min()} to {labels.max()}, not from 0 to {last}.")

@@ -83,13 +83,13 @@ def curves_picture(history: list[dict[str, Any]], title: str, path: Path) -> Non
 
 
 def comparison_picture(results: list[dict[str, Any]], path: Path) -> None:
-    """Test accuracy of every head of each method, and accuracy against activation memory, bubble area by step time."""
+    """Accuracy of every head of each method, and accuracy against activation memory, bubble area by step time."""
     figure, (left, right) = new_figure(2, 4.0)
     markers = "osD^vPX"
     colors = ["#c0392b", "#2c3e50", "#7f8c8d", "#2980b9", "#8e44ad", "#16a085", "#d35400"]
     slowest = max(r["cost"]["step_seconds"] for r in results)
     for index, result in enumerate(results):
-        color, scores = colors[index % len(colors)], result["last"]["test"]
+        color, scores = colors[index % len(colors)], result["last"]["score"]
         places = [result["blocks"] if name == "model" else int(name.split()[-1].split("-")[-1]) for name in scores]
         style = {"marker": markers[index % len(markers)], "markersize": 9 - min(index, 5), "color": color, "alpha": 0.9}
         left.plot(places, [100 * s for s in scores.values()], label=result["method"], zorder=3 + index, **style)
@@ -99,14 +99,14 @@ def comparison_picture(results: list[dict[str, Any]], path: Path) -> None:
             memory, 100 * scores["model"], s=size, color=color, alpha=0.75, label=result["method"], linewidths=0
         )
     left.set_xlabel("read out after block")
-    left.set_ylabel("test accuracy, %")
+    left.set_ylabel(f"{results[0]['split']} accuracy, %")
     left.set_title("every head", fontsize=10)
     _whole_numbers(left)
     left.legend(fontsize=8, frameon=False)
     right.set_xlabel("activation memory of a training step, MiB")
     right.margins(y=0.35)
     right.set_xlim(0, 1.15 * max(r["cost"]["activation_bytes"] for r in results) / 2**20)
-    right.set_ylabel("test accuracy, %")
+    right.set_ylabel(f"{results[0]['split']} accuracy, %")
     right.set_title("accuracy against memory (area: time of a step)", fontsize=10)
     legend = right.legend(fontsize=8, frameon=False, loc="lower center")
     for handle in legend.legend_handles:

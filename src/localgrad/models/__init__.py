@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from localgrad import named
 from localgrad.errors import ConfigError, nearest
 from localgrad.models.batchnorm import freeze_batchnorm
 from localgrad.models.detection import Detector, fcos, retinanet
@@ -84,8 +86,8 @@ def available(library: str | None = None) -> list[str]:
 
 
 def made_for(name: str) -> tuple[int, int]:
-    """Sides of the images, in pixels, and classes of what a model is usually trained on: CIFAR-10 or ImageNet."""
-    return (32, 10) if name in OWN else (224, 1000)
+    """Sides of images, in pixels, and classes that a model is taken to be for: ImageNet if of a library, else CIFAR."""
+    return (224, 1000) if name.partition(":")[0] in LIBRARIES else (32, 10)
 
 
 def create(
@@ -95,7 +97,9 @@ def create(
 
     Args:
         name: ``resnet32``, ``timm:vit_tiny_patch16_224``, ``torchvision:resnet50``; for segmentation
-            ``torchvision:deeplabv3_resnet50``, or ``smp:Unet`` of segmentation_models_pytorch.
+            ``torchvision:deeplabv3_resnet50``, or ``smp:Unet`` of segmentation_models_pytorch. ``module:function`` is
+            a function of the user's that takes ``num_classes`` and options, also ``in_channels`` and ``image_size`` if
+            it names them, and returns a module.
         num_classes: outputs.
         in_channels: of the images; torchvision's models take 3 only.
         image_size: passed on to models that are built for one size.
@@ -111,10 +115,13 @@ def create(
     """
     library, _, short = name.rpartition(":")
     if library and library not in LIBRARIES:
-        raise ConfigError(nearest(library, LIBRARIES, "model library"))
+        settings = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+        return _own(name, settings, options)
     if not library and short not in OWN:
         raise ConfigError(
-            nearest(short, OWN, "model") + ". Models of libraries are written timm:NAME, torchvision:NAME and smp:NAME"
+            nearest(short, OWN, "model")
+            + ". Models of libraries are written timm:NAME, torchvision:NAME and smp:NAME, "
+            "your own module:function"
         )
     dense = library == "torchvision" and short in _segmentation_names(library)
     if library and not dense and short not in _library_names(library):
@@ -147,6 +154,27 @@ def create(
         return OWN[short](num_classes=num_classes, in_channels=in_channels, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"model {name!r} cannot be built with {options or 'these settings'}: {error}") from error
+
+
+def _own(name: str, settings: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    """What a function of the user's returns; of ``settings`` it gets the number of classes, and what else it names."""
+    hint = nearest(name.partition(":")[0], LIBRARIES, "model library")
+    if not named.is_named(name):
+        raise ConfigError(f"{hint}; your own is written module:function")
+    function = named.function(name, "model", hint)
+    try:
+        parameters = inspect.signature(function).parameters
+        given = {key: value for key, value in settings.items() if key in parameters}
+        if "num_classes" not in parameters:
+            raise TypeError(
+                f"it takes ({', '.join(parameters)}); write def {name.rpartition(':')[2]}(num_classes, ...)"
+            )
+        model = function(**given, **options)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model {name!r} cannot be built with {options or 'these settings'}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model {name!r} returned a {type(model).__name__}; it must return a torch.nn.Module")
+    return model
 
 
 def _unknown(name: str, library: str) -> str:

@@ -261,9 +261,10 @@ def train_one(config: Config, folder: Path, console: Console, title: str, resume
         return {**row, "failed": str(error)}
     return {
         **row,
-        "score": result["last"]["test"]["model"],
+        "score": result["last"]["score"]["model"],
+        "split": result["split"],
         "metrics": result["last"]["metrics"],
-        "heads": {name: score for name, score in result["last"]["test"].items() if name != "model"},
+        "heads": {name: score for name, score in result["last"]["score"].items() if name != "model"},
         "history": experiment.history,
         "steps": result["steps"],
         "blocks": result["blocks"],

@@ -51,7 +51,7 @@ class Line:
 
     @property
     def scores(self) -> list[float]:
-        """Test score of the last epoch of each run that ended, in percent."""
+        """Score of the last epoch of each run that ended, in percent."""
         return [100 * row["score"] for row in self.rows if "score" in row]
 
     @property
@@ -173,8 +173,9 @@ def table(out: Path) -> str:
     assert reference.cost is not None
     row = next((row for line in lines for row in line.rows if "metrics" in row), None)
     metric = next(iter(row["metrics"])) if row else "score"
+    split = row.get("split", "test") if row else "test"
     headings = [
-        "method", f"test {metric}, last epoch", "by seed", "activations", "with gradients", "time of a step",
+        "method", f"{split} {metric}, last epoch", "by seed", "activations", "with gradients", "time of a step",
         "FLOPs of training", "auxiliary parameters", "end-to-end, same time", "checkpointing, same time",
     ]  # fmt: skip
     body = []
@@ -194,8 +195,8 @@ def table(out: Path) -> str:
     data, batch = row["data"] if row else reference.settings["data"]["name"], reference.settings["train"]["batch_size"]
     text.append(
         f"{reference.settings['model']['name']} on {data}, {reference.epochs} epochs, batches of {batch}, unless "
-        f"the line says otherwise. Test {metric} in percent: mean and, over several seeds, half the range. Costs "
-        "are ratios to end-to-end training: activations "
+        f"the line says otherwise. {split.capitalize()} {metric} in percent: mean and, over several seeds, half the "
+        "range. Costs are ratios to end-to-end training: activations "
         f"{cost['activation_bytes'] / 2**20:.1f} MiB, with gradients {cost['total_bytes'] / 2**20:.1f} MiB, "
         f"{cost['seconds'] * 1e3:.0f} ms ({cost['clock']}, median of {cost['rounds']} rounds in turn), "
         f"{cost['flops'] / 1e9:.1f} GFLOP a step; auxiliary parameters as a ratio to the model's. "
@@ -296,7 +297,7 @@ def picture(out: Path, path: Path) -> None:
         if high / max(low, 1e-9) > 4:
             axis.set_xlim(left=0)
     row = next(row for line in shown for row in line.rows if "metrics" in row)
-    axes[0].set_ylabel(f"test {next(iter(row['metrics']))}, last epoch, %")
+    axes[0].set_ylabel(f"{row.get('split', 'test')} {next(iter(row['metrics']))}, last epoch, %")
     figure.suptitle(f"{reference.settings['model']['name']} on {row['data']}, {reference.epochs} epochs", fontsize=11)
     figure.legend(handles=keys, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.0),
                   ncols=min(3, len(keys)))  # fmt: skip

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import importlib
 import importlib.metadata
 import json
 import multiprocessing
-import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,6 +32,7 @@ from localgrad.engine import backward, local_losses, local_outputs
 from localgrad.errors import ConfigError, LocalgradError, MethodError, TrainingError
 from localgrad.localization import localize
 from localgrad.method import Method
+from localgrad.named import imported
 from localgrad.network import LocalNetwork, exchange
 from localgrad.randomness import keyed_randomness, seeded, seeded_everywhere
 from localgrad.study.rows import add_row, read_rows
@@ -131,18 +129,12 @@ def select(library: str, pattern: str = "*", *, every: bool = False, cache: Path
 
 
 def candidates(source: str) -> Candidates:
-    """The mapping that ``module:name`` says; modules are looked for in the working directory too.
+    """The mapping that ``module:name`` says.
 
     Raises:
         ConfigError: there is no such module or name, or it is no mapping.
     """
-    module, _, name = source.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{source!r}: {error}; write module:name of a mapping from names to candidates") from error
+    found = imported(source, "mapping of candidates")
     if not isinstance(found, Mapping):
         raise ConfigError(
             f"{source!r} is a {type(found).__name__}; it must map names to functions that return candidates"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map_only
 
-from localgrad import cuts, data, tasks
+from localgrad import cuts, data, named, tasks
 from localgrad.config import BlocksConfig, Config, dump, validate
 from localgrad.cutting import Cutting
 from localgrad.errors import CheckpointError, ConfigError, TrainingError, nearest
@@ -242,21 +242,18 @@ def build_task(
 ) -> Task:
     """The task of a run: the function of `localgrad.tasks` that ``kind`` names, with the options ``config.task``.
 
-    Classes may be taken for numbers, ``config.task["name"]`` being ``regression``.
+    An option ``name`` is ``regression``, which takes classes for numbers, or ``module:function`` of the user's, used
+    instead: it takes ``num_classes``, those of ``mean``, ``std`` and ``classes`` that it names, and the other options.
 
     Raises:
-        ConfigError: an option that the task does not have, or a task that the data are not for.
+        ConfigError: an option that the task does not have, a task that the data are not for, or a function that returns
+            no task.
     """
+    kind, options = task_name(config, kind), {k: v for k, v in config.task.items() if k != "name"}
     known: dict[str, Any] = {"mean": mean, "std": std, "classes": classes}
-    options = {name: value for name, value in config.task.items() if name != "name"}
-    if (name := config.task.get("name", kind)) != kind:
-        if (name, kind) != ("regression", "classification"):
-            raise ConfigError(
-                f"task.name={name}, but {config.data.name!r} is for {kind}; leave it out, or write regression to learn "
-                "class indices as numbers"
-            )
-        kind, num_classes = name, 1
-    make = getattr(tasks, kind)
+    if kind == "regression":
+        num_classes = 1
+    make = named.function(kind, "task") if named.is_named(kind) else getattr(tasks, kind)
     allowed = list(inspect.signature(make).parameters)[1:]
     known = {name: value for name, value in known.items() if name in allowed}
     for name in options:
@@ -264,9 +261,28 @@ def build_task(
             free = [option for option in allowed if option not in known]
             raise ConfigError(f"task.{name}: " + (nearest(name, free, f"option of {kind}") if free else "no options"))
     try:
-        return make(num_classes, **known, **options)
+        task = make(num_classes, **known, **options)
     except TypeError as error:
-        raise ConfigError(f"task: {config.task} does not suit {kind}: {error}") from error
+        raise ConfigError(f"task: {options} does not suit {kind}: {error}") from error
+    if not isinstance(task, Task):
+        raise ConfigError(f"task {kind!r} returned a {type(task).__name__}; it must return a localgrad.task.Task")
+    return task
+
+
+def task_name(config: Config, kind: str) -> str:
+    """The function that makes the task of a run: that of the data, ``regression`` for classes, or the user's own.
+
+    Raises:
+        ConfigError: any other name.
+    """
+    name = config.task.get("name", kind)
+    own = isinstance(name, str) and named.is_named(name)
+    if name != kind and (name, kind) != ("regression", "classification") and not own:
+        raise ConfigError(
+            f"task.name={name}, but {config.data.name!r} is for {kind}; leave it out, write regression to learn class "
+            "indices as numbers, or module:function of a task of your own"
+        )
+    return str(name)
 
 
 def cutting_of(blocks: BlocksConfig) -> Cutting | tuple[str, ...]:

@@ -73,11 +73,11 @@ def parsed(layout: str) -> Layout:
     found: dict[str, Any] = {}
     for word in layout.split(","):
         name, _, value = word.partition("=")
-        if name in ("block", "data") and value.isdecimal() and int(value) >= 1:
+        if name in ("block", "data") and re.fullmatch(r"0*[1-9]\d{0,5}", value):
             found[name] = int(value)
         elif name == "wire" and value in get_args(Wire):
             found[name] = value
-        elif name == "timeout" and re.fullmatch(r"\d+(\.\d+)?", value) and float(value) > 0:
+        elif name == "timeout" and re.fullmatch(r"\d{1,6}(\.\d+)?", value) and float(value) > 0:
             found[name] = float(value)
         else:
             raise ConfigError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localgrad import data, sealed
+from localgrad import data, named, sealed
 from localgrad.config import Config
 from localgrad.data import boxes, folders
 from localgrad.data.augment import Normalise
 from localgrad.data.pictures import read_picture
 from localgrad.errors import CheckpointError, DataError
+from localgrad.spec import complaints
 from localgrad.tasks import detection, segmentation
 from localgrad.tasks.segmentation import resized
-from localgrad.train.experiment import build_task, device_of
+from localgrad.train.experiment import build_task, device_of, task_name
 from localgrad.train.finished import RESULT, WEIGHTS, model_of, read_config
 
 
@@ -52,30 +55,94 @@ class Prediction:
     pictures: dict[str, Any]
 
 
+@dataclass(kw_only=True)
+class TrainedOn:
+    """What ``result.json`` says of the data that a run was trained on, under ``trained_on``."""
+
+    kind: str
+    classes: list[str]
+    image_shape: tuple[int, int, int]
+    mean: list[float]
+    std: list[float]
+
+    def __post_init__(self) -> None:
+        channels, *sides = self.image_shape
+        if not (1 <= channels <= 1024 and all(1 <= side <= 2**16 for side in sides)):
+            raise ValueError(f"image_shape={list(self.image_shape)} is no (C, H, W) of an image")
+        if not 1 <= len(self.classes) <= 2**20:
+            raise ValueError(f"{len(self.classes)} classes; there is at least 1")
+        if not (len(self.mean) == len(self.std) == channels):
+            raise ValueError(f"mean={self.mean} and std={self.std} are not one each for {channels} channels")
+        if not (all(map(math.isfinite, self.mean)) and all(0 < s < math.inf for s in self.std)):
+            raise ValueError(f"mean={self.mean}, std={self.std}; they are finite, std is positive")
+
+
+def _trained_on(file: Path) -> TrainedOn:
+    """What a result says about the data.
+
+    Raises:
+        CheckpointError: it is not what training writes.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    try:
+        told = sealed.read_json(file)["trained_on"]
+        TrainedOn.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[attr-defined]
+        return TypeAdapter(TrainedOn).validate_json(json.dumps(told))
+    except ValidationError as error:
+        raise CheckpointError(f"{file} is damaged: trained_on.{'; '.join(complaints(error))}") from error
+    except (CheckpointError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} holds no finished run ({' '.join(str(error).split())[:200]}); give a directory in which "
+            "`localgrad train` came to its end"
+        ) from error
+
+
 def load_trained(run_dir: Path, device: str = "auto") -> Trained:
     """The model that a finished run left in a directory.
 
+    A model that was named ``module:function`` is imported by that name, which runs the code of that module.
+
     Raises:
-        CheckpointError: no finished run there.
+        CheckpointError: no finished run there, or files that are not what training writes.
+        DataError: a task whose answers nothing here can show.
     """
-    config = read_config(run_dir)
-    try:
-        told = sealed.read_json(run_dir / RESULT)["trained_on"]
-        known: dict[str, Any] = {name: tuple(told[name]) for name in ("classes", "image_shape", "mean", "std")}
-        kind, weights = told["kind"], sealed.read_tensors(run_dir / WEIGHTS)
-    except (CheckpointError, KeyError, TypeError) as error:
+    config, told = read_config(run_dir), _trained_on(run_dir / RESULT)
+    kind = task_name(config, told.kind)
+    if kind not in SHOWN:
+        raise DataError(f"no way to show the answers of a {kind} network; known: {', '.join(SHOWN)}")
+    if not named.is_named(config.data.name) and told.kind != data.kind_of(config.data.name):
         raise CheckpointError(
-            f"{run_dir} holds no finished run ({' '.join(str(error).split())[:200]}); give a directory in which "
-            "`localgrad train` came to its end"
-        ) from error
-    task = build_task(config, len(known["classes"]), known["mean"], known["std"], kind, known["classes"])
-    kind = config.task.get("name", kind)
-    model = model_of(config, task.num_outputs, known["image_shape"])
+            f"{run_dir / RESULT} says {told.kind}, but {config.data.name} is for {data.kind_of(config.data.name)}"
+        )
+    file = run_dir / WEIGHTS
+    weights = sealed.read_tensors(file)
+    classes = tuple(told.classes)
+    task = build_task(config, len(classes), tuple(told.mean), tuple(told.std), told.kind, classes)
+    try:
+        with torch.device("meta"):  # sizes first: a damaged result may ask for any amount of memory
+            expected = model_of(config, task.num_outputs, told.image_shape).state_dict()
+    except NotImplementedError:  # it computes something while it is built
+        expected = weights
+    sizes = ({name: tensor.shape for name, tensor in state.items()} for state in (expected, weights))
+    differ = sorted({name for name, _ in set.symmetric_difference(*(set(found.items()) for found in sizes))})
+    if differ:
+        raise CheckpointError(
+            f"{file} does not fit {config.model.name} with the {len(classes)} classes and images of "
+            f"{told.image_shape} that {run_dir / RESULT} tells of: {', '.join(differ[:3])}"
+        )
+    model = model_of(config, task.num_outputs, told.image_shape)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"{run_dir / WEIGHTS} does not fit {config.model.name}: {error}") from error
-    return Trained(model.to(device_of(device)).eval(), config, kind, **known)
+        raise CheckpointError(f"{file} does not fit {config.model.name}: {error}") from error
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.isnan().any() or (tensor.requires_grad and not tensor.isfinite().all()):
+            raise CheckpointError(f"{file} is damaged: {name} holds numbers that are not finite")
+    return Trained(
+        model.to(device_of(device)).eval(), config, kind, tuple(told.classes), told.image_shape, tuple(told.mean),
+        tuple(told.std),
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -83,13 +150,11 @@ def predict(trained: Trained, images: Sequence[Path]) -> Iterator[Prediction]:
     """What the model answers to each picture, one at a time.
 
     Raises:
-        DataError: a file that is no picture, a task whose answers nothing here can show, or two pictures of one name,
+        DataError: a file that is no picture, or two pictures of one name,
             whose answers would be written to one file.
     """
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    if trained.kind not in SHOWN:
-        raise DataError(f"no way to show the answers of a {trained.kind} network; known: {', '.join(SHOWN)}")
     if trained.kind in ("segmentation", "detection"):
         named: dict[str, Path] = {}
         for path in images:
@@ -201,13 +266,15 @@ def write(prediction: Prediction, folder: Path) -> list[Path]:
     """Write the pictures of a prediction as ``<image name><ending>``; returns their paths.
 
     Raises:
-        DataError: they cannot be written.
+        DataError: they cannot be written, or such a file is there already.
     """
     from torchvision.transforms.v2.functional import to_pil_image
 
     written = []
     for ending, pixels in prediction.pictures.items():
         path = folder / f"{prediction.image.stem}{ending}"
+        if path.exists():
+            raise DataError(f"{path} is there already, and would be replaced; remove it or choose another --out")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             to_pil_image(pixels).save(path)

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from localgrad.config import Config, dump, run_names
+from localgrad.config import Config, dump, folder_name, run_names
 from localgrad.errors import CheckpointError, ConfigError, LocalgradError
 from localgrad.measure.plots import comparison_picture, curves_picture
 from localgrad.spec import method_name
@@ -62,8 +62,8 @@ def run(
         resume_with: the command that continues the run, for the message after an interruption.
 
     Returns:
-        the experiment and its result: test scores of every head at the last epoch, and of the model at the best epoch
-        of the validation split, kept apart.
+        the experiment and its result: scores on the test split of every head at the last epoch, and of the model at
+        the best epoch of the validation split, kept apart; ``split`` is what the former is called where it lies.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
@@ -104,26 +104,28 @@ def run(
 
 
 def result_of(run: Experiment, folder: RunFolder) -> dict[str, Any]:
-    """What a run that has ended shows: test scores at the last epoch and, if one is known, at the best one."""
+    """What a run that has ended shows: scores at the last epoch and, if one is known, at the best one."""
     network = run.evaluated
     last = evaluate(network, run.data.test, run.autocast)
+    trained_on = {
+        "kind": run.data.kind,
+        "classes": list(run.data.classes),
+        "image_shape": list(run.data.image_shape),
+        "mean": list(run.data.mean),
+        "std": list(run.data.std),
+    }
     result: dict[str, Any] = {
         "method": method_name(run.config.method),
         "model": run.config.model.name,
         "data": run.data.title,
-        "trained_on": {
-            "kind": run.data.kind,
-            "classes": list(run.data.classes),
-            "image_shape": list(run.data.image_shape),
-            "mean": list(run.data.mean),
-            "std": list(run.data.std),
-        },
+        "trained_on": trained_on,
         "blocks": run.network.num_blocks,
         "cuts": [cut.name for cut in run.network.cuts],
         "epochs": run.epoch,
         "steps": run.step,
         "seed": run.config.train.seed,
-        "last": {"epoch": run.epoch, "test": last["score"], "metrics": last["metrics"]},
+        "split": run.data.scored,
+        "last": {"epoch": run.epoch, "score": last["score"], "metrics": last["metrics"]},
     }
     if run.best is not None:
         weights = {k: v.clone() for k, v in network.state_dict().items()}
@@ -131,7 +133,7 @@ def result_of(run: Experiment, folder: RunFolder) -> dict[str, Any]:
         result["best"] = {
             "epoch": run.best["epoch"],
             "validation": run.best["score"],
-            "test": evaluate(network, run.data.test, run.autocast)["score"],
+            "score": evaluate(network, run.data.test, run.autocast)["score"],
         }
         network.load_state_dict(weights)
     return result
@@ -151,7 +153,7 @@ def compare(
     specs, names = [config.method, *config.beside], run_names(config)
     experiments, results, refused = [], [], []
     for name, spec in zip(names, specs, strict=True):
-        folder = RunFolder(path / name.replace("+", "-") if config.beside else path)
+        folder = RunFolder(path / folder_name(name) if config.beside else path)
         # A comparison may have been stopped before it came to this method.
         folder.claim(resume=resume and (not config.beside or folder.holds_run), overwrite=overwrite)
         with contextlib.closing(folder):
