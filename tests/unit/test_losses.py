@@ -43,6 +43,21 @@ def test_contrastive_without_positives_or_negatives_is_finite(labels: list[int])
     assert abs(loss.item()) < 1e-6  # no positives: 0; one pair and nobody else: probability 1
 
 
+@pytest.mark.parametrize("labels", [[0, -100, 1, 0, -100, 1], [-100, -100], [0, -100]])
+def test_ignored_labels_count_for_nothing(labels: list[int]) -> None:
+    """Losses are those of the other samples; the contrastive one is averaged over all."""
+    torch.manual_seed(0)
+    targets = torch.tensor(labels)
+    known = targets >= 0
+    z = torch.randn(len(labels), 4, dtype=torch.float64, requires_grad=True)
+    for loss, scale in ((Contrastive(), float(known.double().mean())), (Similarity(2), 1.0)):
+        found = loss(z, given(targets))
+        (gradient,) = torch.autograd.grad(found, z)
+        expected = scale * loss(z[known], given(targets[known])) if known.any() else torch.zeros((), dtype=z.dtype)
+        torch.testing.assert_close(found, expected)
+        assert gradient.isfinite().all() and not gradient[~known].any()
+
+
 def test_contrastive_refuses_mixed_targets() -> None:
     with pytest.raises(TrainingError, match="mixup"):
         Contrastive()(torch.randn(4, 3), given(torch.rand(4, 3)))

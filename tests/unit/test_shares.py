@@ -32,7 +32,7 @@ def summed(task: Task, outputs: Tensor, targets: Tensor, sizes: Sequence[Sequenc
     for rank, replica in enumerate(sizes):
 
         def joined(_: Tensor) -> Tensor:
-            return torch.stack([task.counted(targets).double() for targets in y])  # type: ignore[attr-defined]
+            return torch.stack([task.counted(targets).double() for targets in y])
 
         several = len(sizes) > 1
         balance = Balance(y[rank], sum(rows) if several else rows[rank], joined if several else None)

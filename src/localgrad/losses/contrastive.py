@@ -18,7 +18,8 @@ class Contrastive:
     """Pull embeddings of one class together: one view per sample, L2-normalised, positives share the anchor's label.
 
     ``-(1 / B) * sum_i (1 / max(1, |P(i)|)) * sum_{p in P(i)} log(exp(z_i.z_p / t) / sum_{a != i} exp(z_i.z_a / t))``
-    (times temperature / base temperature, which are equal). An anchor without positives contributes 0.
+    (times temperature / base temperature, which are equal). An anchor without positives contributes 0. Samples with an
+    ignored label, below 0, are neither anchors nor compared with.
 
     Args:
         temperature: t.
@@ -39,7 +40,7 @@ class Contrastive:
             )
         z, labels = batch.joined(F.normalize(widened(output), dim=1)), batch.joined(labels)
         logits = z @ z.T / self.temperature
-        others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+        others = ~torch.eye(len(z), dtype=torch.bool, device=z.device) & (labels >= 0)
         log_probability = logits - torch.logsumexp(logits.masked_fill(~others, float("-inf")), 1, keepdim=True)
         positives = (labels[:, None] == labels[None, :]) & others
         counts = positives.sum(1).clamp(min=1)

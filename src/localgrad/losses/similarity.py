@@ -31,7 +31,7 @@ def similarity_matrix(values: Tensor) -> Tensor:
 class Similarity:
     """Mean squared difference between the similarity matrices of a projection and of the one-hot labels.
 
-    ``mean((S(projection) - S(onehot(targets)))**2)`` over the B x B entries.
+    ``mean((S(projection) - S(onehot(targets)))**2)`` over the B x B entries; without those of ignored labels, below 0.
 
     Args:
         num_classes: width of the one-hot labels; mixed targets are used as they are.
@@ -50,6 +50,11 @@ class Similarity:
             raise TrainingError(
                 "similarity matching needs one class for each image, not masks or boxes; use another method"
             )
-        onehot = targets if targets.dim() == 2 else F.one_hot(targets, self.num_classes)
-        values = batch.joined(widened(output))
-        return F.mse_loss(similarity_matrix(values), similarity_matrix(batch.joined(onehot).to(values.dtype)))
+        values, targets = similarity_matrix(batch.joined(widened(output))), batch.joined(targets)
+        if targets.dim() == 2:
+            return F.mse_loss(values, similarity_matrix(targets.to(values.dtype)))
+        known = targets >= 0
+        onehot = F.one_hot(targets.where(known, 0), self.num_classes).to(values.dtype)
+        pairs = known[:, None] & known
+        apart = (values - similarity_matrix(onehot)).square()
+        return apart.where(pairs, 0.0).sum() / pairs.sum().clamp(min=1)
