@@ -105,7 +105,7 @@ def finished(folder: Path) -> Experiment:
         CheckpointError: no finished run there.
     """
     experiment = build(read_config(folder))
-    RunFolder(folder, resume=True).restore(experiment)
+    RunFolder(folder).restore(experiment)
     return experiment
 
 

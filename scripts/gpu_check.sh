@@ -67,7 +67,7 @@ tested() { limited "$1" "$2" "$python" -m pytest -q -ra -o addopts= -p no:cachep
 
 if wants tests && ! grep -qs "^passed" "$out/tests.status"; then
   files=tests/cuda
-  [ "$device" = cpu ] || files="tests/cuda tests/unit/test_capture.py tests/unit/test_checkpoint.py::test_cuda"
+  [ "$device" = cpu ] || files="tests/cuda tests/unit/test_capture.py tests/unit/test_sealed.py::test_cuda"
   # shellcheck disable=SC2086
   tested tests.txt 120 $files
   status=$?
@@ -103,14 +103,14 @@ if wants bench; then
   # Half of what is left, so that speed and accuracy get their turn in the same call.
   until=$((SECONDS + $(left) * 6 / 10))
   while read -r title model batch side blocks combined; do
-    [ -f "$out/bench-$title.json" ] && continue
+    [ -f "$out/bench-$title/bench.json" ] && continue
     [ $SECONDS -ge $until ] && { note "bench: $title and later ones are left for the next call"; break; }
     limited "bench-$title.md" $((until - SECONDS + 20)) "$python" -m localgrad bench "$model" --batch-size "$batch" \
       --image-size "$side" --num-blocks "$blocks" --method '[{dgl: {head: linear}}]' \
       --balance bytes --$combined --variant fp32 --variant bf16+channels_last \
-      --rounds $([ $small ] && echo 1 || echo 7) --out "$out/bench-$title.json" --picture "$out/bench-$title.png" \
-      --timeline "$out/bench-$title-timeline.png" </dev/null # else it could read the list of this loop
-    note "bench $title: $([ -f "$out/bench-$title.json" ] && echo done || tail -n 1 "$out/bench-$title.md")"
+      --rounds $([ $small ] && echo 1 || echo 7) --out "$out/bench-$title" \
+      </dev/null # else it could read the list of this loop
+    note "bench $title: $([ -f "$out/bench-$title/bench.json" ] && echo done || tail -n 1 "$out/bench-$title.md")"
   done < <(bench_list)
 fi
 

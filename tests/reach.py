@@ -186,14 +186,12 @@ class _TokenHead:
 
 @dataclass(frozen=True)
 class _MapHead:
-    """A 1x1 convolution on maps of any layout, or on volumes (B, C, D, H, W)."""
+    """A 1x1 convolution on maps or volumes of any layout."""
 
     outputs: int
 
     def __call__(self, site: Site) -> nn.Module:
-        if site.features.dim() == 5:
-            return nn.Conv3d(site.features.shape[1], self.outputs, 1)
-        return nn.Sequential(ToMaps(site.layout), nn.Conv2d(site.layout.channels, self.outputs, 1))
+        return nn.Sequential(ToMaps(site.layout), site.layout.layers.conv(site.layout.channels, self.outputs, 1))
 
 
 @dataclass(frozen=True)

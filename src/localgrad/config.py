@@ -159,7 +159,8 @@ class About:
 class Config:
     """One run. ``beside`` lists methods trained with the same settings for comparison.
 
-    ``task`` are options of the task that the data are for, as its function in `localgrad.tasks` takes them.
+    ``task`` are options of the task that the data are for, as its function in `localgrad.tasks` takes them. An option
+    ``name`` of ``regression`` learns class indices as numbers.
     """
 
     method: MethodSpec

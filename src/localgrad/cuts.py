@@ -34,16 +34,19 @@ class fits:
     Args:
         memory: what there is for a training step, ``"8GiB"`` or bytes. A warning says if plain training fits.
         batch_size: images in a step; None for those of the example.
+        targets: of a few samples, for a task that does not tell what they look like, see `localgrad.plan`.
     """
 
     memory: str | int
     batch_size: int | None = None
+    targets: Any = None
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
 
     def choose(self, model: nn.Module, method: Method, example: Any, shared: bool) -> Chosen:
         """See `Cutting`."""
-        names, recompute = fit(model, method, self.memory, example, self.batch_size or num_samples(example) or 1)
+        batch_size = self.batch_size or num_samples(example) or 1
+        names, recompute = fit(model, method, self.memory, example, batch_size, self.targets)
         partition = Partition(model, example, shared)
         return Chosen(partition, partition.named(names), recompute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ def localize(model: nn.Module, method: Method, cutting: Any, *, example: Any, sh
             (B, C, H, W) for images; a tuple for several inputs; a mapping of keyword arguments.
         shared: let blocks share parameters (tied embeddings): each loss trains them, and they step with the last block
             that uses them. By default a cut between two uses is refused.
+
+    Warns where an auxiliary network has more parameters than the whole model.
 
     Raises:
         PartitionError: the model cannot be cut so; the message says where it can.
@@ -77,6 +80,7 @@ def localize(model: nn.Module, method: Method, cutting: Any, *, example: Any, sh
     for stop, start in sorted({(s.stop, s.start) for pattern in patterns for s in pattern if s.stop < count}):
         site = Site(Span(start, stop), count, features[stop - 1], inputs, cuts[stop - 1], partition)
         network.auxiliary[span_key(site.span)] = Auxiliary(method, site).train(model.training)
+    _check_sizes(network)
     copies = [module for module in network.auxiliary.modules() if isinstance(module, Called) and module.sources]
     if blocks is not None and copies:
         raise MethodError(
@@ -118,6 +122,31 @@ def _check_model(model: nn.Module) -> None:
             raise PartitionError(
                 f"{name!r} of {kind} is made by its first forward: run the model once on the example before localize"
             )
+
+
+def _check_sizes(network: LocalNetwork) -> None:
+    """Warn of the largest auxiliary network if it has more parameters than the whole model."""
+    whole = _size(network.model)
+    size, key = max(((_size(auxiliary), key) for key, auxiliary in network.auxiliary.items()), default=(0, "0-0"))
+    block = int(key.split("-")[1]) - 1
+    if size <= whole:
+        return
+    auxiliary = network.auxiliary[key]
+    assert isinstance(auxiliary, Auxiliary)
+    named = ((type(term.head).__name__, head) for (term, _), head in zip(auxiliary.terms, auxiliary.heads, strict=True))
+    parts = [*named, *([] if auxiliary.bridge is None else [("bridge", auxiliary.bridge)])]
+    largest, name = max((_size(part), name) for name, part in parts)
+    warnings.warn(
+        f"the auxiliary network after block {block} has {size:,} parameters ({name}: {largest:,}), more "
+        f"than the {whole:,} of the whole {type(network.model).__name__}; write a smaller head, such as "
+        "dgl(task, head='linear') or head={'mlp': {'hidden': 128}}, leave out plug-ins that copy later units, or cut "
+        "into fewer blocks",
+        stacklevel=3,
+    )
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _check_overwritten(method: Method, cuts: Sequence[Cut], patterns: Sequence[Sequence[Span]]) -> None:

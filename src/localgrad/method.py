@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
@@ -250,14 +250,25 @@ class Method:
         if not self.terms:
             raise MethodError(f"{plugin}({self.name}): {self.name} has no auxiliary heads; use a local base like dgl")
 
-    def require_logits(self, plugin: str) -> None:
-        """The same if no auxiliary head answers as the model does."""
+    def require_logits(self, plugin: str) -> Callable[[Any], Tensor]:
+        """What reads logits of distributions over classes, (B, C, ...), off an output: the task's ``logits``.
+
+        Raises:
+            MethodError: the task has none, or no auxiliary head answers as the model does.
+        """
         self.require_heads(plugin)
         if not any(term.scored for term in self.terms):
             raise MethodError(
                 f"{plugin}({self.name}): no head of {self.name} answers with what the task scores, such as logits; use "
                 "softmax instead of contrastive heads"
             )
+        logits: Callable[[Any], Tensor] | None = getattr(self.task, "logits", None)
+        if logits is None:
+            raise MethodError(
+                f"{plugin}({self.name}): it compares distributions over classes, which the answers of a "
+                f"{type(self.task).__name__} are not; leave {plugin} out, or give the task a method logits(output)"
+            )
+        return logits
 
     def require_local(self, plugin: str) -> Local:
         """The base's spans if they are local; raises `MethodError` if the base decides them otherwise."""

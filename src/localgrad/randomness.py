@@ -13,11 +13,12 @@ import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from localgrad.errors import TrainingError
+from localgrad.errors import CheckpointError, TrainingError
 
 Part = int | str
 
@@ -124,3 +125,43 @@ def draws_of(purpose: str, step: int, part: int, index: Part, device: torch.devi
     else:
         with seeded(keys.seed, purpose, step, part, index, keys.replica, device=device):
             yield
+
+
+def random_states() -> dict[str, Any]:
+    """States of the global generators of torch (CPU, every CUDA device), numpy and ``random``: a tree to save.
+
+    Tensors are uint8 (torch) and int64 of shape (624,) (numpy), on the CPU.
+    """
+    name, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (
+            str(name),
+            torch.from_numpy(np.asarray(words, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ),
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(state: dict[str, Any]) -> None:
+    """Put back what `random_states` returned. States of CUDA devices that this machine lacks are left out.
+
+    Raises:
+        CheckpointError: ``state`` is not such a state.
+    """
+    try:
+        name, words, position, has_gauss, gauss = state["numpy"]
+        random.setstate(state["python"])
+        np.random.set_state((name, words.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
+        torch.set_rng_state(state["torch"].cpu())
+        for index, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda.cpu(), index)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"these are not the random states of a checkpoint ({type(error).__name__}: {error}); "
+            "pass what random_states() returned."
+        ) from error

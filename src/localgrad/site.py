@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.batches import only_read
-from localgrad.errors import MethodError
+from localgrad.errors import MethodError, PartitionError
 from localgrad.layout import Layout, layout_of
 from localgrad.partition import Cut, Partition, Unit
 from localgrad.spans import Span
@@ -40,9 +40,23 @@ class Site:
 
     @cached_property
     def layout(self) -> Layout:
-        """Where channels, positions and prefix tokens lie in the features."""
-        alike = self.features.dim() == len(self.cut.shape)  # a bridge may have made tokens of maps
-        return layout_of(self.features, self.inputs, self.cut.channels_hint if alike else None)
+        """Where channels, positions and prefix tokens lie in the features.
+
+        Raises:
+            PartitionError: features of three dimensions, and no layer tells which are the channels.
+        """
+        later = (cut for cut in self.partition.cuts if cut.position > self.cut.position)
+        dim = self.features.dim()
+        alike = next((cut for cut in (self.cut, *later) if len(cut.shape) == dim), None)  # a bridge may make tokens
+        hint = None if alike is None else alike.channels_hint
+        if alike is not None and dim == 3 and hint is None:
+            raise PartitionError(
+                f"after block {self.span.stop - 1} features of shape {tuple(self.features.shape)} may be signals "
+                "(B, C, L) or tokens (B, T, C), and no layer next to the boundary (Conv1d, BatchNorm1d, Linear, "
+                "LayerNorm, ...) tells; pass an example in which both sides differ in length, or cut elsewhere "
+                f"(cuts=...) than at {alike.name!r}"
+            )
+        return layout_of(self.features, self.inputs, hint)
 
     @property
     def channels(self) -> int:

@@ -25,7 +25,8 @@ class Batch:
         inputs: what the network was given, ``(B, C, H, W)`` for images, normalised; a tuple or mapping for a model with
             several inputs.
         targets: what the task expects: ``(B,)`` class indices or ``(B, num_classes)`` probabilities for classification,
-            ``(B, H, W)`` class indices for segmentation; any nest of tensors with B rows and of lists with B entries.
+            ``(B, H, W)`` class indices for segmentation, see `localgrad.tasks` for others; any nest of tensors with B
+            rows and of lists with B entries.
         step: optimizer steps done so far.
         boundary: the one whose loss is computed, counted from 1; K for the model's own.
         context: what each of the method's `localgrad.method.Context` made of this batch, by the context itself.
@@ -57,12 +58,17 @@ class Metric(Protocol):
 class Task(Protocol):
     """What the network is trained to do. Methods and engine know a task by these members only.
 
+    Those that need more ask for a method that a task may have: ``counted(targets)``, what the loss divides by;
+    ``logits(output)``, (B, C, ...) of distributions over classes, for soft targets; ``onehot(targets)``, (B, C), NaN
+    for samples without a label, for similarity matching; ``blank(samples, shape)``, targets of no particular value for
+    inputs (samples, *shape), for planning.
+
     An output is what the model, or an auxiliary head, answers to a batch: a tensor, or a nest of them.
     """
 
     @property
     def num_outputs(self) -> int:
-        """Width of what an auxiliary head answers: classes."""
+        """Width of what an auxiliary head answers: classes, labels, numbers."""
 
     def head(self, proposed: HeadBuilder) -> HeadBuilder:
         """The auxiliary head for this task, given the classifier that a method would put there.

@@ -76,6 +76,28 @@ def trained(network: localgrad.LocalNetwork, dtype: torch.dtype = torch.float64,
 
 
 @cuda
+@pytest.mark.parametrize(
+    ("task", "targets"),
+    [
+        (localgrad.tasks.classification(10), lambda y: y),
+        (localgrad.tasks.multilabel(10), lambda y: torch.nn.functional.one_hot(y, 10).float()),
+        (localgrad.tasks.regression(10), lambda y: torch.nn.functional.one_hot(y, 10).float()),
+    ],
+    ids=["classification", "multilabel", "regression"],
+)
+def test_values_of_targets_are_looked_at_once(task: Any, targets: Callable[[Tensor], Tensor]) -> None:
+    """The first loss waits for the device, which later ones do not."""
+    x, y = torch.randn(8, 10, device=DEVICE, requires_grad=True), targets(images()[1]).to(DEVICE)
+    with pytest.raises(localgrad.TrainingError):
+        task.loss(x, localgrad.Batch(None, y + float("nan") if y.is_floating_point() else y + 10, 0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        task.loss(x, localgrad.Batch(None, y, 0)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda
 @pytest.mark.parametrize("name", METHODS)
 def test_two_steps_end_where_they_do_on_a_cpu(name: str) -> None:
     expected = trained(network_on(torch.device("cpu"), METHODS[name]()))

@@ -25,6 +25,8 @@ import torch
 from safetensors.torch import load_file
 from torchvision.transforms.functional import to_pil_image
 
+import localgrad
+
 SETTINGS = ["digits", "beside=[]", "train.threads=1", "--method", "dgl+man", "train.batch_size=128"]
 SETTINGS += ["data.augment=true"]
 SHORT = ["--epochs", "4", "train.checkpoint_every=4"]
@@ -202,10 +204,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check_same(folder: Path, other: Path) -> None:
     """Weights of the last and of the best epoch, scores and metrics are those of another run."""
-    for name in ("model.safetensors", "best.safetensors"):
-        found, expected = load_file(folder / name), load_file(other / name)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], value) for key, value in expected.items()), name
+    found, expected = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
     found, expected = (json.loads((path / "result.json").read_text()) for path in (folder, other))
     assert [found[key] for key in ("last", "best", "cuts")] == [expected[key] for key in ("last", "best", "cuts")]
     rows = [list(csv.DictReader((path / "metrics.csv").read_text().splitlines())) for path in (folder, other)]
@@ -405,22 +406,118 @@ def test_misuse_of_the_command_is_refused_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_goes_on_with_the_wire_format_it_was_begun_with(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
+def test_what_a_job_finds_and_what_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its wire format is kept; a restart continues what this job began, and nothing else."""
     from localgrad import config
-    from localgrad.cli import app
     from localgrad.recipes import read_recipe
     from localgrad.train import parallel
+    from localgrad.train.folder import RunFolder
 
-    assert parallel.wire_of(tmp_path, None) == "same" and parallel.wire_of(tmp_path, "bf16") == "bf16"
     settings = dataclasses.replace(config.validate(read_recipe("digits"), "digits"), beside=[])
-    assert parallel._prepared(settings, tmp_path, "int8", continues=False, overwrite=False) is None
-    assert parallel.wire_of(tmp_path, None) == parallel.wire_of(tmp_path, "int8") == "int8"
-    for words, message in (
-        (["--parallel", "block=2,wire=bf16"], "was begun with wire=int8 and cannot go on with bf16"),
-        (["--parallel", "block=1"], "wire=int8 rounds features between ranks along the blocks"),
-        (["--parallel", "block=2"], "torchrun --nproc-per-node=2"),
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+
+    def claimed(layout: str, resume: bool = False, overwrite: bool = False) -> tuple[bool, str]:
+        folder = RunFolder(tmp_path)
+        try:
+            return parallel._claimed(folder, settings, parallel.parsed(layout), resume=resume, overwrite=overwrite)
+        finally:
+            folder.close()
+
+    assert claimed("block=2,wire=int8") == (False, "int8")
+    old = tmp_path / "checkpoints" / "step00000001"
+    old.mkdir(parents=True)
+    assert claimed("block=2", resume=True) == claimed("block=2,wire=int8", resume=True) == (True, "int8")
+    for layout, message in (
+        ("block=2,wire=bf16", "was begun with wire=int8 and cannot go on with bf16"),
+        ("block=1", "wire=int8 rounds features between ranks along the blocks"),
     ):
-        result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path), *words])
-        assert result.exit_code != 0 and message in str(result.exception), result.output
+        with pytest.raises(localgrad.ConfigError, match=message):
+            claimed(layout, resume=True)
+    with pytest.raises(localgrad.ConfigError, match="already holds a run"):
+        claimed("block=2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for overwrite in (False, True):
+        assert claimed("block=2", overwrite=overwrite) == (True, "int8") and old.is_dir()
+    monkeypatch.setattr(parallel, "_job", lambda: "another job")
+    with pytest.raises(localgrad.ConfigError, match="already holds a run"):
+        claimed("block=2")
+    assert claimed("block=2", overwrite=True) == (False, "same") and not old.exists()
+    assert claimed("block=2", overwrite=True) == (True, "same")  # which the same job now has begun
+
+
+@pytest.mark.slow_distributed
+@pytest.mark.timeout(2 * PATIENCE)
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_a_finished_run_is_never_taken_for_one_that_a_restart_continues(restarts: int, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["--parallel", "block=2", "--epochs", "1"]
+    ended(launched(folder, *words, "train.seed=1"), folder, PATIENCE)
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    launcher = launched(folder, *words, "train.seed=2", restarts=restarts)
+    output = ended(launcher, folder, PATIENCE)
+    assert launcher.returncode != 0 and "already holds a run" in " ".join(output.split())
+    assert files == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    launcher = launched(folder, *words, "train.seed=2", "--overwrite", restarts=restarts)
+    assert ended(launcher, folder, PATIENCE) and launcher.returncode == 0
+    launcher = launched(tmp_path / "fresh", *words, "train.seed=2")
+    assert ended(launcher, tmp_path / "fresh", PATIENCE) and launcher.returncode == 0
+    check_same(folder, tmp_path / "fresh")
+
+
+STOPPED = 16  # the second of four epochs has begun
+STOPPING = f"""
+import os, runpy, sys
+from localgrad.train.folder import RunFolder
+save = RunFolder.save
+def once(self, run):
+    save(self, run)
+    if run.step == {STOPPED}:
+        os._exit(0)
+RunFolder.save = once
+sys.argv = sys.argv[1:]
+runpy.run_module("localgrad", run_name="__main__")
+"""
+SHAPES = {"one process": "", "block=2": "block=2", "data=2": "data=2", "block=2,data=2": "block=2,data=2"}
+
+
+def trained_as(shape: str, folder: Path, script: Path | None = None, resume: bool = False) -> None:
+    """A run of ``SHORT`` in the given layout, whole, up to step `STOPPED` by ``script``, or from there."""
+    layout = SHAPES[shape]
+    ranks = {"": 0, "block=2,data=2": 4}.get(layout, 2)
+    command = [sys.executable]
+    if ranks:
+        command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
+    command += [str(script), "localgrad"] if script else ["-m", "localgrad"]
+    command += ["train", "--resume", str(folder)] if resume else ["train", *SETTINGS, *SHORT, "--run-dir", str(folder)]
+    command += ["--parallel", layout] if layout else []
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow_distributed
+@pytest.mark.timeout(8 * PATIENCE)
+def test_every_layout_continues_every_other_one(tmp_path: Path) -> None:
+    """Blocks on other ranks change no bit; replicas see half of a batch each, so theirs are two runs of their own.
+
+    A run that was stopped and continued as it began ends like one that never was. What one layout saved, another
+    continues as it would have continued the same state of its own.
+    """
+    script = tmp_path / "stopping.py"
+    script.write_text(STOPPING)
+    for shape in SHAPES:
+        trained_as(shape, tmp_path / shape)
+        trained_as(shape, tmp_path / f"{shape} begun", script)
+    check_same(tmp_path / "one process", tmp_path / "block=2")
+    check_same(tmp_path / "data=2", tmp_path / "block=2,data=2")
+    for begun in SHAPES:
+        for shape in SHAPES:
+            folder = tmp_path / f"{begun} to {shape}"
+            shutil.copytree(tmp_path / f"{begun} begun", folder)
+            trained_as(shape, folder, resume=True)
+            split = "data=2" in begun, "data=2" in shape
+            first = {False: "one process", True: "data=2"}
+            same = tmp_path / shape if split[0] == split[1] else tmp_path / f"{first[split[0]]} to {first[split[1]]}"
+            check_same(folder, same)
+            print(f"| {begun} | {shape} | as {same.name} |", flush=True)

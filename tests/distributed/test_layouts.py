@@ -170,8 +170,15 @@ def test_refused_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "step00000003" / "complete.json").unlink()
     assert checkpoints.load() == 2
     (shard,) = (tmp_path / "step00000002").glob("*.safetensors")
-    shard.write_bytes(shard.read_bytes()[:1000])
-    assert "cannot be loaded" in refusal(checkpoints)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+    assert f"step00000002 is damaged: {shard.name}" in refusal(checkpoints, 2)
+    for _ in range(2):  # it does not begin anew, however often it is asked
+        assert f"step00000002 is damaged: {shard.name}" in refusal(checkpoints)
+    checkpoints.save(1)
+    with pytest.warns(UserWarning, match=f"step00000002 is damaged: {shard.name}; continuing from step 1"):
+        assert checkpoints.load() == 1
+    assert (tmp_path / "step00000002.damaged" / shard.name).is_file() and checkpoints.load() == 1
     (tmp_path / "file").write_text("")
     with pytest.raises(localgrad.CheckpointError, match="could not save the checkpoint"):
         Checkpoints(tmp_path / "file", ours, []).save(1)

@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 import torch
 import typer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torchvision.transforms.functional import to_pil_image
 
 import localgrad
 from localgrad import cli
 from localgrad.cli.console import new_console, new_table
 from localgrad.config import validate
 from localgrad.data import load
-from localgrad.errors import CheckpointError, LocalgradError
+from localgrad.errors import LocalgradError
 from localgrad.recipes import override, recipes
-from localgrad.train import checkpoint
 
 TINY = ["--epochs", "1", "train.threads=1", "data.limit=100", "train.batch_size=48"]
 DIGITS = ["train", "digits", "beside=[]", *TINY]
@@ -144,6 +144,8 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "momentum": ([*DIGITS, "optim.momentum=1"], ["optim.momentum=1.0", "below 1"]),
     "weight decay": ([*DIGITS, "optim.weight_decay=.inf"], ["optim.weight_decay=inf"]),
     "label smoothing": ([*DIGITS, "task.label_smoothing=1"], ["label_smoothing=1", "below 1"]),
+    "task": ([*DIGITS, "task.name=multilabel"], ["task.name=multilabel", "is for classification"]),
+    "task option": ([*DIGITS, "task={name: regression, los: l1}"], ["task.los", "'loss'"]),
     "average": ([*DIGITS, "train.ema_decay=1"], ["train.ema_decay=1.0", "between 0 and 1"]),
     "threads": ([*DIGITS, "train.threads=0"], ["train.threads=0"]),
     "validation": ([*DIGITS, "data.validation=1.0"], ["validation=1.0", "[0, 1)"]),
@@ -189,6 +191,30 @@ def test_bad_input_is_refused_in_one_paragraph(case: str, call: Call, monkeypatc
     arguments, words = BAD[case]
     refused(call(*arguments), *words)
     assert isinstance(raised[0], LocalgradError)
+
+
+def test_class_indices_are_learnt_as_numbers(call: Call) -> None:
+    said = call("train", "digits", "beside=[]", "--epochs", "4", "optim.lr=0.02", "task.name=regression",
+                "train.threads=1", "--run-dir", "run", "--json")  # fmt: skip
+    (result,) = json.loads(said.out)
+    assert list(result["last"]["metrics"]) == ["r2", "mae", "rmse"]
+    assert result["last"]["metrics"]["r2"] == result["last"]["test"]["model"] > 0.5  # 0 for any constant
+    assert json.loads(call("eval", "run", "--json").out)["score"] == result["last"]["test"]
+    loaded = load("digits", batch_size=64)
+    pixels, _ = next(loaded.test.epoch(0))
+    from PIL import Image
+
+    grey = (pixels[0, 0] * loaded.std[0] + loaded.mean[0]).clamp(0, 1) * 255
+    Image.fromarray(grey.byte().numpy()).save("one.png")
+    (row,) = json.loads(call("predict", "run", "one.png", "--json").out)
+    assert -5 < float(row["answer"]) < 15
+
+
+def test_a_plan_of_another_task(call: Call) -> None:
+    said = call("plan", "resnet8", "--batch-size", "4", "--task", "multilabel", "--num-outputs", "5", "--memory",
+                "1GiB", "--rates", "1,10", "--method", "[{dgl: {head: linear}}]", "--json")  # fmt: skip
+    found = json.loads(said.out)
+    assert found["task"] == "localgrad.tasks.multilabel(5)" and "task = localgrad.tasks.multilabel(5)" in found["code"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
@@ -244,29 +270,27 @@ def test_run_directories_that_cannot_be_used(call: Call, copy: Path, tmp_path: P
     assert (copy / "model.safetensors").read_bytes() != before
 
 
-def test_damaged_runs_are_refused(call: Call, copy: Path, tmp_path: Path) -> None:
-    config, newest = copy / "config.yaml", copy / "checkpoint.safetensors"
-    text, data = config.read_text(), newest.read_bytes()
-    for damaged, word in (("a: [", "is damaged"), ("5", "found int"), (text.replace("optim:", "optimm:"), "optimm")):
-        config.write_text(damaged)
-        refused(call("train", "--resume", str(copy)), "config.yaml", word)
-        refused(call("eval", str(copy)), "config.yaml", word)
-    config.write_text(text.replace("lr: 0.1", "lr: 0.2"))
-    refused(call("train", "--resume", str(copy)), "optim.lr: 0.1 there, 0.2 here", "--run-dir")
-    config.write_text(text)
-    previous = newest.with_name(newest.name + ".previous")
-    previous.unlink()
-    for content, word in ((data[:-9], "torn"), (b"", "is empty"), (b"PK\x03\x04" + bytes(90), "pickle")):
-        newest.write_bytes(content)
-        refused(call("train", "--resume", str(copy)), "neither checkpoint can be loaded", word)
-        refused(call("eval", str(copy)), "neither checkpoint can be loaded", word)
-    newest.unlink()
-    save_file({"weight": torch.zeros(3)}, newest)
-    refused(call("train", "--resume", str(copy)), "without a format tag")
-    newest.write_bytes((copy / "best.safetensors").read_bytes())
-    refused(call("train", "--resume", str(copy)), "does not fit this run")
-    with pytest.raises(CheckpointError):
-        checkpoint.load_latest(copy / "missing")
+def test_damaged_runs_are_refused_or_go_on_from_what_is_whole(call: Call, copy: Path) -> None:
+    config, result, weights = (copy / name for name in ("config.yaml", "result.json", "model.safetensors"))
+    text, told, data = config.read_text(), result.read_text(), weights.read_bytes()
+    places = sorted((copy / "checkpoints").iterdir())
+    for damaged in ("a: [", "5", text.replace("lr: 0.1", "lr: 0.2"), None):
+        config.unlink()
+        if damaged is not None:
+            config.write_text(damaged)
+        with pytest.warns(UserWarning, match=f"taking the settings that {places[-1].name} was written with"):
+            assert call("train", "--resume", str(copy)).code == 0
+        assert (config.read_text(), result.read_text(), weights.read_bytes()) == (text, told, data)
+    picture = copy / "picture.png"
+    to_pil_image(torch.zeros(1, 8, 8)).save(picture)
+    for file, damaged in ((weights, data[:-9]), (result, told.replace("dgl", "dgi"))):
+        content = file.read_bytes()
+        file.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+        refused(call("predict", str(copy), str(picture)), file.name)
+        file.write_bytes(content)
+    for place in places:
+        (place / "complete.json").write_text("{}")
+    refused(call("train", "--resume", str(copy)), "no checkpoint in", "is whole", "complete.json is damaged")
 
 
 def test_a_full_disk_is_reported_and_loses_nothing(call: Call, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,14 +299,15 @@ def test_a_full_disk_is_reported_and_loses_nothing(call: Call, copy: Path, monke
     def no_room(*_: Any) -> None:
         raise full
 
-    before = {path.name: path.read_bytes() for path in copy.glob("*.safetensors")}
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write", no_room)
-        refused(call(*DIGITS, "--run-dir", "new"), "could not save", "No space left", "nothing was replaced")
+    before = {path: path.read_bytes() for path in copy.rglob("*.safetensors")}
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", no_room)
+        refused(call(*DIGITS, "--run-dir", "new"), "cannot write", "No space left")
         refused(call("train", "--resume", str(copy)), "cannot write", "No space left")
-    assert before == {path.name: path.read_bytes() for path in copy.glob("*.safetensors")}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", no_room)
+        refused(call(*DIGITS, "--run-dir", "newer"), "could not save the checkpoint", "No space left")
+    assert before == {path: path.read_bytes() for path in copy.rglob("*.safetensors")}
     from localgrad.measure import plots
 
     with monkeypatch.context() as patch:
@@ -321,8 +346,8 @@ def test_usage_errors(arguments: list[str], call: Call) -> None:
 def test_a_run_leaves_everything_in_one_directory(trained: Path, call: Call) -> None:
     names = {path.name for path in trained.iterdir()}
     assert names >= {
-        "config.yaml", "metrics.csv", "tensorboard", "curves.png", "checkpoint.safetensors", "best.safetensors",
-        "model.safetensors", "result.json", "results.json",
+        "config.yaml", "run.json", "metrics.csv", "tensorboard", "curves.png", "checkpoints", "model.safetensors",
+        "result.json", "results.json",
     }  # fmt: skip
     assert list((trained / "tensorboard").glob("events.out.*")) and not list(trained.glob("*.partial"))
     rows = list(csv.DictReader((trained / "metrics.csv").read_text().splitlines()))
@@ -440,14 +465,14 @@ def test_summary_command(call: Call) -> None:
 
 def test_bench(call: Call, tmp_path: Path) -> None:
     tiny = ["bench", "resnet8", "--batch-size", "4", "--image-size", "8", "--rounds", "1"]
-    files = [f"--{name}={tmp_path / file}" for name, file in
-             (("out", "b.json"), ("picture", "p.png"), ("timeline", "t.png"))]  # fmt: skip
-    said = call(*tiny, "-m", "dgl", "-m", "[{dgl: {head: linear}}]", "-k", "2", "--no-combinations", *files)
-    names = [row["name"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]]
+    out = tmp_path / "new" / "folder"
+    options = ["-m", "dgl", "-m", "[{dgl: {head: linear}}]", "-k", "2", "--no-combinations", "--out", str(out)]
+    said = call(*tiny, *options)
+    names = [row["name"] for row in json.loads((out / "bench.json").read_text())["rows"]]
     assert names[-2:] == ["dgl K=2", "dgl(head=linear) K=2"] and names[0] == "end-to-end"
     assert all(name in said.out for name in names)
-    assert (tmp_path / "p.png").stat().st_size > 10_000 and (tmp_path / "t.png").stat().st_size > 10_000
-    refused(call(*tiny, "--out", str(tmp_path / "none" / "b.json")), "there is no directory")
+    assert all((out / picture).stat().st_size > 10_000 for picture in ("pareto.png", "timeline.png"))
+    refused(call(*tiny, "--out", str(out / "bench.json")), "name a folder that can be written")
     refused(call(*tiny, "--variant", "fp16"), "unknown precision 'fp16'")
 
 

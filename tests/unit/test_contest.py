@@ -25,7 +25,6 @@ from localgrad.study.contest import (
     Row,
     Way,
     contest,
-    read,
     standard_ways,
 )
 from localgrad.study.contest_plots import pareto_picture, timeline_picture, timeline_rows
@@ -207,12 +206,11 @@ def test_pictures_json_and_table(found: Contest, tmp_path: Path) -> None:
     pareto_picture(found, tmp_path / "pareto.png")
     timeline_picture(found, tmp_path / "timeline.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("pareto", "timeline"))
-    (tmp_path / "found.json").write_text(json.dumps(found.as_dict()))
-    back = read(tmp_path / "found.json")
-    assert back == replace(found, rows=tuple(replace(r, timeline=()) for r in found.rows))
-    assert str(back) == str(found)
+    kept = json.loads(json.dumps(found.as_dict()))
+    assert [row["total_bytes"] for row in kept["rows"]] == [r.total_bytes for r in found.rows]
+    untimed = replace(found, rows=tuple(replace(r, timeline=()) for r in found.rows))
     with pytest.raises(ConfigError, match="timeline=True"):
-        timeline_picture(back, tmp_path / "none.png")
+        timeline_picture(untimed, tmp_path / "none.png")
     lines = [line for line in str(found).splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(found.rows) and len({line.count("|") for line in lines}) == 1
 

@@ -178,10 +178,10 @@ def test_to_maps_puts_each_position_where_it_was(kind: str) -> None:
         (33, (32, 64), (4, 8), 1),
         (32, (64, 32), (8, 4), 0),
         (24 * 10 + 4, (96, 40), (24, 10), 4),
-        (45, (32, 32), (45, 1), 0),
+        (45, (32, 32), (45,), 0),
     ],
 )
-def test_layout_of_tokens(tokens: int, image: tuple[int, int], grid: tuple[int, int], prefix: int) -> None:
+def test_layout_of_tokens(tokens: int, image: tuple[int, int], grid: tuple[int, ...], prefix: int) -> None:
     found = layout_of(torch.zeros(2, tokens, 6), torch.zeros(2, 3, *image))
     assert found == Layout("tokens", 6, grid, prefix)
 
@@ -193,7 +193,7 @@ def test_layout_of_the_rest() -> None:
     assert layout_of(torch.zeros(2, 6, 10, 15), images, "first") == Layout("maps", 6, (10, 15))
     assert layout_of(torch.zeros(2, 10, 15, 6), images, "last") == Layout("channels_last", 6, (10, 15))
     for length in (9, 10):  # words form no square and have no class token that anybody could know of
-        assert layout_of(torch.zeros(2, length, 6), torch.zeros(2, length)) == Layout("tokens", 6, (length, 1))
+        assert layout_of(torch.zeros(2, length, 6), torch.zeros(2, length)) == Layout("tokens", 6, (length,))
     for shape in ((2,), (2, 3, 4, 5, 6, 7)):
         with pytest.raises(PartitionError, match="at a boundary"):
             layout_of(torch.zeros(shape), images)

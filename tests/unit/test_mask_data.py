@@ -111,7 +111,7 @@ def test_the_score_of_each_image() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_classes": 1}, "at least 2"),
+        ({"num_classes": 0}, "at least 1"),
         ({"num_classes": 300}, "is one of the 300 classes"),
         ({"num_classes": 3, "class_weights": (1.0, 2.0)}, "class_weights has 2 entries"),
         ({"num_classes": 3, "class_weights": (0.0, 0.0, 0.0)}, "one is positive"),
@@ -280,7 +280,7 @@ def test_bad_files_are_skipped_and_counted_when_asked(folder: Path, what: str) -
     [
         (lambda root: (root / "masks/train/2.png").unlink(), "images/train/2.png has no mask"),
         (lambda root: (root / "classes.txt").unlink(), "cannot read .*classes.txt"),
-        (lambda root: (root / "classes.txt").write_text("one\n"), "names 1 classes"),
+        (lambda root: (root / "classes.txt").write_text("\n"), "names 0 classes"),
         (lambda root: [p.unlink() for p in (root / "images/test").iterdir()], "holds no image"),
         (lambda root: (root / "masks/test").rename(root / "masks/x"), "masks/test is no folder"),
     ],
@@ -344,6 +344,28 @@ def test_a_named_class_that_no_pixel_has_is_said_once(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="training masks is of class object. Pixels of 255 are ignored"):
         list(data.train.epoch(0))
     list(data.train.epoch(1))  # warnings are errors here: it says so once
+
+
+def of_one_class(folder: Path, value: int) -> None:
+    """The same folder with one class that is written so, and nothing ignored where that is 255."""
+    (folder / "classes.txt").write_text("sky\n")
+    for path in (folder / "masks").rglob("*.png"):
+        mask = np.array(Image.open(path))
+        mask_file(path, np.where(mask == 1, value, 0 if value == 255 else mask))
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_one_class_is_written_as_1_or_as_255(folder: Path, value: int) -> None:
+    of_one_class(folder, value)
+    mask_file(folder / "masks/train/0.png", np.zeros((24, 32), int))  # which tells nothing
+    data = load(folder)
+    assert (data.num_classes, data.classes) == (1, ("sky",))
+    targets = torch.cat([targets for _, targets in data.train.epoch(0)])
+    assert set(targets.unique().tolist()) == ({0, 1} if value == 255 else {0, 1, 255})
+    assert (targets == 1).float().mean() > 0.2
+    mask_file(folder / "masks/train/5.png", np.ones((24, 32), int) if value == 255 else np.full((24, 32), 2))
+    with pytest.raises(DataError, match=rf"train/5.png holds ids that no class has: {2 - value // 255}"):
+        list(load(folder).train.epoch(0))
 
 
 def test_camvid_as_segnet_lays_it_out(tmp_path: Path) -> None:
@@ -476,6 +498,26 @@ def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
     return int(ended.value.code or 0)
+
+
+def test_one_class_from_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    of_one_class(folder, 255)
+    options = "options: {encoder_name: resnet18, encoder_depth: 3, decoder_channels: [16, 8, 8]}"
+    (tmp_path / "small.yaml").write_text(
+        f"model: {{name: 'smp:Unet', {options}}}\n"
+        f"data: {{name: 'masks:{folder}', image_size: [24, 32]}}\n"
+        "task: {class_weights: [1.0, 2.0], head_width: 8}\n"
+        "method: [dgl]\nblocks: {cuts: [encoder.layer1]}\noptim: {name: adamw, lr: 0.003}\n"
+        "train: {epochs: 2, batch_size: 2, eval_batch_size: 2, threads: 1}\n"
+    )
+    assert run("train", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run"), "--json") == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert list(result["last"]["metrics"]) == ["miou", "pixel_accuracy", "iou/sky"]
+    shown = folder / "images/test/0.png"
+    assert run("predict", str(tmp_path / "run"), str(shown), "--out", str(tmp_path / "out"), "--json") == 0
+    ((row,), mask) = json.loads(capsys.readouterr().out), np.array(Image.open(tmp_path / "out/0.mask.png"))
+    assert set(np.unique(mask)) <= {0, 1} and row["answer"].split()[0] in ("background", "sky")
 
 
 def test_train_evaluate_resume_and_predict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,113 @@ def test_more_micro_batches_are_predicted_from_two() -> None:
         assert measured <= predicted <= 1.06 * measured
 
 
+def dense(outputs: int) -> nn.Module:
+    layers = [nn.Sequential(nn.Conv2d(a, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for a in (3, 8, 8, 8)]
+    return nn.Sequential(*layers, nn.Conv2d(8, outputs, 1))
+
+
+def flat(outputs: int) -> nn.Module:
+    return nn.Sequential(dense(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, outputs))
+
+
+def weighed(output: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
+    return ((output - targets["values"]).square() * targets["weights"][:, None]).mean()
+
+
+PIXELS = torch.arange(8 * 16 * 16).reshape(8, 16, 16)
+OTHERS: dict[str, tuple[Any, Any, Any]] = {  # task, model, targets of 8 images
+    "segmentation": (tasks.segmentation(5, class_weights=(1.0, 2.0, 1.0, 1.0, 1.0)), lambda: dense(5), PIXELS % 5),
+    "foreground": (tasks.segmentation(1), lambda: dense(1), PIXELS % 2),
+    "regression": (tasks.regression(2), lambda: flat(2), torch.randn(8, 2)),
+    "multilabel": (tasks.multilabel(6), lambda: flat(6), torch.randint(2, (8, 6)).float()),
+    "custom": (tasks.custom(weighed, 3), lambda: flat(3), {"values": torch.randn(8, 3), "weights": torch.rand(8)}),
+}
+
+
+@pytest.mark.parametrize(
+    ("plug", "parts"), [(methods.dgl, 1), (methods.e2e, 2), (lambda task: methods.man(methods.dgl(task)), 1)]
+)
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_step_of_other_tasks_needs_the_same_bytes(name: str, plug: Any, parts: int) -> None:
+    task, build, targets = OTHERS[name]
+    model = build()
+    method = methods.accumulation(plug(task), parts=parts) if parts > 1 else plug(task)
+    few = localgrad.batches.rows(targets, 0, 2) if name == "custom" else None
+    planner = Planner(model, (3, 16, 16), 8, "fp32", RATES, task, few)
+    cuts = [cut.name for cut in planner.partition.cuts[:2]] if plug is not methods.e2e else []
+    predicted = planner.step(planner.network(method, cuts), method)
+    x = torch.randn(8, 3, 16, 16)
+    network = localize(model, method, cuts or 1, example=x[:2]).train()
+    trained = list(network.parameters())
+    assert predicted.tracked == measure(lambda: run_step(network, x, targets), trained).peak_total
+    given = sum(t.numel() * t.element_size() for t in localgrad.batches.tensors_in((x, targets)))
+    assert sum(predicted.peak) == max(predicted.tracked, 2 * predicted.trained) + given
+
+
+def test_a_plan_for_other_tasks() -> None:
+    for name in ("foreground", "custom"):
+        task, build, targets = OTHERS[name]
+        model = build()
+        few = localgrad.batches.rows(targets, 0, 2) if name == "custom" else None
+        found = localgrad.plan(
+            model, batch_size=8, image_size=16, task=task, targets=few, method="[{dgl: {head: linear}}]",
+            memory="1GiB", rates=RATES,
+        )  # fmt: skip
+        assert {"plain", "accumulation", "local"} <= {option.kind for option in found.options}
+        plain = found.options[0]
+        assert plain.fits and ("task = " in found.code) == (name == "foreground")
+        for option in (plain, next(o for o in found.options if o.kind == "local")):
+            loader = [(torch.randn(8, 3, 16, 16), targets)]
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            names = {"model": model, "loader": loader, "optimizer": optimizer, "task": task}
+            before = torch.nn.utils.parameters_to_vector(model.parameters())
+            exec(compile(found.code_of(option), option.name, "exec"), names)  # noqa: S102
+            assert not torch.equal(before, torch.nn.utils.parameters_to_vector(model.parameters()))
+    model, x = flat(2), torch.randn(2, 3, 16, 16)
+    with pytest.raises(ConfigError, match="give one of them"):
+        localgrad.plan(model, batch_size=8, image_size=16, task=tasks.regression(2), method=methods.dgl(TASK))
+    with pytest.raises(ConfigError, match=r"Custom: it is not known what its targets look like.*targets=y"):
+        localgrad.plan(model, batch_size=8, image_size=16, task=OTHERS["custom"][0], rates=RATES)
+    with pytest.raises(ConfigError, match=r"no classifier.*task=localgrad.tasks.segmentation\(21\)"):
+        localgrad.plan(dense(5), batch_size=8, image_size=16, rates=RATES)
+    regression = methods.dgl(tasks.regression(2), head="linear")
+    with pytest.warns(UserWarning, match="plain training fits"):
+        localize(model, regression, localgrad.cuts.fits("1GiB", batch_size=8), example=x)
+
+
+@pytest.mark.parametrize("name", ["segmentation", "multilabel", "custom"])
+def test_localize_under_a_budget_for_other_tasks(name: str) -> None:
+    task, build, targets = OTHERS[name]
+    model = build()
+    method = (
+        methods.dgl(task, head=localgrad.heads.FCN(5, width=4))
+        if name == "segmentation"
+        else methods.dgl(task, head="linear")
+    )
+    few = localgrad.batches.rows(targets, 0, 2) if name == "custom" else None
+    planner = Planner(model, (3, 16, 16), 64, "fp32", Rates(1.0, 1.0), task, few)
+    step = planner.step(planner.network(method, [cut.name for cut in planner.cuts(3, method)]), method)
+    budget = int((step.weights + 2 * step.trained + sum(step.peak)) / 0.9) + 64
+    network = localize(
+        model, method, localgrad.cuts.fits(budget, batch_size=64, targets=few), example=torch.randn(2, 3, 16, 16)
+    )
+    assert 2 <= network.num_blocks <= 3
+
+
+def test_vectors_are_planned_too() -> None:
+    layers = [nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(4)]
+    method, x = methods.dgl(tasks.regression(), head="linear"), torch.randn(2, 32)
+    with pytest.warns(UserWarning, match="plain training fits"):
+        localize(nn.Sequential(*layers, nn.Linear(32, 1)), method, localgrad.cuts.fits("1GiB"), example=x)
+
+
+def test_a_detector_is_refused() -> None:
+    """Which anchors lie on objects decides the shapes of its loss."""
+    model = localgrad.models.retinanet(num_classes=2, backbone="resnet18", norm="group", width=32)
+    with pytest.raises(ConfigError, match=r"planning a Detection: its loss, or the model, decides by values.*by_bytes"):
+        localgrad.plan(model, batch_size=2, image_size=128, task=tasks.detection(2), rates=RATES)
+
+
 class Undecided(nn.Sequential):
     """Decides by values, so that torch.fx cannot make separate blocks of it."""
 
@@ -170,7 +278,7 @@ def test_the_model_is_left_as_it_was_and_the_picture_drawn(tmp_path: Path) -> No
     found = localgrad.plan(model, batch_size=8, image_size=16, method=methods.dgl(TASK), precision="bf16", rates=RATES)
     assert not model.training
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert found.num_classes == 10 and found.recommended is None
+    assert found.task == "localgrad.tasks.classification(10)" and found.recommended is None
     assert "accumulation(method" in next(o.method for o in found.options if o.kind == "local" and o.micro_batches > 1)
     found.picture(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 10_000

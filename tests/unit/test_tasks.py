@@ -59,6 +59,16 @@ def test_score() -> None:
     assert score.tolist() == [1.0, 0.0, 1.0] and score.dtype == torch.float32
 
 
+def test_samples_whose_label_is_ignored_count_nowhere() -> None:
+    task, logits = classification(2), torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    labels = torch.tensor([1, -100, 0, 1])
+    assert task.score(logits, labels).tolist() == [1.0, 1.0, 0.0, 1.0]
+    metric = task.metric()
+    metric.update(logits[:2], labels[:2])
+    metric.update(logits[2:], labels[2:])
+    assert metric.compute() == {"accuracy": pytest.approx(2 / 3)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pixels_undo_the_normalisation_and_stay_in_range(dtype: torch.dtype) -> None:
     mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)

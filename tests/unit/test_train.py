@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,8 @@ from torch import Tensor
 from localgrad.config import validate
 from localgrad.errors import CheckpointError, ConfigError, TrainingError
 from localgrad.recipes import merge
-from localgrad.train import checkpoint
 from localgrad.train.experiment import Experiment, build
-from localgrad.train.folder import BEST, CHECKPOINT, RunFolder
+from localgrad.train.folder import RunFolder
 from localgrad.train.loop import train
 from localgrad.train.meters import evaluate
 from localgrad.train.run import compare, run
@@ -60,11 +63,22 @@ def finish(experiment: Experiment) -> Experiment:
 
 def through_file(experiment: Experiment, path: Path) -> Experiment:
     """A new experiment restored from a checkpoint of this one."""
-    checkpoint.save(path, experiment.state())
+    folder = RunFolder(path)
+    folder.claim()
+    folder.open(experiment)
+    folder.save(experiment)
+    folder.close()
     torch.randn(7)  # what the process did before must not matter
     fresh = build(experiment.config)
-    fresh.restore(checkpoint.load(path), path)
+    assert RunFolder(path).restore(fresh)
     return fresh
+
+
+def whole_state(experiment: Experiment) -> dict[str, Any]:
+    """Everything that decides how it goes on."""
+    states = [optimizer.state_dict()["state"].items() for optimizer in experiment.stepper.optimizers]
+    optimizers = [{index: dict(sorted(slots.items())) for index, slots in state} for state in states]
+    return {"network": dict(experiment.network.state_dict()), "optimizers": optimizers, **experiment.state()}
 
 
 def assert_equal(a: Any, b: Any, place: str = "state") -> None:
@@ -138,7 +152,7 @@ def test_resuming_in_mid_epoch_changes_no_bit(variant: str, tmp_path: Path, imag
     with pytest.raises(Stop):
         train(stopped, stop_after(stop), nothing)
     resumed = finish(through_file(stopped, tmp_path / "checkpoint"))
-    assert_equal(whole.state(), resumed.state())
+    assert_equal(whole_state(whole), whole_state(resumed))
 
 
 def test_resuming_twice_and_after_the_last_batch_of_an_epoch(tmp_path: Path) -> None:
@@ -150,14 +164,13 @@ def test_resuming_twice_and_after_the_last_batch_of_an_epoch(tmp_path: Path) -> 
         for stop in (first, second):
             with pytest.raises(Stop):
                 train(state, stop_after(stop), nothing)
-            state = through_file(state, tmp_path / "checkpoint")
-        assert_equal(whole.state(), finish(state).state())
+            state = through_file(state, tmp_path / f"{first} {stop}")
+        assert_equal(whole_state(whole), whole_state(finish(state)))
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     state = build(settings())
-    path = tmp_path / "checkpoint"
-    checkpoint.save(path, state.state())
+    through_file(state, tmp_path)
     for changes, name in (
         ({"optim": {"lr": 0.06}}, "optim.lr: 0.05 there, 0.06 here"),
         ({"method": ["e2e"]}, "method"),
@@ -165,8 +178,8 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         ({"data": {"limit": 250}}, "data.limit"),
     ):
         with pytest.raises(CheckpointError, match=name):
-            build(settings(**changes)).restore(checkpoint.load(path), path)
-    build(settings(train={"checkpoint_every": 5, "device": "cpu"})).restore(checkpoint.load(path), path)
+            RunFolder(tmp_path).restore(build(settings(**changes)))
+    RunFolder(tmp_path).restore(build(settings(train={"checkpoint_every": 5, "device": "cpu"})))
 
 
 def quiet() -> Console:
@@ -189,10 +202,12 @@ def test_a_finished_run_reports_again_and_a_torn_checkpoint_falls_back(tmp_path:
     for a, b in zip(first, again, strict=True):
         assert {k: v for k, v in a.items() if k != "cost"} == {k: v for k, v in b.items() if k != "cost"}
     assert "epoch" not in said
-    newest = tmp_path / CHECKPOINT
-    newest.write_bytes(newest.read_bytes()[:-100])
-    third, said = start(config, tmp_path, resume=True)
-    assert "is torn" in said and "Continuing from checkpoint.safetensors.previous" in said and "dgl 2/2" in said
+    newest = max((tmp_path / "checkpoints").iterdir())
+    shard = next(newest.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=rf"{newest.name} is damaged: {shard.name}; continuing from step"):
+        third, said = start(config, tmp_path, resume=True)
+    assert "dgl 2/2" in said
     assert (tmp_path / "model.safetensors").read_bytes() == weights and third[0]["last"] == first[0]["last"]
 
 
@@ -200,12 +215,11 @@ def test_no_good_checkpoint_is_refused_and_none_at_all_begins_anew(tmp_path: Pat
     config = settings(train={"epochs": 1})
     start(config, tmp_path)
     weights = (tmp_path / "model.safetensors").read_bytes()
-    for path in tmp_path.glob("checkpoint.*"):
+    for path in tmp_path.glob("checkpoints/*/complete.json"):
         path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(CheckpointError, match=r"neither checkpoint|torn"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
         start(config, tmp_path, resume=True)
-    for path in (*tmp_path.glob("checkpoint.*"), *tmp_path.glob("best.*")):
-        path.unlink()
+    shutil.rmtree(tmp_path / "checkpoints")
     _, said = start(config, tmp_path, resume=True)
     assert "starting from the beginning" in said
     assert (tmp_path / "model.safetensors").read_bytes() == weights
@@ -213,7 +227,7 @@ def test_no_good_checkpoint_is_refused_and_none_at_all_begins_anew(tmp_path: Pat
 
 def test_same_seed_same_weights_and_another_seed_others() -> None:
     one, two, other = (finish(build(settings(train={"epochs": 1, "seed": seed}))) for seed in (3, 3, 4))
-    assert_equal(one.state(), two.state())
+    assert_equal(whole_state(one), whole_state(two))
     assert not torch.equal(one.network.model.fc.weight, other.network.model.fc.weight)
 
 
@@ -280,7 +294,7 @@ def test_compiled_blocks_train_like_eager_ones() -> None:
     eager, compiled = finish(build(config)), build(config)
     compiled.network.compile_blocks(backend="eager")
     finish(compiled)
-    assert list(compiled.state()["network"]) == list(eager.state()["network"])
+    assert list(compiled.network.state_dict()) == list(eager.network.state_dict())
     for a, b in zip(eager.network.parameters(), compiled.network.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
@@ -306,7 +320,7 @@ def test_the_best_epoch_is_chosen_on_validation(tmp_path: Path) -> None:
     touched: list[str] = []
     state = build(config)
     folder = RunFolder(tmp_path)
-    folder.start(state)
+    folder.open(state)
     test_epoch = type(state.data.test).epoch
 
     def epoch(loader: Any, *args: Any, **kwargs: Any) -> Any:
@@ -320,27 +334,35 @@ def test_the_best_epoch_is_chosen_on_validation(tmp_path: Path) -> None:
     assert "test" not in touched
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
     scores = [float(row["validation/score/model"]) for row in rows]
-    assert state.best == {"epoch": scores.index(max(scores)) + 1, "score": max(scores)}
-    saved = checkpoint.load(tmp_path / BEST)
-    assert saved["epoch"] == state.best["epoch"]
+    best = scores.index(max(scores)) + 1
+    assert state.best == {"epoch": best, "step": best * len(state.data.train), "score": max(scores)}
     network = build(config).network
-    network.load_state_dict(saved["model"])
+    network.load_state_dict(folder.best_weights(state))
     assert state.data.validation is not None
     assert evaluate(network, state.data.validation)["score"]["model"] == pytest.approx(max(scores))
 
 
-def test_best_weights_of_another_epoch_are_refused(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    checkpoint.save(tmp_path / BEST, {"epoch": 2, "model": {"a": torch.ones(1)}})
-    checkpoint.save(tmp_path / BEST, {"epoch": 3, "model": {"a": torch.zeros(1)}})
-    assert folder.best_weights(2)["a"] == 1 and folder.best_weights(3)["a"] == 0
-    with pytest.raises(CheckpointError, match="best epoch, 4, are lost"):
-        folder.best_weights(4)
+def test_the_best_epoch_is_kept_as_long_as_a_checkpoint_needs_it(tmp_path: Path) -> None:
+    """Also by the checkpoint before the newest, which takes over if that one is damaged."""
+    state, folder = build(settings()), RunFolder(tmp_path)
+    folder.open(state)
+    kept = []
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4), (6, 4)):
+        state.step, state.best = step, {"epoch": best, "step": best, "score": 0.5}
+        folder.save(state)
+        kept.append([int(path.name.removeprefix("step")) for path in sorted((tmp_path / "checkpoints").iterdir())])
+    folder.close()
+    assert kept == [[1], [1, 2], [1, 2, 3], [1, 3, 4], [4, 5], [4, 5, 6]]
+    (shard,) = (tmp_path / "checkpoints" / "step00000004").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"best epoch, 4, are lost.*{shard.name}"):
+        folder.best_weights(state)
 
 
 def test_a_loss_that_is_not_finite_stops_and_spoils_no_checkpoint(tmp_path: Path) -> None:
     state = build(settings())
     folder = RunFolder(tmp_path)
+    folder.open(state)
     with pytest.raises(Stop):
         train(state, stop_after(2), nothing)
     folder.save(state)
@@ -349,9 +371,10 @@ def test_a_loss_that_is_not_finite_stops_and_spoils_no_checkpoint(tmp_path: Path
         train(state, folder.save, nothing)
     with pytest.raises(TrainingError):  # also where losses are read only once an epoch
         folder.save(state)
-    good = checkpoint.load(folder.checkpoint)
-    assert good["position"]["step"] == 2
-    assert all(torch.isfinite(v).all() for v in good["network"].values() if v.is_floating_point())
+    folder.close()
+    good = build(settings())
+    assert RunFolder(tmp_path).restore(good) and good.step == 2
+    assert all(torch.isfinite(v).all() for v in good.network.state_dict().values() if v.is_floating_point())
 
 
 def test_memory_and_batches_that_are_too_small_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,3 +415,62 @@ def test_local_learning_reaches_a_useful_accuracy_on_digits() -> None:
     )  # fmt: skip
     state = finish(build(config))
     assert evaluate(state.network, state.data.test)["score"]["model"] >= 0.95
+
+
+def test_a_directory_has_one_writer_at_a_time(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    first.claim()
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=rf"is in use by process {os.getpid()} on .*, since \d"):
+            second.claim(resume=resume)
+    first.close()
+    second.claim()
+    second.close()
+    code = (
+        "import sys, time; from pathlib import Path; from localgrad.train.folder import RunFolder; "
+        "folder = RunFolder(Path(sys.argv[1])); folder.claim(); print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"is in use by process {other.pid}"):
+            first.claim()
+        other.kill()
+        other.wait()
+    first.claim()  # the lock of a process that has died is free
+    first.close()
+
+
+def test_metrics_that_a_kill_cut_off_are_made_up(tmp_path: Path) -> None:
+    config = settings()
+    start(config, tmp_path)
+    rows = (tmp_path / "metrics.csv").read_text()
+    (tmp_path / "metrics.csv").write_text("".join(rows.splitlines(keepends=True)[:2]))
+    start(config, tmp_path, resume=True)
+    assert (tmp_path / "metrics.csv").read_text() == rows
+
+
+def test_replacing_a_run_clears_all_of_it_and_nothing_else(tmp_path: Path) -> None:
+    config = settings(train={"epochs": 1}, data={"limit": 100})
+    start(config, tmp_path)
+    start(config, tmp_path / "another method")
+    (tmp_path / "notes.txt").write_text("mine")
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        folder.claim()
+    folder.claim(overwrite=True)
+    folder.close()
+    assert {path.name for path in tmp_path.iterdir()} <= {"notes.txt", ".lock"}
+
+
+def test_a_damaged_run_stops_none_of_those_resumed_with_it(tmp_path: Path) -> None:
+    config = settings(beside=[["e2e"]], train={"epochs": 1}, data={"limit": 100})
+    start(config, tmp_path)
+    for file in tmp_path.glob("dgl/checkpoints/*/complete.json"):
+        file.write_text("{}")
+    (tmp_path / "e2e" / "config.yaml").unlink()
+    (tmp_path / "e2e" / "result.json").unlink()
+    kept = sorted(path.name for path in (tmp_path / "e2e" / "checkpoints").iterdir())
+    with pytest.raises(CheckpointError, match=r"dgl: no checkpoint in .*The other runs have ended"):
+        start(config, tmp_path, resume=True)
+    assert (tmp_path / "e2e" / "result.json").is_file() and (tmp_path / "e2e" / "config.yaml").is_file()
+    assert sorted(path.name for path in (tmp_path / "e2e" / "checkpoints").iterdir()) == kept

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, cat, nn
-from torch.nn import functional as F
 
 from localgrad.errors import MethodError
-from localgrad.layout import Layout
+from localgrad.layout import Layout, ToMaps
 from localgrad.site import Site
 
 
@@ -17,7 +16,7 @@ class Pool:
     """``factor x factor`` average pooling of positions, as far as ``least`` of them remain; prefix tokens stay.
 
     The first ``start`` boundaries keep all positions. A head or a copied unit behind it costs ``factor ** 2`` times
-    less. Ours.
+    less; ``factor`` times for signals, ``factor ** 3`` for volumes. Ours.
     """
 
     factor: int = 2
@@ -35,22 +34,21 @@ class Pool:
         if site.span.stop <= self.start:
             return None
         factors = tuple(max(1, min(self.factor, side // self.least)) for side in site.layout.grid)
-        if site.layout.kind == "vector" or factors == (1, 1):
-            return None
-        return _Pool(site.layout, factors)  # type: ignore[arg-type]
+        return _Pool(site.layout, factors) if max(factors) > 1 else None
 
 
 class _Pool(nn.Module):
-    def __init__(self, layout: Layout, factors: tuple[int, int]) -> None:
+    def __init__(self, layout: Layout, factors: tuple[int, ...]) -> None:
         super().__init__()
-        self.layout, self.factors = layout, factors
+        self.layout, self.to_maps = layout, ToMaps(layout)
+        self.pool = layout.layers.average_pool(factors)
 
     def forward(self, features: Tensor) -> Tensor:
         kind, prefix = self.layout.kind, self.layout.prefix
+        pooled = self.pool(self.to_maps(features))
         if kind == "maps":
-            return F.avg_pool2d(features, self.factors)
+            return pooled
         if kind == "channels_last":
-            return F.avg_pool2d(features.permute(0, 3, 1, 2), self.factors).permute(0, 2, 3, 1)
-        maps = features[:, prefix:].transpose(1, 2).unflatten(2, self.layout.grid)
-        pooled = F.avg_pool2d(maps, self.factors).flatten(2).transpose(1, 2)
-        return pooled if prefix == 0 else cat((features[:, :prefix], pooled), 1)
+            return pooled.movedim(1, -1)
+        tokens = pooled.flatten(2).transpose(1, 2)
+        return tokens if prefix == 0 else cat((features[:, :prefix], tokens), 1)

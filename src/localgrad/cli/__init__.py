@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -59,9 +60,17 @@ for _name, _command in _COMMANDS.items():  # in the order of the help
     app.command(_name)(_heard(_command))
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _paragraph(text: str) -> str:
     width = min(100, shutil.get_terminal_size().columns)
-    print(textwrap.fill(f"error: {message}", width, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def _warning(message: Warning | str, category: object, filename: str, lineno: int, line: str | None = None) -> str:
+    return _paragraph(f"warning: {message}") + "\n"
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(_paragraph(f"error: {message}"), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -85,6 +94,7 @@ def _one_paragraph() -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors of localgrad end as one paragraph and exit code 2, an interruption as 130."""
+    warnings.formatwarning = _warning
     with _one_paragraph(), _held:
         if (
             os.environ.get("RANK", "0") != "0"

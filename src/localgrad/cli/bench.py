@@ -36,11 +36,10 @@ def bench(
         int | None, typer.Option(help="Sides of the square images; default 32 or 224.", show_default=False)
     ] = None,
     rounds: Annotated[int, typer.Option(help="Timed steps of each way.")] = 5,
-    picture: Annotated[Path | None, typer.Option(help="Draw memory against time here.", show_default=False)] = None,
-    timeline: Annotated[
-        Path | None, typer.Option(help="Draw what is alive during a step here.", show_default=False)
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for bench.json, pareto.png (memory, time) and timeline.png.", show_default=False),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write everything as JSON here.", show_default=False)] = None,
 ) -> None:
     """Measure training steps of a model by many ways, in turn: memory, time, FLOPs, and which way is worth it.
 
@@ -56,9 +55,11 @@ def bench(
     from localgrad.study.contest_plots import pareto_picture, timeline_picture
     from localgrad.train.experiment import device_of
 
-    for path in (picture, timeline, out):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{path}: there is no directory {path.parent}; make it first")
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {out}: {error.strerror}; name a folder that can be written") from error
     torch.set_num_threads(1)
     size, num_classes = models.made_for(model)
     wanted = variant or ["fp32"]
@@ -74,13 +75,11 @@ def bench(
     console = new_console(stderr=True)
     found = contest(
         model, ways, batch_size=batch_size, image_size=image_size or size, num_classes=num_classes, balance=balance,
-        device=device_of("auto"), rounds=rounds, timeline=timeline is not None,
+        device=device_of("auto"), rounds=rounds, timeline=out is not None,
         progress=lambda what: console.print(what, style="dim"),
     )  # fmt: skip
     if out is not None:
-        out.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
-    if picture is not None:
-        pareto_picture(found, picture)
-    if timeline is not None:
-        timeline_picture(found, timeline)
+        (out / "bench.json").write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+        pareto_picture(found, out / "pareto.png")
+        timeline_picture(found, out / "timeline.png")
     print(found)

@@ -10,7 +10,7 @@ import typer
 
 from localgrad.cli.console import new_console, new_table
 from localgrad.cli.options import Json
-from localgrad.errors import ConfigError
+from localgrad.errors import CheckpointError, ConfigError
 
 
 def evaluate(
@@ -34,16 +34,15 @@ def evaluate(
         names = ", ".join(str(run_dir / name.replace("+", "-")) for name in run_names(settings))
         raise ConfigError(f"{run_dir} holds several runs; evaluate one of them: {names}")
     experiment = build(settings)
-    folder = RunFolder(run_dir, resume=True)
-    remark = folder.restore(experiment)
-    if remark:
-        new_console(stderr=True).print(remark, soft_wrap=True)
+    folder = RunFolder(run_dir)
+    if not folder.restore(experiment):
+        raise CheckpointError(f"{run_dir} holds no checkpoint yet; train it for an epoch first")
     epoch = experiment.epoch
     if best:
         if experiment.best is None:
             raise ConfigError(f"{run_dir} has no best epoch: none is finished, or data.validation=0; leave --best out")
         epoch = experiment.best["epoch"]
-        experiment.evaluated.load_state_dict(folder.best_weights(epoch))
+        experiment.evaluated.load_state_dict(folder.best_weights(experiment))
     batches = experiment.data.validation if split == "validation" else experiment.data.test
     if batches is None:
         raise ConfigError(f"{run_dir} was trained without a validation split (data.validation=0); use --split test")

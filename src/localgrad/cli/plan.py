@@ -20,6 +20,14 @@ def plan(
     image_size: Annotated[
         int | None, typer.Option(help="Sides of the square images; default 32 or 224.", show_default=False)
     ] = None,
+    task: Annotated[
+        Literal["classification", "segmentation", "regression", "multilabel"],
+        typer.Option(help="What the model is trained to do; see localgrad.tasks."),
+    ] = "classification",
+    num_outputs: Annotated[
+        int | None,
+        typer.Option(help="Of the model; default 10 or 1000 classes.", show_default=False),
+    ] = None,
     method: Annotated[
         str, typer.Option("--method", "-m", help="Of local learning: dgl+man, or YAML: '[{dgl: {head: linear}}]'.")
     ] = "dgl",
@@ -38,12 +46,13 @@ def plan(
 
     [bold]localgrad plan torchvision:resnet152 --batch-size 64 --memory 8GiB[/bold]
     """
-    from localgrad import models
+    from localgrad import models, tasks
     from localgrad.planning import plan
 
     size, num_classes = models.made_for(model)
+    outputs = num_classes if num_outputs is None else num_outputs
     found = plan(
-        model, batch_size=batch_size, memory=memory, image_size=image_size or size, num_classes=num_classes,
+        model, batch_size=batch_size, memory=memory, image_size=image_size or size, task=getattr(tasks, task)(outputs),
         method=method, optimizer=optimizer, precision=precision, rates=None if rates is None else _rates(rates),
     )  # fmt: skip
     if picture is not None:

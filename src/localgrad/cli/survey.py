@@ -19,13 +19,12 @@ def survey(
     out: Annotated[
         Path | None, typer.Option(help="Rows are appended here; default survey-LIBRARY.jsonl.", show_default=False)
     ] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Run models again whose rows in the file failed.")] = False,
 ) -> None:
     """Check every model of a library: cut, compared with the model itself, and trained.
 
     [bold]localgrad survey torchvision --filter 'resnet*'[/bold]
 
-    Models whose rows are in the file already are not run again.
+    Models whose rows in the file say that all went well are not run again.
     """
     from localgrad.study import survey
 
@@ -33,7 +32,7 @@ def survey(
     out = out or Path(f"survey-{library.replace(':', '-')}.jsonl")
     selection = survey.select(library, pattern, cache=out.with_suffix(".families.json"))
     rows = []
-    for row, new in survey.survey(library, selection, out, workers=workers, retry=retry):
+    for row, new in survey.survey(library, selection, out, workers=workers):
         rows.append(row)
         if new:
             state = "ok" if row["ok"] else "FAILED: " + ", ".join(row["reasons"])

@@ -93,7 +93,8 @@ def train(
         name = Path(recipe or str(data)).stem.replace("recipe:", "").replace(":", "-")
         stamp = time.strftime("%Y%m%d-%H%M%S")
         folder = run_dir or Path("runs") / f"{name}-{method_name(settings.method).replace('+', '-')}-{stamp}"
-    from localgrad.train.folder import RunFolder, write
+    from localgrad.sealed import write, yaml_text
+    from localgrad.train.folder import RunFolder
     from localgrad.train.run import compare
 
     if parallel is not None:
@@ -108,8 +109,10 @@ def train(
         console.print("One CPU thread (small networks run slower on more; train.threads=2 changes it).", style="dim")
     multiple = bool(settings.beside)
     if multiple and resume is None:
-        RunFolder(folder, overwrite=overwrite)
-        write(folder / "config.yaml", configuration.dump(settings))
+        whole = RunFolder(folder)
+        whole.claim(overwrite=overwrite)
+        write(folder / "config.yaml", yaml_text(configuration.dump(settings)))
+        whole.close()
     results = compare(
         settings, folder, console, resume=resume is not None, overwrite=overwrite,
         resume_with=f"localgrad train --resume {shlex.quote(str(folder))}",
@@ -127,8 +130,8 @@ def _train_parallel(
     console: Console, settings: Any, folder: Path, layout: str, named: Path | None, resume: bool, overwrite: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
+    from localgrad.sealed import write
     from localgrad.train import parallel
-    from localgrad.train.folder import write
 
     if named is None:
         raise ConfigError("--parallel needs --run-dir, which all ranks and every restart share")

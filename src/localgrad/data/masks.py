@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -37,7 +38,7 @@ _CITYSCAPES_GET = (
 _FOLDER_GET = (
     "Expected are images/<split>/<name>.jpg (or .png, ...) and masks/<split>/<name>.png with a class id in every "
     "pixel, 255 where it is ignored, for the splits train, test and, if there is one, val; and classes.txt, one name a "
-    "line."
+    "line. Of a single class masks hold 0 and 1, or 0 and 255."
 )
 
 
@@ -103,15 +104,27 @@ def _folder(root: Path) -> MaskSet:
         classes = tuple(line.strip() for line in names.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {names}: {error}. {_FOLDER_GET}") from error
-    if not 2 <= len(classes) < IGNORED:
-        raise DataError(f"{names} names {len(classes)} classes; it must name 2 to {IGNORED - 1}, one a line.")
+    if not 1 <= len(classes) < IGNORED:
+        raise DataError(f"{names} names {len(classes)} classes; it must name 1 to {IGNORED - 1}, one a line.")
     splits = {
         split: _paired(root / "images" / split, root / "masks" / split, _FOLDER_GET)
         for split in ("train", "val", "test")
         if split != "val" or (root / "images" / split).is_dir()
     }
-    ids = class_ids({k: k for k in range(len(classes))})
+    ids = class_ids({k: k for k in range(len(classes))} if len(classes) > 1 else {0: 0, foreground(splits["train"]): 1})
     return MaskSet(f"images and masks in {root}", classes, splits["train"], splits.get("val", []), splits["test"], ids)
+
+
+def foreground(pairs: list[Pair]) -> int:
+    """What the foreground of masks with one class is written as: 1, or 255 if the first mask that is not all 0 says so.
+
+    Masks of both kinds in one set are refused when they are read: 1 is no class where the foreground is 255.
+    """
+    for _, mask in pairs:
+        with contextlib.suppress(DataError):  # which is said when the mask is read to train on it
+            if values := set(np.unique(read_ids(mask)).tolist()) - {0}:
+                return IGNORED if values == {IGNORED} else 1
+    return 1
 
 
 def _paired(images: Path, masks: Path, expected: str) -> list[Pair]:
@@ -210,7 +223,8 @@ class Occurrence:
             self.seen |= set(targets.unique().tolist())
             return
         self.said = True
-        missing = [name for k, name in enumerate(self.classes) if k not in self.seen]
+        first = int(len(self.classes) == 1)  # of one class the background has no name
+        missing = [name for k, name in enumerate(self.classes, first) if k not in self.seen]
         if missing:
             ignored = f" Pixels of {IGNORED} are ignored; is that what the masks mean?" if IGNORED in self.seen else ""
             named = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)

@@ -1,14 +1,22 @@
-"""Checkpoints that every rank writes its part of, and that any other layout of ranks can load."""
+"""Checkpoints that every rank writes its part of, and that any other layout of ranks can load.
+
+    step00000010/
+        shard-00001-....safetensors   what rank 0 saved, and what lies beside
+        shard-00002-....safetensors   what rank 1 saved
+        complete.json                 written last: format, blocks, the sha256 of every file, and of itself
+
+A folder gets its name once all of that is on disk. One whose files are not what `complete.json` says is passed over by
+all ranks alike, for the one before it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
@@ -17,16 +25,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from localgrad.distributed.agreement import explained
+from localgrad import sealed
+from localgrad.distributed.agreement import explained, gather_text
 from localgrad.distributed.custody import named_tensors
 from localgrad.errors import CheckpointError
 from localgrad.network import LocalNetwork
 
-FORMAT = "localgrad-distributed/1"
-COMPLETE = "complete.json"
+FORMAT = "localgrad-checkpoint/2"
+COMPLETE, BESIDE = "complete.json", "beside."
 
 
 class Checkpoints:
@@ -37,18 +46,19 @@ class Checkpoints:
     process can load, or four, or two that hold other blocks. Replicas save one copy. A checkpoint is the state after
     one step on every rank; batches that were on their way are trained again from the data.
 
-    A folder gets its name once every rank has written its part: one that a crash left behind is never loaded.
+    A folder gets its name once every rank has written its part: one that a crash left behind is never loaded. Every
+    file carries a sha256; a damaged checkpoint is renamed ``.damaged``, and the one before it is loaded.
 
     Args:
         folder: the same on every rank, on a disk that all of them see.
         network: as it is trained, in one process or after `data_parallel` and `block_parallel`.
         optimizers: for its parameters; only their state is saved, not their settings.
-        keep: so many of the newest are kept.
+        keep: so many of the newest are kept, besides those that they need.
         timeout: how long a rank waits for another one to save; torch's 30 minutes if None.
 
     Raises:
         CheckpointError: from `save` if the disk is full or a rank is gone, from `load` if a checkpoint belongs to
-            another network.
+            another network, or if all of them are damaged.
 
     Example:
         >>> import tempfile, torch, localgrad
@@ -74,7 +84,8 @@ class Checkpoints:
     ) -> None:
         self.folder, self.network, self.optimizers, self.keep = Path(folder), network, list(optimizers), keep
         self.group: dist.ProcessGroup | None = None
-        self._writing: tuple[Future[Any], int, Any] | None = None
+        self._checked: int | None = None
+        self._writing: tuple[Future[Any], int, dict[str, Any]] | None = None
         if network.stage is not None or network.replicas is not None:
             # One of its own: in the background its collectives must not meet those of training.
             group = dist.new_group(backend="gloo", timeout=timeout)
@@ -98,10 +109,11 @@ class Checkpoints:
     def _partial(self, step: int) -> Path:
         return self.folder / f"step{step:08d}.partial"
 
-    def save(self, step: int, *, wait: bool = True, beside: Any = None) -> None:
-        """Write the state after ``step`` optimizer steps, and what is to lie ``beside`` it (anything JSON holds).
+    def save(self, step: int, *, wait: bool = True, beside: Any = None, needs: Collection[int] = ()) -> None:
+        """Write the state after ``step`` optimizer steps, and what is to lie ``beside`` it.
 
-        Every rank calls it; the first one's ``beside`` is kept, see `beside`.
+        Every rank calls it; the first one's ``beside`` is kept, see `beside`: a tree that `localgrad.sealed.encode`
+        takes. Checkpoints of the steps that it ``needs`` stay as long as it does.
 
         Without ``wait`` it returns as soon as the state is copied; `finish` waits for the rest, as the next `save`
         does. No rank then waits for one that has yet to reach this step, but for twins, which first take the weights
@@ -112,6 +124,11 @@ class Checkpoints:
         if self.network.stage is not None:
             self.network.stage.settle()
         state = {name: _writable(tensor) for name, tensor in self._tensors().items()}
+        facts = {"format": FORMAT, "step": step, "needs": sorted(needs), "blocks": self._blocks()}
+        if self._first:
+            lying: dict[str, Tensor] = {}
+            facts["beside"] = sealed.encode(beside, lying, "beside")
+            state |= {BESIDE + name: tensor for name, tensor in lying.items()}
         writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
         try:
             if self._first:
@@ -120,16 +137,16 @@ class Checkpoints:
             if self.group is None:
                 with _alone():
                     dcp.save(state, storage_writer=writer, no_dist=True)
-                self._complete(step, beside)
+                self._complete(step, facts)
             elif wait:
                 dist.barrier(self.group)
                 dcp.save(state, storage_writer=writer, process_group=self.group)
-                self._complete(step, beside)
+                self._complete(step, facts)
                 dist.barrier(self.group)
             else:
                 future = dcp.async_save(state, storage_writer=writer, process_group=self.group)
                 assert isinstance(future, Future)
-                self._writing = future, step, beside
+                self._writing = future, step, facts
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             raise self._failed(step, error) from error
 
@@ -137,10 +154,10 @@ class Checkpoints:
         """Wait until a checkpoint that is being written is complete."""
         if self._writing is None:
             return
-        (future, step, beside), self._writing = self._writing, None
+        (future, step, facts), self._writing = self._writing, None
         try:
             future.result()
-            self._complete(step, beside)
+            self._complete(step, facts)
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             raise self._failed(step, error) from error
 
@@ -153,11 +170,30 @@ class Checkpoints:
         )
 
     def beside(self, step: int) -> Any:
-        """What `save` was given to keep beside the state after ``step``."""
-        return json.loads((self._place(step) / COMPLETE).read_text())["beside"]
+        """What `save` was given to keep beside the state after ``step``, tensors on the CPU."""
+        place = self._place(step)
+        reader = dcp.HuggingFaceStorageReader(str(place))
+        saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        state = {
+            name: torch.empty(about.size, dtype=about.properties.dtype)
+            for name, about in saved.items()
+            if name.startswith(BESIDE)
+        }
+        with _alone():
+            dcp.load(state, storage_reader=reader, no_dist=True)
+        tensors = {name.removeprefix(BESIDE): tensor for name, tensor in state.items()}
+        return sealed.decode(sealed.read_json(place / COMPLETE)["beside"], tensors)
 
     def weights(self, step: int) -> dict[str, Tensor]:
-        """The whole network after ``step`` steps, whatever this rank trains, keyed like its ``state_dict``."""
+        """The whole network after ``step`` steps, whatever this rank trains, keyed like its ``state_dict``.
+
+        One rank may call it alone.
+
+        Raises:
+            CheckpointError: the checkpoint is missing or damaged.
+        """
+        if damage := self._damage_seen(step):
+            raise CheckpointError(damage)
         reader = dcp.HuggingFaceStorageReader(str(self._place(step)))
         saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
         names = {id(tensor): name for name, tensor in named_tensors(self.network).items()}
@@ -167,17 +203,75 @@ class Checkpoints:
             dcp.load(state, storage_reader=reader, no_dist=True)
         return {key: state[name] for key, name in keys.items()}
 
-    def _complete(self, step: int, beside: Any) -> None:
+    def _complete(self, step: int, facts: dict[str, Any]) -> None:
         if not self._first:
             return
         partial, place = self._partial(step), self._place(step)
-        facts = {"format": FORMAT, "step": step, "tensors": sorted(_names(partial)), "blocks": self._blocks()}
-        facts["beside"] = beside
-        (partial / COMPLETE).write_text(json.dumps(facts))
+        facts["files"] = {path.name: sealed.file_digest(path) for path in sorted(partial.iterdir())}
+        sealed.write(partial / COMPLETE, sealed.json_text(facts))
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self._place(old), ignore_errors=True)
+        sealed.sync_folder(self.folder)
+        steps = self.steps()
+        needed = {step, *facts["needs"]}.union(*(self._needs(kept) for kept in steps[-self.keep :]))
+        for old in steps[: -self.keep]:
+            if old not in needed:
+                shutil.rmtree(self._place(old), ignore_errors=True)
+
+    def _needs(self, step: int) -> list[int]:
+        with contextlib.suppress(CheckpointError):
+            return list(sealed.read_json(self._place(step) / COMPLETE)["needs"])
+        return []
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint, if anything: the same answer on every rank."""
+        if self.group is None:
+            return self._damage_seen(step) or None
+        # Each rank reads its share of the files.
+        answers = gather_text(self.group, self._damage_seen(step, self.group.rank(), self.group.size()))
+        return next((answer for answer in answers if answer), None)
+
+    def _damage_seen(self, step: int, rank: int = 0, ranks: int = 1) -> str:
+        """What is wrong with every ``ranks``-th file; empty if nothing is."""
+        place = self._place(step)
+        try:
+            files = sealed.read_json(place / COMPLETE)["files"]
+            there = {path.name for path in place.iterdir()} - {COMPLETE}
+            lost = sorted(set(files) ^ there)
+            altered = [name for name in sorted(files)[rank::ranks] if name not in lost]
+            altered = [name for name in altered if sealed.file_digest(place / name) != files[name]]
+        except (OSError, CheckpointError, LookupError, TypeError) as error:
+            return str(error)
+        return f"{place} is damaged: {', '.join(lost + altered)}" if lost or altered else ""
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint that is whole, None if there is none; damaged ones before it are renamed.
+
+        Every rank calls it.
+
+        Raises:
+            CheckpointError: there are some, but none is whole.
+        """
+        reasons: list[str] = []
+        damaged: list[Path] = []
+        for step in reversed(self.steps()):
+            damage = self._damage(step)
+            if damage is None:
+                self._checked = step
+                if damaged and self._first:
+                    warnings.warn(f"{' '.join(reasons)}; continuing from step {step}", stacklevel=3)
+                    for place in damaged:
+                        aside = place.with_name(place.name + ".damaged")
+                        shutil.rmtree(aside, ignore_errors=True)
+                        place.rename(aside)
+                return step
+            reasons.append(damage)
+            damaged.append(self._place(step))
+        if reasons:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} is whole: {'; '.join(reasons)}. Restore one from a copy, or begin anew"
+            )
+        return None
 
     def _blocks(self) -> list[str]:
         return ["input", *(cut.name for cut in self.network.cuts)]
@@ -189,14 +283,18 @@ class Checkpoints:
             the step; 0, and nothing is loaded, if there is none and ``step`` is None.
         """
         known = self.steps()
-        if step is None and not known:
-            return 0
-        step = known[-1] if step is None else step
-        place = self._place(step)
-        if step not in known:
+        if step is None:
+            step = self.newest()
+            if step is None:
+                return 0
+        elif step not in known:
             raise CheckpointError(f"{self.folder} has no complete checkpoint of step {step}; it has {known or 'none'}")
+        elif step != self._checked and (damage := self._damage(step)) is not None:
+            raise CheckpointError(damage)
+        self._checked = None  # files may change until they are read again
+        place = self._place(step)
         try:
-            facts = json.loads((place / COMPLETE).read_text())
+            facts = sealed.read_json(place / COMPLETE)
             if facts["format"] != FORMAT or facts["blocks"] != self._blocks():
                 raise CheckpointError(
                     f"{place} was written for blocks that begin at {', '.join(facts['blocks'])} ({facts['format']}), "
@@ -210,9 +308,6 @@ class Checkpoints:
             lost = sorted(own - set(saved))
             if lost:
                 raise CheckpointError(f"{place} lacks {lost[0]} and {len(lost) - 1} more; it is of another network")
-            surplus = sorted(set(facts["tensors"]) - set(saved))
-            if surplus:
-                raise CheckpointError(f"{place} has lost {surplus[0]} and {len(surplus) - 1} more; restore its files")
             state = {name: _writable(tensor) for name, tensor in targets.items()}
             # Every rank reads what it needs; there is nothing to agree about.
             with _alone():
@@ -221,10 +316,7 @@ class Checkpoints:
                 for name, tensor in targets.items():
                     tensor.copy_(state[name].view(tensor.shape))
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, dcp.CheckpointException) as error:
-            raise CheckpointError(
-                f"{place} cannot be loaded: {' '.join(str(error).split())[:300]}. Remove it to continue from the one "
-                "before it"
-            ) from error
+            raise CheckpointError(f"{place} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
         if self.group is not None:
             with explained("loading a checkpoint"):
                 dist.barrier(self.group)
@@ -267,9 +359,3 @@ def _alone() -> Iterator[None]:
 def _writable(tensor: Tensor) -> Tensor:
     """A copy in one piece of memory on the CPU, which is what a safetensors file holds."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _names(folder: Path) -> Iterator[str]:
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            yield from file.keys()

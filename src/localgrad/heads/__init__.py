@@ -1,5 +1,7 @@
 """Auxiliary networks. A head builder is a value; called with a `localgrad.site.Site` it measures the features there
-and returns a module. Every head reads maps (B, C, H, W), channel-last maps (B, H, W, C), tokens (B, T, C) and vectors.
+and returns a module. Every head reads maps (B, C, H, W), channel-last maps (B, H, W, C), tokens (B, T, C), vectors,
+signals (B, C, L) and volumes (B, C, D, H, W) or (B, D, H, W, C); a 3x3 convolution has a kernel of 3 on signals and
+3x3x3 on volumes. Detection heads read positions in a plane only.
 """
 
 from localgrad.heads.attention_map import AttentionMap

@@ -12,7 +12,7 @@ from localgrad.site import Site
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """``mean_c features ** 2``, (B, 1, H, W). Has no parameters.
+    """``mean_c features ** 2``, (B, 1, H, W), or with the sides of signals and volumes. Has no parameters.
 
     Source: Zagoruyko & Komodakis, ICLR 2017, arXiv:1612.03928, equation 1 with p = 2.
     """
@@ -22,7 +22,7 @@ class AttentionMap:
 
 
 class Energy(nn.Module):
-    """Maps (B, C, H, W) to (B, 1, H, W)."""
+    """(B, C, *grid) to (B, 1, *grid)."""
 
     def forward(self, maps: Tensor) -> Tensor:
         return maps.square().mean(1, keepdim=True)

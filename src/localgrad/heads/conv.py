@@ -37,19 +37,19 @@ class Conv:
             raise MethodError(f"layers={self.layers!r}; write <convolutions>c<linear layers>f, for instance '1c2f'")
 
     def __call__(self, site: Site) -> nn.Module:
-        convolutions, linears = int(self.layers[0]), int(self.layers[2])
+        convolutions, linears, by = int(self.layers[0]), int(self.layers[2]), site.layout.layers
         layers: list[nn.Module] = [ToMaps(site.layout)]
         width = site.channels
         for index in range(convolutions):
             grows = index == 0 and not site.in_last_stage
             wider = max(width, min(2 * width, site.final_channels)) if grows else width
             layers += [
-                nn.Conv2d(width, wider, 3, stride=2 if grows else 1, padding=1, bias=False),
-                nn.BatchNorm2d(wider),
+                by.conv(width, wider, 3, stride=2 if grows else 1, padding=1, bias=False),
+                by.batch_norm(wider),
                 nn.ReLU(inplace=True),
             ]
             width = wider
-        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        layers += [by.adaptive_pool(1), nn.Flatten()]
         for _ in range(linears - 1):
             layers += [nn.Linear(width, self.hidden), nn.ReLU(inplace=True)]
             width = self.hidden

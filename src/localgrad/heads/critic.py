@@ -22,11 +22,12 @@ class Critic:
     outputs: int
 
     def __call__(self, site: Site) -> nn.Module:
+        by = site.layout.layers
         return nn.Sequential(
             ToMaps(site.layout),
-            nn.Conv2d(site.channels, site.channels, 3, padding=1),
+            by.conv(site.channels, site.channels, 3, padding=1),
             nn.ReLU(inplace=True),
-            nn.AdaptiveAvgPool2d(1),
+            by.adaptive_pool(1),
             nn.Flatten(),
             nn.Linear(site.channels, self.outputs),
         )

@@ -48,8 +48,11 @@ class Detection:
                 f"detection heads follow the detector they help to train, but the model is a {type(model).__name__}; "
                 "write localgrad.models.retinanet(...), fcos(...), or Detector(your torchvision RetinaNet or FCOS)"
             )
-        if site.layout.kind == "vector":
-            raise MethodError(f"no detection head for features of shape {tuple(site.features.shape)}: no positions")
+        if site.layout.kind == "vector" or len(site.layout.grid) != 2:
+            raise MethodError(
+                f"no detection head for features of shape {tuple(site.features.shape)}: boxes need positions in a "
+                "plane, as maps (B, C, H, W) have them; cut elsewhere (cuts=...)"
+            )
         known = model.strides
         pixels, positions = site.inputs.shape[-1], site.layout.grid[1]
         finer = [stride for stride in range(1, known[0]) if known[0] % stride == 0]

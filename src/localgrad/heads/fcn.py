@@ -40,11 +40,12 @@ class FCN:
 
     def __call__(self, site: Site) -> nn.Module:
         width = self.width or max(64, site.channels // 4)
+        by = site.layout.layers
         return nn.Sequential(
             ToMaps(site.layout),
-            nn.Conv2d(site.channels, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
+            by.conv(site.channels, width, 3, padding=1, bias=False),
+            by.batch_norm(width),
             nn.ReLU(inplace=True),
             nn.Dropout(self.dropout),
-            nn.Conv2d(width, self.outputs, 1),
+            by.conv(width, self.outputs, 1),
         )

@@ -8,22 +8,24 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from localgrad.heads.decoder import Resize
-from localgrad.layout import ToMaps
+from localgrad.heads.decoder import Resize, target
+from localgrad.layout import Layers, ToMaps
 from localgrad.site import Site
 
 
-def _convolution(inputs: int, outputs: int, kernel: int, *, stride: int = 1, bias: bool = False) -> list[nn.Module]:
+def _convolution(
+    by: Layers, inputs: int, outputs: int, kernel: int, *, stride: int = 1, bias: bool = False
+) -> list[nn.Module]:
     """A convolution that keeps the grid (or halves it), BatchNorm, ReLU."""
     return [
-        nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=bias),
-        nn.BatchNorm2d(outputs),
+        by.conv(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=bias),
+        by.batch_norm(outputs),
         nn.ReLU(inplace=True),
     ]
 
 
-def _pooled_linear(inputs: int, outputs: int) -> list[nn.Module]:
-    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, outputs)]
+def _pooled_linear(by: Layers, inputs: int, outputs: int) -> list[nn.Module]:
+    return [by.adaptive_pool(1), nn.Flatten(), nn.Linear(inputs, outputs)]
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,14 @@ class Classifier:
         first = max(1, final // 16, site.channels // 4)
         second = max(first, final // 8)
         third = max(second, final // 4)
+        by = site.layout.layers
         return nn.Sequential(
             ToMaps(site.layout),
-            *_convolution(site.channels, first, 1),
-            *_convolution(first, second, 3, stride=2),
-            *_convolution(second, third, 3, stride=2),
-            *_convolution(third, final, 1),
-            *_pooled_linear(final, self.outputs),
+            *_convolution(by, site.channels, first, 1),
+            *_convolution(by, first, second, 3, stride=2),
+            *_convolution(by, second, third, 3, stride=2),
+            *_convolution(by, third, final, 1),
+            *_pooled_linear(by, final, self.outputs),
         )
 
 
@@ -78,9 +81,8 @@ class Decoder:
     scale: float = 1.0
 
     def __call__(self, site: Site) -> nn.Module:
-        channels = site.inputs.shape[1]
-        grid = site.layout.grid
-        image = [max(1, round(side * self.scale)) for side in site.inputs.shape[2:4]]
+        by, grid = site.layout.layers, site.layout.grid
+        channels, image = target(site, self.scale)
         ratio = max(side / own for side, own in zip(image, grid, strict=True))
         squeezes = 1 + max(0, math.ceil(math.log2(ratio / 8)))
         widths = [64 * (squeezes + 1), *(64 * 2**k for k in reversed(range(squeezes - 1)))]
@@ -89,18 +91,18 @@ class Decoder:
         for k, wider in enumerate(widths):
             if k > 0:
                 layers.append(_up(image, grid, 8 * 2 ** (squeezes - 1 - k)))
-            layers += _convolution(width, wider, 1, bias=True)
+            layers += _convolution(by, width, wider, 1, bias=True)
             width = wider
         for divisor, narrower in ((4, 32), (2, 12)):
-            layers += [_up(image, grid, divisor), *_convolution(width, narrower, 3, bias=True)]
+            layers += [_up(image, grid, divisor), *_convolution(by, width, narrower, 3, bias=True)]
             width = narrower
-        return nn.Sequential(*layers, _up(image, (1, 1), 1), nn.Conv2d(width, channels, 3, padding=1))
+        return nn.Sequential(*layers, Resize(image), by.conv(width, channels, 3, padding=1))
 
 
 def _up(image: Sequence[int], grid: Sequence[int], divisor: int) -> Resize:
     """To a share of the image, but not below the features' own grid unless the image itself is smaller."""
-    height, width = (min(side, max(own, math.ceil(side / divisor))) for side, own in zip(image, grid, strict=True))
-    return Resize((height, width))
+    sides = zip(image, grid, strict=True)
+    return Resize(tuple(min(side, max(own, math.ceil(side / divisor))) for side, own in sides))
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ class Pointwise:
     outputs: int
 
     def __call__(self, site: Site) -> nn.Module:
-        width = site.channels
+        width, by = site.channels, site.layout.layers
         layers: list[nn.Module] = [ToMaps(site.layout)]
         if 4 * width <= site.final_channels:
-            layers += [*_convolution(width, 2 * width, 1), *_convolution(2 * width, width, 1)]
-        return nn.Sequential(*layers, *_pooled_linear(width, self.outputs))
+            layers += [*_convolution(by, width, 2 * width, 1), *_convolution(by, 2 * width, width, 1)]
+        return nn.Sequential(*layers, *_pooled_linear(by, width, self.outputs))

@@ -33,7 +33,7 @@ class PooledLinear:
     """Average-pool to at most ``size`` values, then one linear layer to ``outputs``.
 
     The grid is halved, first its height, then its width, and so on, rounded up, until ``channels * height * width <=
-    size`` or one position is left.
+    size`` or one position is left; volumes along three sides in turn, signals along their only one.
 
     Args:
         outputs: width of the linear layer.
@@ -49,13 +49,13 @@ class PooledLinear:
     zeroed: bool = True
 
     def __call__(self, site: Site) -> nn.Module:
-        sides, halved = site.layout.grid, [1, 1]
+        sides, halved = site.layout.grid, [1] * len(site.layout.grid)
         grid = list(sides)
         while site.channels * math.prod(grid) > self.size and math.prod(grid) > 1:
-            which = 0 if halved[0] <= halved[1] else 1
+            which = halved.index(min(halved))
             halved[which] *= 2
             grid[which] = math.ceil(sides[which] / halved[which])
         linear = nn.Linear(site.channels * math.prod(grid), self.outputs)
         if self.zeroed:
             nn.init.zeros_(linear.weight)
-        return nn.Sequential(ToMaps(site.layout), nn.AdaptiveAvgPool2d(tuple(grid)), nn.Flatten(), linear)
+        return nn.Sequential(ToMaps(site.layout), site.layout.layers.adaptive_pool(tuple(grid)), nn.Flatten(), linear)

@@ -57,16 +57,14 @@ class MLP:
     def __call__(self, site: Site) -> nn.Module:
         grid = tuple(math.ceil(side / 4) if self.grid is None else min(self.grid, side) for side in site.layout.grid)
         pooled = tuple(min(self.pooled, side) for side in grid)
-        volumes = len(grid) == 3
-        pool = nn.AdaptiveAvgPool3d if volumes else nn.AdaptiveAvgPool2d
-        convolution, norm = (nn.Conv3d, nn.BatchNorm3d) if volumes else (nn.Conv2d, nn.BatchNorm2d)
-        parts: list[nn.Module] = [ToMaps(site.layout, volumes=True), pool(grid)]
+        by = site.layout.layers
+        parts: list[nn.Module] = [ToMaps(site.layout), by.adaptive_pool(grid)]
         channels = site.channels
         for _ in range(self.convolutions):
             wide = self.width or channels
-            parts += [convolution(channels, wide, 1, bias=False), norm(wide), nn.ReLU(inplace=True)]
+            parts += [by.conv(channels, wide, 1, bias=False), by.batch_norm(wide), nn.ReLU(inplace=True)]
             channels = wide
-        parts += [pool(pooled), nn.Flatten()]
+        parts += [by.adaptive_pool(pooled), nn.Flatten()]
         inputs = channels * math.prod(pooled)
         for _ in range(self.layers):
             hidden = self.hidden or inputs

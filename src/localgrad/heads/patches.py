@@ -17,8 +17,9 @@ from localgrad.site import HeadBuilder, Site
 class Patches:
     """One head for ``count x count`` patches of the features; vectors are averaged, maps are put together again.
 
-    Patches run as one larger batch, so BatchNorm sees all of them at once; heads that are not ``shared`` see one each.
-    Where a side does not divide, the largest smaller count that does is used.
+    Signals are cut into ``count`` patches, volumes into ``count ** 3``. Features that have not as many sides as the
+    inputs, such as words, stay whole. Patches run as one larger batch, so BatchNorm sees all of them at once; heads
+    that are not ``shared`` see one each. Where a side does not divide, the largest smaller count that does is used.
 
     Args:
         head: builds the head for one patch of the features, and of the image.
@@ -40,7 +41,8 @@ class Patches:
 
     def __call__(self, site: Site) -> nn.Module:
         to_maps = ToMaps(site.layout)
-        sides = (*site.layout.grid, *site.inputs.shape[-2:]) if site.inputs.dim() == 4 else (1,)
+        grid, outer = site.layout.grid, site.inputs.shape[2:]
+        sides = (*grid, *outer) if len(grid) == len(outer) else (1,)
         count = next(n for n in range(self.count, 0, -1) if all(side % n == 0 for side in sides))
         with torch.no_grad():
             maps = to_maps(site.features)
@@ -50,10 +52,10 @@ class Patches:
             site,
             features=_split(maps, count)[: len(maps)],
             inputs=_split(site.inputs, count)[: len(maps)],
-            cut=replace(site.cut, channels_hint="first"),
+            cut=replace(site.cut, shape=tuple(maps.shape), channels_hint="first"),
             patches=site.patches * count,
         )
-        made = [self.head(inner) for _ in range(1 if self.shared else count**2)]
+        made = [self.head(inner) for _ in range(1 if self.shared else count ** len(grid))]
         return nn.Sequential(to_maps, _Patched(made[0] if self.shared else _Apart(made), count))
 
 
@@ -84,27 +86,37 @@ class _Patched(nn.Module):
 
     def forward(self, maps: Tensor) -> Any:
         answers = self.head(_split(maps, self.count))
-        n = self.count
         if isinstance(self.head, JoinsPatches):
-            return self.head.joined(answers, n)
+            return self.head.joined(answers, self.count)
         if answers.dim() == 2:
-            return answers.unflatten(0, (-1, n * n)).mean(1)
-        if _is_channels_last(answers):
-            rows = answers.permute(0, 2, 3, 1).unflatten(0, (-1, n, n))  # B, row, column, h, w, C
-            return rows.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-        rows = answers.unflatten(0, (-1, n, n))  # B, row, column, C, h, w
-        return rows.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+            return answers.unflatten(0, (len(maps), -1)).mean(1)
+        return _put_together(answers, self.count)
 
 
 def _split(maps: Tensor, count: int) -> Tensor:
-    """Maps (B, C, H, W) as patches (B * count ** 2, C, H / count, W / count), row by row, in their memory format."""
-    height, width = maps.shape[2] // count, maps.shape[3] // count
-    if _is_channels_last(maps):
-        last = maps.permute(0, 2, 3, 1).unflatten(1, (count, height)).unflatten(3, (count, width))
-        return last.transpose(2, 3).flatten(0, 2).permute(0, 3, 1, 2)
-    patches = maps.unflatten(2, (count, height)).unflatten(4, (count, width))  # B, C, row, h, column, w
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    """Maps (B, C, H, W) as patches (B * count ** 2, C, H / count, W / count), row by row, in their memory format.
+
+    Signals and volumes likewise.
+    """
+    sides, last = maps.dim() - 2, _is_channels_last(maps)
+    values, first = (maps.movedim(1, -1), 1) if last else (maps, 2)
+    rows = range(first, first + 2 * sides, 2)
+    for row in rows:  # B, C, row, h, column, w
+        values = values.unflatten(row, (count, -1))
+    patches = values.movedim(tuple(rows), tuple(range(1, 1 + sides))).flatten(0, sides)
+    return patches.movedim(-1, 1) if last else patches
+
+
+def _put_together(patches: Tensor, count: int) -> Tensor:
+    """The inverse of `_split`, for maps that a head has made of each patch."""
+    sides, last = patches.dim() - 2, _is_channels_last(patches)
+    values, first = (patches.movedim(1, -1), 1) if last else (patches, 2)
+    rows = range(first, first + 2 * sides, 2)
+    values = values.unflatten(0, (-1, *[count] * sides)).movedim(tuple(range(1, 1 + sides)), tuple(rows))
+    for side in range(first, first + sides):  # B, C, row, h, column, w
+        values = values.flatten(side, side + 1)
+    return values.movedim(-1, 1) if last else values
 
 
 def _is_channels_last(maps: Tensor) -> bool:
-    return maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+    return maps.movedim(1, -1).is_contiguous() and not maps.is_contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,6 +19,7 @@ class Projection:
     """
 
     def __call__(self, site: Site) -> nn.Module:
-        if site.layout.grid == (1, 1):
+        if math.prod(site.layout.grid) == 1:
             return nn.Sequential(ToMaps(site.layout), nn.Flatten(), nn.Linear(site.channels, site.channels, bias=False))
-        return nn.Sequential(ToMaps(site.layout), nn.Conv2d(site.channels, site.channels, 3, padding=1, bias=False))
+        convolution = site.layout.layers.conv(site.channels, site.channels, 3, padding=1, bias=False)
+        return nn.Sequential(ToMaps(site.layout), convolution)

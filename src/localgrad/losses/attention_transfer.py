@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from localgrad.errors import TrainingError
+from localgrad.layout import LAYERS
 from localgrad.losses.precision import widened
 from localgrad.method import Context
 from localgrad.task import Batch
@@ -19,7 +21,11 @@ class AttentionTransfer:
     The larger of two grids is pooled to the smaller one.
 
     Args:
-        teacher: the context whose maps, a list of (B, 1, H, W) for the boundaries in order, the batch holds.
+        teacher: the context whose maps, a list of (B, 1, H, W) for the boundaries in order, the batch holds; signals
+            and volumes have one side or three.
+
+    Raises:
+        TrainingError: grids have different numbers of sides.
 
     Source: Zagoruyko & Komodakis, ICLR 2017, arXiv:1612.03928, equation 2, squared.
     """
@@ -28,6 +34,13 @@ class AttentionTransfer:
 
     def __call__(self, output: Tensor, batch: Batch) -> Tensor:
         ours, theirs = widened(output), widened(batch.context[self.teacher][batch.boundary - 1])
-        height, width = (min(a, b) for a, b in zip(ours.shape[2:], theirs.shape[2:], strict=True))
-        ours, theirs = (F.normalize(F.adaptive_avg_pool2d(m, (height, width)).flatten(1)) for m in (ours, theirs))
+        if ours.dim() != theirs.dim():
+            raise TrainingError(
+                f"boundary {batch.boundary}: attention maps of shape {tuple(ours.shape)} cannot be compared with the "
+                f"teacher's of shape {tuple(theirs.shape)}, whose positions have another number of sides; name layers "
+                "of the teacher that have as many, feature_distillation(task, teacher=..., layers=(...))"
+            )
+        sides = tuple(min(a, b) for a, b in zip(ours.shape[2:], theirs.shape[2:], strict=True))
+        pool = LAYERS[len(sides)].adaptive_pool(sides)
+        ours, theirs = (F.normalize(pool(maps).flatten(1)) for maps in (ours, theirs))
         return (ours - theirs).square().sum(1).mean()

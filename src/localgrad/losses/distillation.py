@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from localgrad.errors import TrainingError
+from localgrad.layout import LAYERS
 from localgrad.losses.precision import widened
 from localgrad.method import Context
 from localgrad.task import Batch, Loss
@@ -19,29 +19,16 @@ from localgrad.task import Batch, Loss
 def divergence(logits: Tensor, other: Tensor, temperature: float = 1.0, reverse: bool = False) -> Tensor:
     """``KL(softmax(other / T) || softmax(logits / T))``, or the ``reverse``, averaged over samples and positions.
 
-    Both are (B, num_classes) or (B, num_classes, h, w), maps of ``other`` resized to the grid of ``logits``.
+    Both are (B, C), (B, C, h, w), (B, C, d, h, w), or (B, C, positions); maps of ``other`` are resized to the grid of
+    ``logits``.
     """
     if logits.shape[2:] != other.shape[2:]:
-        other = F.interpolate(widened(other), size=logits.shape[2:], mode="bilinear", align_corners=False)
+        mode = LAYERS[logits.dim() - 2].resize
+        other = F.interpolate(widened(other), size=logits.shape[2:], mode=mode, align_corners=False)
     ours = F.log_softmax(widened(logits) / temperature, 1)
     theirs = F.log_softmax(widened(other) / temperature, 1)
     pair = (theirs, ours) if reverse else (ours, theirs)
     return F.kl_div(*pair, reduction="batchmean", log_target=True) / math.prod(logits.shape[2:])
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits (B, num_classes) or (B, num_classes, h, w) that an output is, or that it holds as ``out``.
-
-    Raises:
-        TrainingError: it holds none.
-    """
-    logits = output.get("out") if isinstance(output, Mapping) else output
-    if not isinstance(logits, Tensor) or logits.dim() not in (2, 4):
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
-        raise TrainingError(
-            f"soft targets need logits (B, num_classes) or (B, num_classes, h, w), but the network answers with {found}"
-        )
-    return logits
 
 
 @dataclass(frozen=True)
@@ -52,12 +39,14 @@ class Distilled:
 
     Args:
         loss: of the labels.
-        teacher: the context whose answer, or None, `localgrad.task.Batch` holds; see `logits_of`.
+        logits: reads the logits of distributions off an output, see `localgrad.method.Method.require_logits`.
+        teacher: the context whose answer, or None, `localgrad.task.Batch` holds.
         weight: of the soft targets.
         temperature: T.
     """
 
     loss: Loss
+    logits: Callable[[Any], Tensor]
     teacher: Context
     weight: float
     temperature: float
@@ -66,5 +55,5 @@ class Distilled:
         answer = batch.context[self.teacher]
         if answer is None:
             return self.loss(output, batch)
-        soft = self.temperature**2 * divergence(logits_of(output), logits_of(answer), self.temperature)
+        soft = self.temperature**2 * divergence(self.logits(output), self.logits(answer), self.temperature)
         return (1.0 - self.weight) * self.loss(output, batch) + self.weight * soft

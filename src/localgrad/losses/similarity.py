@@ -10,15 +10,15 @@ from torch.nn import functional as F
 
 from localgrad.errors import TrainingError
 from localgrad.losses.precision import widened
-from localgrad.task import Batch
+from localgrad.task import Batch, Task
 
 
 def similarity_matrix(values: Tensor) -> Tensor:
-    """Cosine similarities of centred rows, clamped to [-1, 1]; (B, D) or maps (B, C, H, W) -> (B, B).
+    """Cosine similarities of centred rows, clamped to [-1, 1]; (B, D) or maps (B, C, H, W), (B, C, L), ... -> (B, B).
 
     Maps are first reduced to each channel's standard deviation over positions.
     """
-    if values.dim() == 4:
+    if values.dim() > 2:
         flat = values.flatten(2)
         # With a single position there is no spread to compare; the value itself is what is left.
         values = flat.std(2) if flat.shape[2] > 1 else flat[:, :, 0]
@@ -31,30 +31,27 @@ def similarity_matrix(values: Tensor) -> Tensor:
 class Similarity:
     """Mean squared difference between the similarity matrices of a projection and of the one-hot labels.
 
-    ``mean((S(projection) - S(onehot(targets)))**2)`` over the B x B entries; without those of ignored labels, below 0.
+    ``mean((S(projection) - S(onehot(targets)))**2)`` over the B x B entries. Samples without a label take no part.
 
     Args:
-        num_classes: width of the one-hot labels; mixed targets are used as they are.
+        task: its ``onehot(targets)`` are the rows, (B, num_classes): NaN for a sample without a label.
 
     Raises:
-        TrainingError: for masks, which have no one class.
+        TrainingError: for a task without them: masks, boxes and numbers have no one class.
 
     Source: Nokland & Eidnes, ICML 2019, arXiv:1901.06656, eq. 1 and released code.
     """
 
-    num_classes: int
+    task: Task
 
     def __call__(self, output: Tensor, batch: Batch) -> Tensor:
-        targets = batch.targets
-        if not isinstance(targets, Tensor) or targets.dim() > 2:
+        onehot = getattr(self.task, "onehot", None)
+        if onehot is None:
             raise TrainingError(
-                "similarity matching needs one class for each image, not masks or boxes; use another method"
+                "similarity matching needs one class for each image, not masks, boxes or numbers; use another method"
             )
-        values, targets = similarity_matrix(batch.joined(widened(output))), batch.joined(targets)
-        if targets.dim() == 2:
-            return F.mse_loss(values, similarity_matrix(targets.to(values.dtype)))
-        known = targets >= 0
-        onehot = F.one_hot(targets.where(known, 0), self.num_classes).to(values.dtype)
-        pairs = known[:, None] & known
-        apart = (values - similarity_matrix(onehot)).square()
-        return apart.where(pairs, 0.0).sum() / pairs.sum().clamp(min=1)
+        values, rows = batch.joined(widened(output)), batch.joined(onehot(batch.targets))
+        wanted = similarity_matrix(rows.to(values.dtype))
+        known = ~wanted.isnan()
+        ours = similarity_matrix(values).where(known, 0.0)
+        return F.mse_loss(ours, wanted.where(known, 0.0)) * (known.numel() / known.sum().clamp(min=1))

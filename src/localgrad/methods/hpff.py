@@ -62,7 +62,7 @@ def hpff(base: Method, *, patches: int = 2, released: bool = False) -> Method:
 def _released(term: Term, patches: int) -> list[Term]:
     """What the released code makes of a term: apart on the patches of windows, or whole and of weight 1 on blocks."""
     if isinstance(term.loss, losses.Reconstruction):
-        weight = _Summed(term.weight, patches**2)  # the loss of the whole is the mean of those of the patches
+        weight = _Summed(term.weight, patches)  # the loss of the whole is the mean of those of the patches
         head = heads.Patches(term.head, patches, shared=False)
         return [replace(term, head=head, weight=Only(weight, on_window))]
     if not term.scored and not isinstance(term.loss, losses.Contrastive):
@@ -76,10 +76,10 @@ def _released(term: Term, patches: int) -> list[Term]:
 @dataclass(frozen=True)
 class _Summed:
     weight: Weight
-    count: int
+    patches: int
 
     def __call__(self, site: Site) -> float:
-        return self.count * (self.weight(site) if callable(self.weight) else self.weight)
+        return self.patches ** len(site.layout.grid) * (self.weight(site) if callable(self.weight) else self.weight)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def last_head_distillation(base: Method, *, every: int = 10, weight: float = 0.5
     Source: the abstract of the thesis of PGL's first author ("periodically distilling the knowledge of last layer
     through the auxiliary networks"); see `localgrad.methods.pgl`. A reconstruction: all values are ours.
     """
-    base.require_logits("last_head_distillation")
+    logits = base.require_logits("last_head_distillation")
     if not 0.0 <= weight <= 1.0 or not temperature > 0:
         raise MethodError(f"weight={weight}, temperature={temperature}; need a weight in [0, 1] and temperature > 0")
     name = f"last_head_distillation({base.name})"
@@ -49,7 +49,7 @@ def last_head_distillation(base: Method, *, every: int = 10, weight: float = 0.5
         return replace(base, name=name)
     teacher = FinalLogits(Periodic(base.spans, every))
     terms = tuple(
-        replace(term, loss=Distilled(term.loss, teacher, weight, temperature)) if term.scored else term
+        replace(term, loss=Distilled(term.loss, logits, teacher, weight, temperature)) if term.scored else term
         for term in base.terms
     )
     return replace(base, name=name, terms=terms, contexts=(*base.contexts, teacher))

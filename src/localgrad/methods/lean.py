@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from localgrad import bridges
 from localgrad.method import Method
 from localgrad.methods.auglocal import auglocal
 from localgrad.methods.composition import base
-from localgrad.methods.pooled import pooled
 from localgrad.task import Task
 
 
@@ -15,10 +15,10 @@ from localgrad.task import Task
 def lean(task: Task, *, depth: int = 2, tail: int = 1, factor: int = 2, least: int = 4) -> Method:
     """AugLocal whose heads read pooled features, but for the first one: most of its accuracy for less of its cost.
 
-    ``pooled(auglocal(task, depth=depth, tail=tail), factor=factor, least=least, start=1)``. Later blocks hardly become
-    better than what the first block and its head can do, so that one keeps all positions; the others keep what there is
-    at a quarter of the cost. ``docs/lean.md`` has the measurements. Cut into as few blocks as memory allows,
-    by bytes: ``cuts.fits("2GiB")`` or ``cuts.by_bytes(8)``.
+    ``pooled(auglocal(task, depth=depth, tail=tail), factor=factor, least=least)`` but for the first boundary. Later
+    blocks hardly become better than what the first block and its head can do, so that one keeps all positions; the
+    others keep what there is at a quarter of the cost. ``docs/lean.md`` has the measurements. Cut into as few blocks as
+    memory allows, by bytes: ``cuts.fits("2GiB")`` or ``cuts.by_bytes(8)``.
 
     Args:
         task: from `localgrad.tasks`.
@@ -39,4 +39,4 @@ def lean(task: Task, *, depth: int = 2, tail: int = 1, factor: int = 2, least: i
     Source: ours; the heads are AugLocal's (arXiv:2402.17318).
     """
     looking_ahead = auglocal(task, depth=depth, tail=tail)
-    return replace(pooled(looking_ahead, factor=factor, least=least, start=1), name="lean")
+    return replace(looking_ahead, name="lean", bridge=bridges.Pool(factor, least, start=1))

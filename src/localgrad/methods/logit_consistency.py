@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from localgrad.errors import MethodError
-from localgrad.losses.distillation import divergence, logits_of
+from localgrad.losses.distillation import divergence
 from localgrad.method import Method, Network, Observer, Rule, Term
 from localgrad.methods.composition import plugin
 from localgrad.task import Batch
@@ -39,26 +40,27 @@ def logit_consistency(base: Method, *, share: float = 0.5) -> Method:
     Differs: blocks are isolated and read features (SID trains one extractor by all losses). With several windows at a
     boundary the next one follows the narrowest.
     """
-    base.require_logits("logit_consistency")
+    logits = base.require_logits("logit_consistency")
     if not 0.0 < share <= 1.0:
         raise MethodError(f"share={share}; it must be above 0 and at most 1")
-    return replace(base, name=f"logit_consistency({base.name})", rules=(*base.rules, _Consistency(share)))
+    return replace(base, name=f"logit_consistency({base.name})", rules=(*base.rules, _Consistency(share, logits)))
 
 
 @dataclass(frozen=True)
 class _Consistency(Rule):
     share: float
+    logits: Callable[[Any], Tensor]
     reason: ClassVar[str] = "compares the answers of neighbouring heads"
 
     def observe(self, network: Network, batch: Batch) -> _Answers:
-        return _Answers(self.share)
+        return _Answers(self)
 
 
 class _Answers(Observer):
     """Remembers what the first scored head at the boundary before answered."""
 
-    def __init__(self, share: float) -> None:
-        self.share = share
+    def __init__(self, rule: _Consistency) -> None:
+        self.share, self.logits = rule.share, rule.logits
         self.previous: Any = None
         self.answers: tuple[int, Any] | None = None
 
@@ -69,6 +71,6 @@ class _Answers(Observer):
             return loss
         if self.answers is None and term is not None:
             self.answers = (boundary, tree_map_only(Tensor, Tensor.detach, output))
-        logits = logits_of(output)
-        before = torch.zeros_like(logits) if self.previous is None else logits_of(self.previous)
+        logits = self.logits(output)
+        before = torch.zeros_like(logits) if self.previous is None else self.logits(self.previous)
         return self.share * loss + (1.0 - self.share) * divergence(logits, before, reverse=True)

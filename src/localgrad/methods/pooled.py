@@ -10,7 +10,7 @@ from localgrad.methods.composition import plugin
 
 
 @plugin
-def pooled(base: Method, *, factor: int = 2, least: int = 1, start: int = 0) -> Method:
+def pooled(base: Method, *, factor: int = 2, least: int = 1) -> Method:
     """Average-pool the features before bridge and heads; ``factor ** 2`` times fewer positions to compute on.
 
     Plug-ins that follow add their bridges behind the pooling: ``man(pooled(dgl(task)))`` mixes pooled features.
@@ -20,10 +20,9 @@ def pooled(base: Method, *, factor: int = 2, least: int = 1, start: int = 0) -> 
         factor: sides of the pooling; less where the grid is smaller.
         least: positions per side that pooling leaves at least, as long as there were so many: late features, whose grid
             is small already, are pooled less.
-        start: boundaries at the beginning that are not pooled.
 
     Raises:
-        MethodError: if the base has no auxiliary heads, or for a factor or ``least`` below 1, or a negative ``start``.
+        MethodError: if the base has no auxiliary heads, or for a factor or ``least`` below 1.
 
     Example:
         >>> import localgrad
@@ -33,6 +32,4 @@ def pooled(base: Method, *, factor: int = 2, least: int = 1, start: int = 0) -> 
     Source: ours.
     """
     base.require_heads("pooled")
-    return replace(
-        base, name=f"pooled({base.name})", bridge=bridges.chain(base.bridge, bridges.Pool(factor, least, start))
-    )
+    return replace(base, name=f"pooled({base.name})", bridge=bridges.chain(base.bridge, bridges.Pool(factor, least)))

@@ -19,7 +19,7 @@ def predsim(task: Task, *, beta: float = 0.99, size: int = 1024, released: bool 
     model's own loss for the last block. Similarity matching wants several images of a class in each batch.
 
     Args:
-        task: from `localgrad.tasks`; its ``num_outputs`` are the classes.
+        task: from `localgrad.tasks`; one whose samples have a class each, or several labels.
         beta: weight of similarity matching, in [0, 1].
         size: values left by the pooling before the linear read-out, at most.
         released: as AugLocal's release, the only one with residual networks: the projection starts as
@@ -44,7 +44,7 @@ def predsim(task: Task, *, beta: float = 0.99, size: int = 1024, released: bool 
         task,
         terms=(
             Term(task.head(heads.PooledLinear(task.num_outputs, size, not released)), task.loss, 1.0 - beta),
-            Term(heads.Projection(), losses.Similarity(task.num_outputs), beta, scored=False),
+            Term(heads.Projection(), losses.Similarity(task), beta, scored=False),
         ),
         spans=Local(),
     )

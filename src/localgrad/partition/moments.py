@@ -263,11 +263,13 @@ class Partition:
         return []
 
     def _side(self, value: Value) -> int:
-        """Height of maps in positions; 0 for other values."""
+        """Height of maps in positions, length of signals; 0 for other values."""
         shape = self.shapes.get(value, ())
-        if len(shape) not in (4, 5):
+        if not 3 <= len(shape) <= 5:
             return 0
         hint = self._channels_hint(self.graph.times[value[0]], shape)
+        if len(shape) == 3 and hint != "first":
+            return 0  # tokens
         return shape[1] if hint == "last" else shape[2]
 
     def _cut(self, call: Call, features: Value, crossing: Sequence[Value]) -> Cut:
@@ -299,19 +301,32 @@ class Partition:
         return tuple(chosen)
 
     def _channels_hint(self, moment: int, shape: tuple[int, ...]) -> Hint:
-        """Where the layers next to a moment look for channels: the first one with weights behind it, else before it."""
+        """Where the layers next to a moment look for channels: the first one with weights behind it, else before it.
+
+        Where none tells, other layers may. None where still none does, or where two sides are equal and what is behind
+        contradicts what is before.
+        """
         if len(shape) < 3:
             return None
         at = bisect.bisect_left([c.enter for c in self.calls], moment)
         ways = [[(c.name, c.reads) for c in self.calls[at:]], [(c.name, c.makes) for c in reversed(self.calls[:at])]]
-        for alike in (True, False):  # what looks at this very shape tells most
+        # What looks at this very shape tells most.
+        for alike, looks_for in ((True, _looks_for), (False, _looks_for), (True, _seems_to_look_for)):
+            hints: list[Hint] = []
             for made, way in enumerate(ways):
-                for name, seen in way[:48]:
-                    near = seen == shape if alike else len(seen) == len(shape)
-                    hint = _looks_for(self.modules[name], shape, bool(made)) if near else None
-                    if hint is not None:
-                        return hint
+                near = (name for name, seen in way[:48] if (seen == shape if alike else len(seen) == len(shape)))
+                told = (looks_for(self.modules[name], shape, bool(made)) for name in near)
+                hints.append(next((hint for hint in told if hint is not None), None))
+            if alike and len(shape) == 3 and shape[1] == shape[2] and {"first", "last"} <= set(hints):
+                return None
+            if any(hints):
+                return hints[0] or hints[1]
         return "last" if len(shape) == 4 and shape[1] == shape[2] != shape[3] else None
+
+    def looked_for(self, name: str) -> Hint:
+        """Where channels are looked for in what the module ``name`` takes first, if it is called."""
+        call = next((call for call in self.calls if call.name == name), None)
+        return None if call is None else self._channels_hint(call.enter, call.reads)
 
     def _head_position(self) -> int:
         """Where the model's own head begins if it answers with positions, as in segmentation; else the end.
@@ -550,12 +565,36 @@ def _with_alias(cut: Cut, name: str) -> Cut:
 
 def _looks_for(module: nn.Module, shape: tuple[int, ...], made: bool) -> Hint:
     """Where a layer looks for channels in features of a shape that it takes, or ``made``."""
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)):
         return "first"
-    if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding)):
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        *outer, width = module.normalized_shape
+        if outer:
+            return None  # it normalises positions as well
+    elif isinstance(module, (nn.Linear, nn.Embedding)):
         width = module.weight.shape[0 if isinstance(module, nn.Linear) and made else -1]
-        return "last" if width == shape[-1] else "first" if len(shape) > 3 else None
-    return None
+    elif isinstance(module, nn.RNNBase):
+        given = (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
+        width = given if made else module.input_size
+    elif isinstance(module, nn.MultiheadAttention):
+        width = module.embed_dim
+    else:
+        return None
+    return "last" if width == shape[-1] else "first" if len(shape) > 3 else None
+
+
+_POOLS = tuple(kind for name, kind in vars(nn.modules.pooling).items() if name.startswith("_") and name.endswith("Nd"))
+
+
+def _seems_to_look_for(module: nn.Module, shape: tuple[int, ...], made: bool) -> Hint:
+    """The same of layers that tell less, for (B, C, L) and (B, T, C): pooling, and those with weights of their own."""
+    if len(shape) != 3:
+        return None
+    if isinstance(module, _POOLS):
+        return "first"
+    sides = {side for parameter in module.parameters(recurse=False) for side in parameter.shape}
+    first, last = shape[1] in sides, shape[2] in sides
+    return None if first == last else "first" if first else "last"
 
 
 def _has_positions(shape: tuple[int, ...]) -> bool:

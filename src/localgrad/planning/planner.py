@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from localgrad import cutting
+from localgrad.batches import tensors_in
 from localgrad.cutting import auxiliary_bytes
 from localgrad.engine import local_losses
 from localgrad.errors import ConfigError
@@ -30,6 +31,8 @@ from localgrad.network import LocalNetwork
 from localgrad.partition import AuxiliaryBytes, Cut, Partition, by_bytes
 from localgrad.partition.choose import Held, unit_storages
 from localgrad.spans import groups
+from localgrad.task import Task
+from localgrad.tasks import classification
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -93,9 +96,31 @@ class Predicted:
 
 
 class Planner:
-    """A model without data, its cut points, and what steps of it cost."""
+    """A model without data, its cut points, and what steps of it cost.
 
-    def __init__(self, model: nn.Module, shape: tuple[int, int, int], batch: int, precision: str, rates: Rates) -> None:
+    Args:
+        model: on any device; left as it is.
+        shape: of one sample, (C, H, W) for images.
+        batch: samples in a step.
+        precision: ``fp32``, or ``bf16`` for autocast.
+        rates: of the device that will train.
+        task: what is trained; None for classification in as many classes as the model answers with.
+        targets: of any number of samples, for a task that has no method ``blank``.
+
+    Raises:
+        ConfigError: no task and a model that is no classifier, or no targets.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        batch: int,
+        precision: str,
+        rates: Rates,
+        task: Task | None = None,
+        targets: Any = None,
+    ) -> None:
         self.device = next(model.parameters()).device
         if self.device.type == "meta":
             self.device = torch.device("cpu")
@@ -107,7 +132,8 @@ class Planner:
         self.example = torch.empty(2, *shape, device="meta", dtype=self.dtype)
         with _Shapes(), torch.device("meta"):
             self.partition = Partition(self.model, self.example)
-            self.classes = self._classes()
+            self.task = classification(self._classes()) if task is None else task
+        self.targets = targets
         with _Shapes():
             self.saved = self._saved()
         self._heads: tuple[Method | None, dict[Cut, AuxiliaryBytes]] = (None, {})
@@ -117,8 +143,8 @@ class Planner:
             output = self.model(self.example)
         if not isinstance(output, Tensor) or output.dim() != 2:
             raise ConfigError(
-                f"plan: {type(self.model).__name__} returns {_described(output)}; it plans classifiers, which return "
-                "(B, num_classes)"
+                f"plan: {type(self.model).__name__} returns {_described(output)} and is no classifier, which returns "
+                "(B, num_classes); write what it is trained to do, such as task=localgrad.tasks.segmentation(21)"
             )
         return int(output.shape[1])
 
@@ -168,12 +194,36 @@ class Planner:
             warnings.simplefilter("ignore", UserWarning)  # of blocks that are cut badly: others are tried beside them
             return localize(self.model, method, where, example=self.example)
 
+    def _targets(self, samples: int) -> Any:
+        if self.targets is not None:
+            return _repeated(self.targets, samples)
+        blank = getattr(self.task, "blank", None)
+        if blank is None:
+            raise ConfigError(
+                f"planning a {type(self.task).__name__}: it is not known what its targets look like; give some, "
+                "targets=y[:2]"
+            )
+        return blank(samples, self.shape)
+
     def step(self, network: LocalNetwork, method: Method) -> Predicted:
         """Run a step by ``method``, which puts the same heads on ``network`` as its own does.
 
         Of several micro-batches two are run: in the second one there are gradients to add to. For each of the others
         what waits at the boundary, where it is largest, is added.
+
+        Raises:
+            ConfigError: the loss decides by values, which there are none of.
         """
+        try:
+            return self._step(network, method)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ConfigError(
+                f"planning a {type(self.task).__name__}: its loss, or the model, decides by values ({error}), and "
+                "planning runs on tensors without values; cut by localgrad.cuts.by_bytes(...), and measure a step by "
+                "localgrad.costs.cost"
+            ) from error
+
+    def _step(self, network: LocalNetwork, method: Method) -> Predicted:
         parts = method.micro_batches
         images = self.batch if parts == 1 else 2 * -(-self.batch // parts)
         ran = min(parts, 2)
@@ -182,7 +232,8 @@ class Planner:
             network.method = replace(method, accumulate=Accumulate(ran, method.accumulate.wait))
             network.train()
             x = torch.empty(images, *self.shape, device=self.device, dtype=self.dtype)
-            y = torch.zeros(images, dtype=torch.long, device=self.device)
+            with torch.device(self.device):
+                y = self._targets(images)
             trained = [p for p in network.parameters() if p.requires_grad]
             sizes = [_size(network.block_parameters(k)) for k in range(network.num_blocks)]
             work, tracker = Work(self.rates), LiveBytes(trained)
@@ -199,7 +250,7 @@ class Planner:
         timeline = tracker.timeline
         if parts > ran:
             timeline = _with_waiting(timeline, [one for one in done if one.block in lasts], parts)
-        given = _size([x, y]) * self.batch // images  # the whole batch waits on the device
+        given = _size([x, *tensors_in(y)]) * self.batch // images  # the whole batch waits on the device
         # The optimizer makes one copy of what it steps (torch's multi-tensor SGD with weight decay, and AdamW).
         whole = max([*timeline, (2 * _size(trained), _size(trained))])
         alone, freed, start = [(0, 0)], 0, 0
@@ -221,6 +272,17 @@ class Planner:
             work.seconds * share,
             norms,
         )
+
+
+def _repeated(values: Any, samples: int) -> Any:
+    """Targets of so many samples in the form of ``values``."""
+    if isinstance(values, list):
+        return [values[k % len(values)] for k in range(samples)]
+    if isinstance(values, Mapping):
+        return {name: _repeated(value, samples) for name, value in values.items()}
+    if isinstance(values, tuple):
+        return tuple(_repeated(value, samples) for value in values)
+    return torch.zeros(samples, *values.shape[1:], dtype=values.dtype)
 
 
 def several_units(partition: Partition, cuts: Sequence[Cut]) -> tuple[int, ...]:

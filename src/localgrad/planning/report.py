@@ -13,6 +13,7 @@ from localgrad.measure.tables import aligned
 from localgrad.measure.work import Rates
 
 EXACT, MICRO, LOCAL = "exact", "exact, BatchNorm over micro-batches", "local"
+OWN_LOSS = "task.loss(model(x), localgrad.Batch(x, y, step=0))"
 TIE = 1.05  # predicted step times closer than this count as equal
 
 
@@ -79,7 +80,8 @@ class Plan:
 
     Args:
         model: its name. ``parameters`` are counted.
-        batch_size: images in a step, of shape ``image_shape`` (C, H, W), in ``num_classes`` classes.
+        batch_size: images in a step, of shape ``image_shape`` (C, H, W).
+        task: the line that makes it; empty for one with options, as it was given.
         memory: the budget in bytes, None if none was given; ``headroom`` is the share of it that is left free.
         largest_unit: bytes that the unit of the model with the most saves for its backward pass: no cut, without
             recomputation inside it, goes below. Its path is ``largest_name``.
@@ -91,7 +93,7 @@ class Plan:
     parameters: int
     batch_size: int
     image_shape: tuple[int, int, int]
-    num_classes: int
+    task: str
     optimizer: str
     precision: str
     memory: int | None
@@ -154,21 +156,21 @@ class Plan:
     def code_of(self, option: Option) -> str:
         """The same for any of the options."""
         bf16 = self.precision == "bf16"
+        imports = ["import torch", "import localgrad", "", *([f"task = {self.task}"] if self.task else [])]
         if option.kind == "plain":
-            forward = "torch.nn.functional.cross_entropy(model(x), y)"
+            plain = self.task.startswith("localgrad.tasks.classification")
+            forward = "torch.nn.functional.cross_entropy(model(x), y)" if plain else OWN_LOSS
             lines = ["for x, y in loader:", f"    loss = {forward}", "    loss.backward()"]
             if bf16:
                 lines[1:2] = ["    with torch.autocast(x.device.type, torch.bfloat16):", f"        loss = {forward}"]
-            return "\n".join(["import torch", "", *lines, "    optimizer.step()", "    optimizer.zero_grad()"])
+            needed = ["import torch", ""] if plain else [*imports, ""]
+            return "\n".join([*needed, *lines, "    optimizer.step()", "    optimizer.zero_grad()"])
         make = {
             "sgd": "torch.optim.SGD({}, lr=0.1, momentum=0.9)",
             "adamw": "torch.optim.AdamW({}, lr=1e-3)",
         }[self.optimizer]
         lines = [
-            "import torch",
-            "import localgrad",
-            "",
-            f"task = localgrad.tasks.classification({self.num_classes})",
+            *imports,
             f"method = {option.method}",
             "x, y = next(iter(loader))",
             f"network = {option.call}",

@@ -25,6 +25,7 @@ from localgrad.partition.choose import Held
 from localgrad.planning.planner import PRECISIONS, Planner, Predicted
 from localgrad.planning.report import EXACT, LOCAL, MICRO, Option, Plan
 from localgrad.spec import MethodSpec, as_code, build_method, parse_method
+from localgrad.task import Task
 
 STATES = {"sgd": 1, "adamw": 2}  # copies of the trained parameters that the optimizer keeps; SGD with momentum
 MOST_PARTS = 64
@@ -39,6 +40,8 @@ def plan(
     image_size: int = 224,
     channels: int = 3,
     num_classes: int = 1000,
+    task: Task | None = None,
+    targets: Any = None,
     method: str | MethodSpec | Method = "dgl",
     optimizer: Literal["sgd", "adamw"] = "sgd",
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -55,7 +58,10 @@ def plan(
         batch_size: images in a step.
         memory: what there is, ``"8GiB"`` or bytes; None to compare only.
         image_size, channels: of the square images.
-        num_classes: with a name only; a module tells by itself.
+        num_classes: of classification, with a name only; a module tells by itself.
+        task: from `localgrad.tasks`, or one of yours; None for classification, or for the task of a `Method`.
+        targets: of a few samples, ``y[:2]``: for `localgrad.tasks.custom` and tasks of yours without a method
+            ``blank(samples, shape)``, to know their form.
         method: for local learning, a base with its plug-ins: ``"dgl"``, ``"infopro+man"``, a specification as in a
             recipe, or a `Method`.
         optimizer: ``sgd`` (with momentum: one copy of the parameters) or ``adamw`` (two).
@@ -65,7 +71,8 @@ def plan(
         rates: what the device that will train does; None measures the one the model is on.
 
     Raises:
-        ConfigError: a value outside its range, or a model that is no classifier.
+        ConfigError: a value outside its range, a model that is no classifier and no ``task``, or a loss that decides by
+            values, as that of detection does.
         PartitionError: the model cannot be cut.
 
     Example:
@@ -78,17 +85,21 @@ def plan(
     _check(batch_size, image_size, channels, headroom, optimizer, precision)
     name = model if isinstance(model, str) else type(model).__name__
     if isinstance(model, str):
-        model = _created(model, num_classes, channels, image_size)
+        model = _created(model, num_classes if task is None else task.num_outputs, channels, image_size)
     dtype = PRECISIONS[precision] or torch.float32
     if rates is None:
         device = next(model.parameters()).device
         rates = measure_rates(None if device.type == "meta" else device, dtype)
-    planner = Planner(model, (channels, image_size, image_size), batch_size, precision, rates)
     if isinstance(method, Method):
-        local, text, task = method, "method", method.task
+        if task not in (None, method.task):
+            raise ConfigError(f"task={task} and a method for {method.task}; give one of them")
+        task = method.task
+    planner = Planner(model, (channels, image_size, image_size), batch_size, precision, rates, task, targets)
+    task = planner.task
+    if isinstance(method, Method):
+        local, text = method, "method"
     else:
         spec = parse_method(method) if isinstance(method, str) else method
-        task = tasks.classification(planner.classes)
         local, text = build_method(spec, task), as_code(spec)
     if not local.terms:
         raise ConfigError(
@@ -101,8 +112,8 @@ def plan(
         model=name,
         parameters=sum(p.numel() for p in model.parameters()),
         batch_size=batch_size,
-        image_shape=planner.shape,
-        num_classes=planner.classes,
+        image_shape=(channels, image_size, image_size),
+        task=_written(task),
         optimizer=optimizer,
         precision=precision,
         memory=budget,
@@ -115,8 +126,22 @@ def plan(
     )
 
 
+def _written(task: Task) -> str:
+    """The line that makes a task; empty for one that has options, which the reader has."""
+    known = (tasks.classification, tasks.segmentation, tasks.regression, tasks.multilabel)
+    make = next((one for one in known if one.__name__ == type(task).__name__.lower()), None)
+    alike = make is not None and make(task.num_outputs) == task
+    return f"localgrad.tasks.{make.__name__}({task.num_outputs})" if make is not None and alike else ""
+
+
 def fit(
-    model: nn.Module, method: Method, memory: str | int, example: Any, batch_size: int, headroom: float = 0.1
+    model: nn.Module,
+    method: Method,
+    memory: str | int,
+    example: Any,
+    batch_size: int,
+    targets: Any = None,
+    headroom: float = 0.1,
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Where to cut, and which blocks to recompute unit by unit, so that a training step fits in ``memory``.
 
@@ -126,25 +151,26 @@ def fit(
     fits all the more.
 
     Args:
-        model, method, example: as for `localgrad.localize`; square images or not, (B, C, H, W).
+        model, method, example: as for `localgrad.localize`; the example is one tensor of floats.
         memory: ``"8GiB"`` or bytes, of which the share ``headroom`` is left free.
         batch_size: images in a step.
+        targets: as for `plan`.
 
     Returns:
         names of the modules that blocks begin with, and indices of the blocks to recompute; none, and a warning, if
         plain training fits.
 
     Raises:
-        ConfigError: nothing fits, or ``model`` is no classifier of images.
+        ConfigError: nothing fits, or inputs, targets or the loss are such as planning cannot run, see `plan`.
     """
-    if not isinstance(example, Tensor) or example.dim() != 4:
+    if not isinstance(example, Tensor) or not example.is_floating_point():
         raise ConfigError(
-            f"cuts.fits({memory!r}) plans classifiers of images (B, C, H, W); write a number of blocks, 4, or names of "
-            "modules that blocks begin with, ('layer2', 'layer3')"
+            f"cuts.fits({memory!r}) plans models that read one tensor of floats, such as images (B, C, H, W); write a "
+            "number of blocks, 4, or names of modules that blocks begin with, ('layer2', 'layer3')"
         )
     limit = int(read_memory(memory) * (1 - headroom))
-    _, channels, height, width = example.shape
-    planner = Planner(model, (channels, height, width), batch_size, "fp32", Rates(1.0, 1.0))
+    shape = tuple(example.shape[1:])
+    planner = Planner(model, shape, batch_size, "fp32", Rates(1.0, 1.0), method.task, targets)
 
     def peak(run: Method, cuts: Sequence[str], recompute: Sequence[int] = ()) -> int:
         step = planner.step(planner.network(run, cuts, recompute), run)

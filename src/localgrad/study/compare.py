@@ -36,10 +36,11 @@ from localgrad.errors import ConfigError, TrainingError
 from localgrad.measure.timing import clock_of, in_turns
 from localgrad.network import LocalNetwork, exchange
 from localgrad.randomness import keyed_randomness
+from localgrad.sealed import write
 from localgrad.spec import MethodSpec, described, parse_method, plain
 from localgrad.study.rows import add_row, read_rows
 from localgrad.train.experiment import DTYPES, FREE, build_network, build_task, load_data, set_up_torch
-from localgrad.train.folder import RunFolder, write
+from localgrad.train.folder import RunFolder
 from localgrad.train.optim import Stepper
 from localgrad.train.run import run
 from localgrad.version import __version__
@@ -250,10 +251,11 @@ def label(config: Config) -> str:
 def train_one(config: Config, folder: Path, console: Console, title: str, resume_with: str) -> dict[str, Any]:
     """Train one run, from where it was stopped if it was, and return its row; one that diverges has ``failed``."""
     row: dict[str, Any] = {"run": key_of(identity(config)), "settings": identity(config), **circumstances(config)}
+    place = RunFolder(folder)
+    place.claim(resume=place.holds_run)
     try:
-        experiment, result = run(
-            config, RunFolder(folder, resume=(folder / "config.yaml").is_file()), console, title, resume_with
-        )
+        with contextlib.closing(place):
+            experiment, result = run(config, place, console, title, resume_with)
     except TrainingError as error:
         console.print(f"{title} failed: {error}")
         return {**row, "failed": str(error)}

@@ -12,6 +12,7 @@ from typing import Any
 from localgrad.errors import ConfigError
 from localgrad.measure.plots import REFERENCES, new_figure, save_figure
 from localgrad.measure.tables import markdown
+from localgrad.sealed import write
 from localgrad.spec import described
 from localgrad.study.compare import (
     REFERENCE,
@@ -25,7 +26,6 @@ from localgrad.study.compare import (
     without,
 )
 from localgrad.study.rows import read_rows
-from localgrad.train.folder import write
 
 TABLE, PICTURE = "table.md", "picture.png"
 

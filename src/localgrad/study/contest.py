@@ -7,12 +7,10 @@ above weights and optimizer state.
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -220,24 +218,6 @@ class Contest:
 
 def _ratio(value: float | None, reference: float | None) -> str:
     return "-" if value is None or not reference else f"{value / reference:.3f}"
-
-
-def read(path: str | Path) -> Contest:
-    """A contest that ``localgrad bench --out`` wrote.
-
-    Raises:
-        ConfigError: the file holds something else.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        derived = ("on_frontier", "dominated_by")
-        rows = [{key: value for key, value in row.items() if key not in derived} for row in content["rows"]]
-        for row in rows:
-            row["cuts"], row["rounds"] = tuple(row["cuts"]), tuple(row["rounds"])
-        lists = {key: tuple(content[key]) for key in ("image_shape", "skipped")}
-        return Contest(**{**content, **lists, "rows": tuple(Row(**row) for row in rows)})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} was not written by localgrad bench ({error}); give what --out wrote") from error
 
 
 def standard_ways(

@@ -439,18 +439,18 @@ def survey(
     *,
     workers: int = 2,
     timeout: float = 600.0,
-    retry: bool = False,
 ) -> Iterator[tuple[Row, bool]]:
     """The row of each selected model, those in the file first, and whether it is new; new ones are appended to it.
+
+    Models whose rows in the file say that something failed run again.
 
     Args:
         library: ``timm``, ``torchvision`` or ``module:name``; ``selection`` from `select`.
         out: a JSON-lines file, made if it is not there.
         workers: processes at a time.
         timeout: of one model, in seconds.
-        retry: run models again whose rows say that something failed.
     """
-    known = {name: row for name, row in read_rows(out, "model").items() if row["ok"] or not retry}
+    known = {name: row for name, row in read_rows(out, "model").items() if row["ok"]}
     jobs = {}
     for name, family in selection.items():
         if (row := known.get(named(library, name))) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,7 @@ from localgrad.site import HeadBuilder
 from localgrad.task import Batch
 from localgrad.tasks.counting import balanced
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
+from localgrad.tasks.targets import check_classes, check_finite, require, values_of
 
 CANDIDATES = 100
 FOUND = 0.5
@@ -33,6 +34,7 @@ class Detection:
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    read: set[torch.device] = field(default_factory=set, compare=False, repr=False)
 
     @property
     def num_outputs(self) -> int:
@@ -70,6 +72,7 @@ class Detection:
         for one image at a time.
         """
         answer = self.answer(output)
+        self.check(targets, len(answer["cls_logits"]))
         levels = anchors_of(answer)
         anchors = torch.cat(levels)
         kept = [trained_boxes(target) for target in targets]
@@ -86,6 +89,25 @@ class Detection:
         found = [checkpoint(of_one, *image, use_reentrant=False, preserve_rng_state=False) for image in images]
         first, *others = found
         return {name: sum((losses[name] for losses in others), first[name]) / len(found) for name in first}
+
+    def check(self, targets: Any, samples: int) -> None:
+        """Raise `TrainingError` unless there are boxes and classes for each image."""
+        task = f"detection({self.num_classes})"
+        fits = isinstance(targets, Sequence) and len(targets) == samples
+        fits = fits and all(isinstance(one, Mapping) and {"boxes", "labels"} <= set(one) for one in targets)
+        allowed = f"a list of {samples} mappings, one an image, of boxes (N, 4) float and labels (N,) int64"
+        require(fits, task, targets, allowed, "see localgrad.tasks.detection")
+        for one in targets:
+            boxes, labels = one["boxes"], one["labels"]
+            require(boxes.dim() == 2 and boxes.shape[1] == 4 and boxes.is_floating_point(), task, boxes, allowed,
+                    "write boxes.float(), boxes.reshape(-1, 4) for an image without any")  # fmt: skip
+            require(labels.shape == boxes.shape[:1] and labels.dtype == torch.int64, task, labels, allowed,
+                    "write labels.long(), one for each box")  # fmt: skip
+        labels = torch.cat([one["labels"] for one in targets])
+        values = values_of(labels, self.read)
+        check_classes(values, self.num_classes, None, task)
+        if values is not None:
+            check_finite(torch.cat([one["boxes"] for one in targets]).cpu().numpy(), task)
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """The sum of `losses`. RetinaNet's are means over images; FCOS divides by the anchors that lie on objects."""
@@ -143,6 +165,10 @@ class Detection:
     def pixels(self, inputs: Tensor) -> Tensor:
         """See `localgrad.tasks.normalisation.pixels_of`."""
         return pixels_of(inputs, self.mean, self.std)
+
+    def blank(self, samples: int, shape: tuple[int, ...]) -> list[Target]:
+        """Targets for inputs (samples, *shape), with one box each."""
+        return [{"boxes": torch.ones(1, 4), "labels": torch.zeros(1, dtype=torch.int64)} for _ in range(samples)]
 
 
 def on_objects(answer: Mapping[str, Any], targets: Sequence[Target]) -> Tensor:

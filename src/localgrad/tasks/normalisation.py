@@ -15,7 +15,11 @@ def check_normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> None
 
 
 def pixels_of(inputs: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """``inputs * std + mean``, (B, C, H, W), limited to [0, 1] because augmentation may leave it by rounding."""
-    shift = torch.tensor(mean, device=inputs.device, dtype=inputs.dtype)[:, None, None]
-    scale = torch.tensor(std, device=inputs.device, dtype=inputs.dtype)[:, None, None]
+    """``inputs * std + mean``, (B, C, H, W), limited to [0, 1] because augmentation may leave it by rounding.
+
+    Signals (B, C, L) and volumes (B, C, D, H, W) likewise; a signal in [-1, 1] has mean and std 0.5.
+    """
+    sides = [1] * (inputs.dim() - 2)
+    shift = torch.tensor(mean, device=inputs.device, dtype=inputs.dtype).reshape(-1, *sides)
+    scale = torch.tensor(std, device=inputs.device, dtype=inputs.dtype).reshape(-1, *sides)
     return (inputs * scale + shift).clamp(0.0, 1.0)

@@ -7,31 +7,32 @@ import dataclasses
 import inspect
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map_only
 
 from localgrad import cuts, data, tasks
-from localgrad.config import BlocksConfig, Config
+from localgrad.config import BlocksConfig, Config, dump, validate
 from localgrad.cutting import Cutting
 from localgrad.errors import CheckpointError, ConfigError, TrainingError, nearest
 from localgrad.localization import localize
 from localgrad.method import Method
 from localgrad.models import freeze_batchnorm, load_pretrained
 from localgrad.network import LocalNetwork
-from localgrad.randomness import seeded
+from localgrad.randomness import random_states, seeded, set_random_states
+from localgrad.recipes import safe_yaml
 from localgrad.spans import Constant
 from localgrad.spec import MethodSpec, build_method
 from localgrad.task import Task
-from localgrad.train import checkpoint
 from localgrad.train.finished import model_of, trained_model
-from localgrad.train.meters import Meter
+from localgrad.train.meters import Meter, merged
 from localgrad.train.optim import Stepper
 
 # Settings that may change in mid-run, since they do not decide what it comes to.
@@ -100,41 +101,46 @@ class Experiment:
         return inputs, targets
 
     def state(self) -> dict[str, Any]:
-        """The whole run as a tree that `localgrad.train.checkpoint.save` takes."""
+        """What a checkpoint holds besides the network and the state of its optimizers; every rank calls it."""
         return {
-            "config": dataclasses.asdict(self.config),
-            "network": self.network.state_dict(),
+            "config": dump(self.config),
             "average": None if self.average is None else self.average.state_dict(),
-            "stepper": self.stepper.state_dict(),
-            "meter": self.meter.state_dict(),
+            "scaler": self.stepper.scaler.state_dict(),
+            "meter": merged(self.network, self.meter).state_dict(),
             "position": {"epoch": self.epoch, "batch": self.batch, "step": self.step},
             "history": self.history,
             "best": self.best,
-            "random": checkpoint.random_states(),
+            "random": random_states(),
         }
 
-    def restore(self, state: dict[str, Any], path: Path) -> None:
+    def restore(self, state: dict[str, Any], path: Path, load: Callable[[], object]) -> None:
         """Continue from ``state``.
+
+        Args:
+            state: from `state`.
+            path: it came from, for a message.
+            load: called once the settings are found to be the same; puts back network and optimizers.
 
         Raises:
             CheckpointError: it belongs to a run with another model, method, data set or schedule.
         """
         try:
-            saved, own = state["config"], dataclasses.asdict(self.config)
-            differ = list(_differences(saved, own))
+            saved = validate(safe_yaml(state["config"]), str(path))
+            differ = list(_differences(dataclasses.asdict(saved), dataclasses.asdict(self.config)))
             if differ:
                 raise CheckpointError(
                     f"{path} was written by a run with other settings ({'; '.join(differ)[:300]}); resume with the "
                     "run's own config.yaml, or start anew in another --run-dir"
                 )
-            self.network.load_state_dict(state["network"])
+            load()
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
-            self.stepper.load_state_dict(state["stepper"])
-            self.meter.load_state_dict(state["meter"])
+            self.stepper.scaler.load_state_dict(state["scaler"])
+            if not dist.is_initialized() or dist.get_rank() == 0:  # the sums of all ranks; the others begin with none
+                self.meter.load_state_dict(state["meter"])
             self.epoch, self.batch, self.step = (state["position"][k] for k in ("epoch", "batch", "step"))
             self.history, self.best = state["history"], state["best"]
-            checkpoint.set_random_states(state["random"])
+            set_random_states(state["random"])
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} does not fit this run ({' '.join(str(error).split())[:300]}); it was written by another "
@@ -236,19 +242,29 @@ def build_task(
 ) -> Task:
     """The task of a run: the function of `localgrad.tasks` that ``kind`` names, with the options ``config.task``.
 
+    Classes may be taken for numbers, ``config.task["name"]`` being ``regression``.
+
     Raises:
-        ConfigError: an option that the task does not have.
+        ConfigError: an option that the task does not have, or a task that the data are not for.
     """
     known: dict[str, Any] = {"mean": mean, "std": std, "classes": classes}
+    options = {name: value for name, value in config.task.items() if name != "name"}
+    if (name := config.task.get("name", kind)) != kind:
+        if (name, kind) != ("regression", "classification"):
+            raise ConfigError(
+                f"task.name={name}, but {config.data.name!r} is for {kind}; leave it out, or write regression to learn "
+                "class indices as numbers"
+            )
+        kind, num_classes = name, 1
     make = getattr(tasks, kind)
     allowed = list(inspect.signature(make).parameters)[1:]
     known = {name: value for name, value in known.items() if name in allowed}
-    for name in config.task:
+    for name in options:
         if name not in allowed or name in known:
             free = [option for option in allowed if option not in known]
             raise ConfigError(f"task.{name}: " + (nearest(name, free, f"option of {kind}") if free else "no options"))
     try:
-        return make(num_classes, **known, **config.task)
+        return make(num_classes, **known, **options)
     except TypeError as error:
         raise ConfigError(f"task: {config.task} does not suit {kind}: {error}") from error
 

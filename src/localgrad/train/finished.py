@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from pathlib import Path
 
 from torch import nn
 
-from localgrad import models
+from localgrad import models, sealed
 from localgrad.config import Config, validate
+from localgrad.distributed.checkpoint import COMPLETE
 from localgrad.errors import CheckpointError
 from localgrad.recipes import safe_yaml
 from localgrad.task import Task
 
-WEIGHTS = "model.safetensors"
+CONFIG, WEIGHTS, RESULT = "config.yaml", "model.safetensors", "result.json"
 
 
 def read_config(path: Path) -> Config:
-    """The configuration a run directory was started with.
+    """The configuration a run directory was started with: of ``config.yaml`` or, without it, of the newest checkpoint.
 
     Raises:
-        CheckpointError: no run there.
+        CheckpointError: no run there, or one whose settings are damaged everywhere.
     """
-    import yaml
-
-    file = path / "config.yaml"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{path} holds no run (no config.yaml); --resume takes a directory that `localgrad train` wrote"
-        )
+    file = path / CONFIG
     try:
-        settings = safe_yaml(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}; check its permissions") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is damaged: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{file} is damaged: expected settings, found {type(settings).__name__}")
-    return validate(settings, str(file))
+        return validate(safe_yaml(sealed.read_yaml(file)), str(file))
+    except CheckpointError as error:
+        for folder in sorted(path.glob(f"checkpoints/step{'[0-9]' * 8}"), reverse=True):
+            with contextlib.suppress(CheckpointError, LookupError, TypeError, ValueError):
+                beside = dict(sealed.read_json(folder / COMPLETE)["beside"]["dict"])
+                config = validate(safe_yaml(beside["config"]), str(folder))
+                warnings.warn(f"{error}; taking the settings that {folder.name} was written with", stacklevel=2)
+                return config
+        if not file.is_file():
+            raise CheckpointError(
+                f"{path} holds no run (no {CONFIG}); --resume takes a directory that `localgrad train` wrote"
+            ) from error
+        raise CheckpointError(
+            f"{error}. To train with settings of your own, name the file as a recipe: localgrad train {file} "
+            "--run-dir NEW"
+        ) from error
 
 
 def model_of(config: Config, num_classes: int, image_shape: tuple[int, ...]) -> nn.Module:
@@ -53,13 +58,10 @@ def trained_model(path: Path, task: Task, image_shape: tuple[int, int, int]) -> 
     Raises:
         CheckpointError: no finished run there, or one for other data.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     model = model_of(read_config(path), task.num_outputs, image_shape)
     try:
-        model.load_state_dict(load_file(path / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        model.load_state_dict(sealed.read_tensors(path / WEIGHTS))
+    except (CheckpointError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} holds no finished run for these data ({' '.join(str(error).split())[:200]}); give the directory "
             "of a run that ended"

@@ -1,4 +1,12 @@
-"""The one directory a run writes to: configuration, checkpoints, metrics, pictures, weights."""
+"""The one directory a run writes to, whatever number of processes train it.
+
+    config.yaml   run.json        the settings; the job that began it, and how its features travel
+    checkpoints/                  all a run needs to go on, its settings included (`localgrad.distributed.Checkpoints`)
+    metrics.csv   tensorboard/    what the newest checkpoint knows, for people: written again when a run goes on
+    model.safetensors result.json what is left in the end
+
+What a later command reads is sealed (`localgrad.sealed`).
+"""
 
 from __future__ import annotations
 
@@ -7,93 +15,136 @@ import csv
 import io
 import json
 import os
+import shutil
+import socket
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from localgrad.config import dump
-from localgrad.errors import CheckpointError, ConfigError
-from localgrad.train import checkpoint
-from localgrad.train.experiment import Experiment
-from localgrad.train.finished import WEIGHTS
+from filelock import FileLock, Timeout
+from torch import Tensor
 
-CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
-STATES = (CHECKPOINT, CHECKPOINT + ".previous", BEST, BEST + ".previous")
+from localgrad import sealed
+from localgrad.distributed.checkpoint import Checkpoints
+from localgrad.errors import CheckpointError, ConfigError
+from localgrad.train.experiment import Experiment
+from localgrad.train.finished import CONFIG, RESULT, WEIGHTS
+
+CHECKPOINTS, RUN, LOCK, HOLDER, BOARD = "checkpoints", "run.json", ".lock", ".lock.holder", "tensorboard"
 WRITTEN = (
-    *STATES,
+    CHECKPOINTS,
+    BOARD,
+    CONFIG,
+    RUN,
     WEIGHTS,
-    "config.yaml",
+    RESULT,
     "metrics.csv",
     "curves.png",
-    "result.json",
     "results.json",
     "comparison.png",
 )
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file, text in UTF-8, wholly or not at all.
-
-    Raises:
-        ConfigError: it cannot be written; what was there before is untouched.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise ConfigError(
-            f"cannot write {path}: {error.strerror}; choose another --run-dir or free some space"
-        ) from error
 
 
 class RunFolder:
     """Files of one run.
 
     Args:
-        path: created if missing.
-        resume: continue the run found there; otherwise a folder that holds a run is refused unless ``overwrite``.
+        path: need not exist yet.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.resume = resume
-        if self.holds_run and not (resume or overwrite):
-            raise ConfigError(
-                f"{path} already holds a run; continue it with --resume {path}, replace it with --overwrite, or choose "
-                "another --run-dir"
-            )
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            if overwrite and not resume:
-                for name in WRITTEN:
-                    (path / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot use {path} as run directory: {error.strerror}; choose another --run-dir"
-            ) from error
+        self.continues = False
+        self.first = True  # of the processes that train the run: the one that writes what people read
+        self.checkpoints: Checkpoints | None = None
+        self._lock = FileLock(path / LOCK)
         self._board: Any = None
-
-    @property
-    def checkpoint(self) -> Path:
-        """The newest checkpoint; the one before it lies beside as ``.previous``."""
-        return self.path / CHECKPOINT
 
     @property
     def holds_run(self) -> bool:
         """Whether a run was started here."""
-        return any((self.path / name).exists() for name in ("config.yaml", *STATES))
+        return any((self.path / name).exists() for name in (CONFIG, RUN)) or any(self.path.glob(f"{CHECKPOINTS}/step*"))
 
-    def start(self, run: Experiment) -> str | None:
-        """Write the configuration and, when resuming, restore the run; returns a remark to show, if any."""
+    def claim(self, *, resume: bool = False, overwrite: bool = False, job: str | None = None) -> None:
+        """Take the directory until `close`, for a new run or the one found there.
+
+        Args:
+            resume: continue what is found; otherwise a directory that holds a run is refused unless ``overwrite``,
+                which clears it.
+            job: of torchrun. A run that this very job began continues, see `begin`.
+
+        Raises:
+            ConfigError: another process has it, it holds a run, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+            holder = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            (self.path / HOLDER).write_text(json.dumps(holder))
+        except Timeout:
+            raise ConfigError(
+                f"{self.path} is in use by {self._holder()}; wait for it, or choose another one"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"cannot use {self.path} as run directory: {error.strerror}; choose another --run-dir"
+            ) from error
+        try:
+            self.continues = resume or (job is not None and self.begun().get("job") == job)
+            if self.continues or not self.holds_run:
+                return
+            if not overwrite:
+                raise ConfigError(
+                    f"{self.path} already holds a run; continue it with --resume {self.path}, replace it with "
+                    "--overwrite, or choose another --run-dir"
+                )
+            self._clear()
+        except BaseException:
+            self.close()
+            raise
+
+    def _holder(self) -> str:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            holder = json.loads((self.path / HOLDER).read_text())
+            return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+        return "another process"
+
+    def _clear(self) -> None:
+        """Remove the run found here, and those of other methods below it."""
+        below = [path for path in self.path.iterdir() if path.is_dir() and RunFolder(path).holds_run]
+        try:
+            for path in (*(self.path / name for name in WRITTEN), *below):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot replace the run in {self.path}: {error}; choose another --run-dir") from error
+
+    def begun(self) -> dict[str, Any]:
+        """What `begin` wrote: the job, and ``wire``; nothing if that is missing or damaged."""
+        with contextlib.suppress(CheckpointError):
+            return sealed.read_json(self.path / RUN)
+        return {}
+
+    def begin(self, settings: str, job: str | None = None, wire: str = "same") -> None:
+        """Write what identifies the run: before its first step, and again when another job continues it."""
+        sealed.write(self.path / CONFIG, sealed.yaml_text(settings))
+        sealed.write(self.path / RUN, sealed.json_text({"job": job, "wire": wire}))
+
+    def open(self, run: Experiment, timeout: timedelta | None = None) -> str | None:
+        """Prepare to save and, where the run continues, restore it; returns a remark to show, if any.
+
+        Every process that trains the run calls it.
+        """
+        self._open_checkpoints(run, timeout)
         remark = None
-        if not self.resume:
-            write(self.path / "config.yaml", dump(run.config))
-        elif any((self.path / name).exists() for name in STATES):
-            remark = self.restore(run)
-        else:
+        if self.continues and not self.restore(run):
             remark = f"{self.path} holds no checkpoint yet: starting from the beginning."
+        if not self.first:
+            return None
+        self._write_metrics(run.history)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -102,67 +153,91 @@ class RunFolder:
                 or "tensorboard is not installed, metrics go to metrics.csv only: pip install localgrad[tracking]"
             )
         try:
-            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=run.epoch + 1)
+            self._board = SummaryWriter(str(self.path / BOARD), purge_step=1)
         except OSError as error:
-            raise ConfigError(f"cannot write {self.path / 'tensorboard'}: {error.strerror}") from error
+            raise ConfigError(f"cannot write {self.path / BOARD}: {error.strerror}") from error
+        for row in run.history:  # those of a run that a kill cut off may be missing there
+            self._show(row)
         return remark
 
     def close(self) -> None:
-        """Close what is open; nothing unsaved is saved."""
+        """Close what is open and let go of the directory; nothing unsaved is saved."""
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self._lock.is_locked:
+            with contextlib.suppress(OSError):
+                (self.path / HOLDER).unlink()
+            self._lock.release()
 
-    def restore(self, run: Experiment) -> str | None:
-        """Continue ``run`` from the newest checkpoint that is whole; returns a remark if that is not the newest."""
-        state, path, reason = checkpoint.load_latest(self.checkpoint)
-        run.restore(state, path)
-        return None if reason is None else f"{reason} Continuing from {path.name}."
+    def _open_checkpoints(self, run: Experiment, timeout: timedelta | None = None) -> Checkpoints:
+        if self.checkpoints is None:
+            optimizers = run.stepper.optimizers
+            self.checkpoints = Checkpoints(self.path / CHECKPOINTS, run.network, optimizers, timeout=timeout)
+        return self.checkpoints
+
+    def restore(self, run: Experiment) -> bool:
+        """Continue ``run`` from the newest checkpoint that is whole; whether there was one.
+
+        Raises:
+            CheckpointError: all are damaged, or they are of a run with other settings.
+        """
+        checkpoints = self._open_checkpoints(run)
+        step = checkpoints.newest()
+        if step is None:
+            return False
+        run.restore(checkpoints.beside(step), checkpoints.folder, lambda: checkpoints.load(step))
+        return True
 
     def save(self, run: Experiment) -> None:
         """Write a checkpoint, unless the run is spoilt: a loss that was not finite raises `TrainingError`."""
+        assert self.checkpoints is not None
         run.meter.check_finite(run.step)
-        checkpoint.save(self.checkpoint, run.state())
+        replicas = run.network.replicas
+        if replicas is not None:
+            replicas.check_equal()
+            replicas.average_buffers()
+        needs = () if run.best is None else (run.best["step"],)
+        self.checkpoints.save(run.step, beside=run.state(), needs=needs)
 
     def finish_epoch(self, run: Experiment) -> None:
-        """Write metrics and checkpoints of a finished epoch."""
-        row = run.history[-1]
-        if run.best is not None and run.best["epoch"] == row["epoch"]:
-            checkpoint.save(self.path / BEST, {"epoch": row["epoch"], "model": run.evaluated.state_dict()})
+        """Write checkpoint and metrics of a finished epoch."""
         self.save(run)
-        write(self.path / "metrics.csv", metrics_csv(run.history))
+        if self.first:
+            self._write_metrics(run.history)
+            self._show(run.history[-1])
+
+    def _write_metrics(self, history: list[dict[str, Any]]) -> None:
+        if history:
+            sealed.write(self.path / "metrics.csv", metrics_csv(history))
+
+    def _show(self, row: dict[str, Any]) -> None:
         if self._board is not None:
             for name, value in flat(row).items():
                 if name not in ("epoch", "step"):
                     self._board.add_scalar(name, value, row["epoch"])
             self._board.flush()
 
-    def best_weights(self, epoch: int) -> dict[str, Any]:
-        """The state of the network at the best epoch.
+    def best_weights(self, run: Experiment) -> dict[str, Tensor]:
+        """The state of what is evaluated, as it was at the best epoch.
 
         Raises:
-            CheckpointError: the file is missing, damaged, or of another epoch.
+            CheckpointError: that checkpoint is missing or damaged.
         """
-        reasons = []
-        for path in (self.path / BEST, checkpoint.previous(self.path / BEST)):
-            try:
-                state = checkpoint.load(path)
-                if state["epoch"] == epoch:
-                    return dict(state["model"])
-                reasons.append(f"{path} is of epoch {state['epoch']}.")
-            except CheckpointError as error:
-                reasons.append(str(error))
-            except (KeyError, TypeError):
-                reasons.append(f"{path} holds something else.")
-        raise CheckpointError(f"the weights of the best epoch, {epoch}, are lost: {' '.join(reasons)}")
+        assert run.best is not None
+        checkpoints, step = self._open_checkpoints(run), run.best["step"]
+        try:
+            if run.average is None:
+                return checkpoints.weights(step)
+            averaged = checkpoints.beside(step)["average"]
+            return {name.removeprefix("module."): value for name, value in averaged.items() if "module." in name}
+        except CheckpointError as error:
+            raise CheckpointError(f"the weights of the best epoch, {run.best['epoch']}, are lost: {error}") from error
 
     def finish(self, run: Experiment, result: dict[str, Any]) -> None:
         """Write the result, and the plain weights of the model: its own keys, readable without localgrad."""
-        from safetensors.torch import save
-
-        weights = {k: v.detach().cpu().contiguous().clone() for k, v in run.evaluated.model.state_dict().items()}
-        write(self.path / WEIGHTS, save(weights))
-        write(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        sealed.write(self.path / WEIGHTS, sealed.tensors_data(run.evaluated.model.state_dict()))
+        sealed.write(self.path / RESULT, sealed.json_text(result))
 
 
 def flat(row: dict[str, Any], prefix: str = "") -> dict[str, float]:

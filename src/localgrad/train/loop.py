@@ -125,5 +125,5 @@ def row(run: Experiment, seconds: float) -> dict[str, Any]:
         result["validation"] = evaluate(run.evaluated, run.data.validation, run.autocast)
         score = result["validation"]["score"]["model"]
         if run.best is None or score > run.best["score"]:
-            run.best = {"epoch": run.epoch + 1, "score": score}
+            run.best = {"epoch": run.epoch + 1, "step": run.step, "score": score}
     return result

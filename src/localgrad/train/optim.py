@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,13 +147,3 @@ class Stepper:
             together = [parameters for parameters in together if parameters]
             self._step(self.optimizers[0], together if self.config.clip_grad is not None else [])
         self.scaler.update()
-
-    def state_dict(self) -> dict[str, Any]:
-        """State of every optimizer and of the scaler."""
-        return {"optimizers": [o.state_dict() for o in self.optimizers], "scaler": self.scaler.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put `state_dict` back."""
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])

@@ -9,9 +9,10 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,24 +27,20 @@ from torch.utils._pytree import tree_leaves
 from localgrad.config import Config, dump
 from localgrad.distributed.agreement import agree, everyone, explained, gather_text
 from localgrad.distributed.block_parallel import block_parallel
-from localgrad.distributed.checkpoint import Checkpoints
 from localgrad.distributed.compression import Wire
 from localgrad.distributed.data_parallel import data_parallel, digest_of
 from localgrad.distributed.mesh import device_mesh
-from localgrad.errors import ConfigError, TrainingError
+from localgrad.errors import ConfigError, LocalgradError, TrainingError
 from localgrad.measure.plots import curves_picture
 from localgrad.spec import method_name
-from localgrad.train import checkpoint
 from localgrad.train.experiment import Experiment, build, device_of
-from localgrad.train.folder import BEST, RunFolder, metrics_csv, write
+from localgrad.train.folder import RunFolder
 from localgrad.train.loop import train
-from localgrad.train.meters import merged
 from localgrad.train.optim import Stepper
 from localgrad.train.progress import Progress
 from localgrad.train.run import Interrupted, measure_costs, result_of, stop_requests
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-PARALLEL = "parallel.json"  # what a run that is continued has to keep, besides its settings
 DIGESTED = 64  # images, by which ranks see that they have the same data
 
 
@@ -148,8 +145,8 @@ def run(
 ) -> dict[str, Any] | None:
     """Train one method on all processes and write its directory from the first.
 
-    A run that torchrun has restarted goes on from its last checkpoint, at most ``train.checkpoint_every`` steps or an
-    epoch ago.
+    A job that torchrun has restarted goes on from its last checkpoint, at most ``train.checkpoint_every`` steps or an
+    epoch ago; with a run that this job has not begun it does what its first attempt did.
 
     Returns:
         the result on rank 0, None on the others; see `localgrad.train.run.run`.
@@ -157,9 +154,7 @@ def run(
     Raises:
         Interrupted: SIGINT or SIGTERM on any rank, after the next checkpoint.
     """
-    continues = resume or _restarts() > 0
-    wire = wire_of(path, layout.wire) if continues else layout.wire or "same"
-    _check(config, layout, wire)
+    _check(config, layout)
     device = device_of(config.train.device)
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -167,9 +162,12 @@ def run(
         torch.cuda.set_device(local)
     with processes(layout, device) as mesh:
         first = dist.get_rank() == 0
-        agree(everyone(), {"settings": dump(config), "wire": wire})
-        refusal = _prepared(config, path, wire, continues, overwrite) if first else None
-        _heed(refusal)
+        agree(everyone(), {"settings": dump(config), "wire": str(layout.wire)})
+        folder = RunFolder(path)
+        folder.first = first
+        folder.continues, wire = _heeded(
+            lambda: _claimed(folder, config, layout, resume=resume, overwrite=overwrite) if first else None
+        )
         experiment = build(config, mesh["data"].get_local_rank(), layout.data)
         data = experiment.data
         amount = f"{data.title}, {data.train.num_images} images, {len(data.train)} batches"
@@ -181,12 +179,10 @@ def run(
         if layout.data > 1:
             data_parallel(network, mesh)
         experiment.stepper = Stepper(network, config.optim, experiment.stepper.scaler)
-        patience = timedelta(seconds=layout.timeout)
-        checkpoints = Checkpoints(path / "checkpoints", network, experiment.stepper.optimizers, timeout=patience)
-        if continues:
-            _restore(experiment, checkpoints, path)
-        _train(experiment, checkpoints, path, console if first else Console(quiet=True), first)
-        return _finished(experiment, path, first, {"block": layout.block, "data": layout.data, "wire": wire})
+        with contextlib.closing(folder):
+            folder.open(experiment, timedelta(seconds=layout.timeout))
+            _train(experiment, folder, console if first else Console(quiet=True))
+            return _finished(experiment, folder, {"block": layout.block, "data": layout.data, "wire": wire})
 
 
 def _digest(split: Any) -> str:
@@ -198,32 +194,16 @@ def _digest(split: Any) -> str:
     return f"{digest_of(leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)).tolist()}"
 
 
-def wire_of(path: Path, given: Wire | None) -> Wire:
-    """How features travel in the run of this directory.
-
-    Raises:
-        ConfigError: otherwise than ``given``.
-    """
-    file = path / PARALLEL
-    if not file.is_file():
-        return given or "same"
-    begun: Wire = json.loads(file.read_text())["wire"]
-    if given not in (None, begun):
-        raise ConfigError(
-            f"{path} was begun with wire={begun} and cannot go on with {given}; leave wire= out, or begin anew with "
-            "--overwrite"
-        )
-    return begun
-
-
 def _restarts() -> int:
     """How often torchrun has restarted this job."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def _check(config: Config, layout: Layout, wire: Wire) -> None:
-    if wire != "same" and layout.block == 1:
-        raise ConfigError(f"wire={wire} rounds features between ranks along the blocks; add block=2 to --parallel")
+def _check(config: Config, layout: Layout) -> None:
+    if layout.wire not in (None, "same") and layout.block == 1:
+        raise ConfigError(
+            f"wire={layout.wire} rounds features between ranks along the blocks; add block=2 to --parallel"
+        )
     if config.beside:
         raise ConfigError("--parallel trains one method; add beside=[]")
     if config.train.precision == "fp16" and layout.block > 1:
@@ -234,58 +214,52 @@ def _check(config: Config, layout: Layout, wire: Wire) -> None:
         raise ConfigError(f"train.ema_decay={config.train.ema_decay} is for one process; leave it out with --parallel")
 
 
-def _prepared(config: Config, path: Path, wire: Wire, continues: bool, overwrite: bool) -> str | None:
-    """Make the run directory; what is wrong with it, if anything."""
+def _job() -> str:
+    """What tells this job from others, on every attempt alike: the launcher of the first rank."""
+    started = ""
+    with contextlib.suppress(OSError):  # a number of a process is used again
+        started = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"{name} {socket.gethostname()} {os.getppid()} {started}"
+
+
+def _claimed(folder: RunFolder, config: Config, layout: Layout, *, resume: bool, overwrite: bool) -> tuple[bool, Wire]:
+    """Take the directory on the first rank; whether its run continues, and how features travel in it.
+
+    Raises:
+        ConfigError: they travelled otherwise than ``layout`` says.
+    """
+    job = _job()
+    folder.claim(resume=resume, overwrite=overwrite, job=job if _restarts() else None)
+    wire: Wire = layout.wire or "same"
+    if folder.continues:
+        begun: Wire = folder.begun().get("wire", wire)
+        if layout.wire not in (None, begun):
+            raise ConfigError(
+                f"{folder.path} was begun with wire={begun} and cannot go on with {layout.wire}; leave wire= out, or "
+                "begin anew with --overwrite"
+            )
+        wire = begun
+    if wire != "same" and layout.block == 1:
+        raise ConfigError(f"wire={wire} rounds features between ranks along the blocks; add block=2 to --parallel")
+    folder.begin(dump(config), job, wire)
+    return folder.continues, wire
+
+
+def _heeded(decide: Callable[[], tuple[bool, Wire] | None]) -> tuple[bool, Wire]:
+    """What the first rank decides, on every rank; what it refuses is raised on all of them."""
+    refusal, decided = None, None
     try:
-        RunFolder(path, resume=continues, overwrite=overwrite)
-        write(path / "config.yaml", dump(config))
-        write(path / PARALLEL, json.dumps({"wire": wire}))
-    except ConfigError as error:
-        return str(error)
-    return None
+        decided = decide()
+    except LocalgradError as error:
+        refusal = str(error)
+    refusal, decided = json.loads(gather_text(everyone(), json.dumps([refusal, decided]))[0])
+    if refusal is not None:
+        raise ConfigError(refusal)
+    return decided[0], decided[1]
 
 
-def _heed(refusal: str | None) -> None:
-    """Raise on every rank the `ConfigError` that the first one met; None is passed by the others."""
-    told = json.loads(gather_text(everyone(), json.dumps(refusal))[0])
-    if told is not None:
-        raise ConfigError(told)
-
-
-def _keep_best(run: Experiment, checkpoints: Checkpoints, path: Path) -> None:
-    """Write the weights of the epoch just saved if it is the best so far, as a single process does."""
-    if dist.get_rank() == 0 and run.best is not None and run.best["epoch"] == run.epoch:
-        checkpoint.save(path / BEST, {"epoch": run.epoch, "model": checkpoints.weights(run.step)})
-
-
-def _restore(run: Experiment, checkpoints: Checkpoints, path: Path) -> None:
-    step = checkpoints.load()
-    if step == 0:
-        return
-    beside = checkpoints.beside(step)
-    run.epoch, run.batch, run.step = beside["position"]
-    run.history, run.best = beside["history"], beside["best"]
-    if run.batch == 0:  # the job may have ended between this checkpoint and the file of the best weights
-        _keep_best(run, checkpoints, path)
-    if dist.get_rank() == 0:  # the sums of all ranks so far; the others begin with none
-        run.meter.load_state_dict(beside["meter"])
-
-
-def _save(run: Experiment, checkpoints: Checkpoints) -> None:
-    run.meter.check_finite(run.step)
-    beside = {
-        "position": [run.epoch, run.batch, run.step],
-        "history": run.history,
-        "best": run.best,
-        "meter": merged(run.network, run.meter).state_dict(),
-    }
-    if run.network.replicas is not None:
-        run.network.replicas.check_equal()
-        run.network.replicas.average_buffers()
-    checkpoints.save(run.step, beside=beside)
-
-
-def _train(run: Experiment, checkpoints: Checkpoints, path: Path, console: Console, first: bool) -> None:
+def _train(run: Experiment, folder: RunFolder, console: Console) -> None:
     every = run.config.train.checkpoint_every
     title = method_name(run.config.method)
     with Progress(console, title) as progress, stop_requests() as asked:
@@ -299,32 +273,28 @@ def _train(run: Experiment, checkpoints: Checkpoints, path: Path, console: Conso
 
         def after_step(state: Experiment) -> None:
             if every is not None and state.step % every == 0:
-                _save(state, checkpoints)
+                folder.save(state)
                 stop_if_asked()
 
         def after_epoch(state: Experiment) -> None:
-            _save(state, checkpoints)
-            _keep_best(state, checkpoints, path)
+            folder.finish_epoch(state)
             progress.epoch(state)
-            if first:
-                write(path / "metrics.csv", metrics_csv(state.history))
             stop_if_asked()
 
         train(run, after_step, after_epoch)
 
 
-def _finished(run: Experiment, path: Path, first: bool, parallel: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(run: Experiment, folder: RunFolder, parallel: dict[str, Any]) -> dict[str, Any] | None:
     network = run.network
     if network.replicas is not None:
         network.replicas.average_buffers()
         network.replicas = None
     if network.stage is not None:
         network.stage.gather()
-    if not first:
+    if not folder.first:
         return None
-    folder = RunFolder(path, resume=True)
     result = result_of(run, folder) | {"parallel": parallel}
     folder.finish(run, result)
-    curves_picture(run.history, result["method"], path / "curves.png")
+    curves_picture(run.history, result["method"], folder.path / "curves.png")
     measure_costs([result], [run])
     return result

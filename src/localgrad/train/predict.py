@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from localgrad import data
+from localgrad import data, sealed
 from localgrad.config import Config
 from localgrad.data import boxes, folders
 from localgrad.data.augment import Normalise
 from localgrad.data.pictures import read_picture
 from localgrad.errors import CheckpointError, DataError
-from localgrad.losses.distillation import logits_of
-from localgrad.tasks import detection
-from localgrad.train.experiment import device_of
-from localgrad.train.finished import WEIGHTS, model_of, read_config
+from localgrad.tasks import detection, segmentation
+from localgrad.tasks.segmentation import resized
+from localgrad.train.experiment import build_task, device_of
+from localgrad.train.finished import RESULT, WEIGHTS, model_of, read_config
 
 
 @dataclass(frozen=True)
@@ -60,20 +58,19 @@ def load_trained(run_dir: Path, device: str = "auto") -> Trained:
     Raises:
         CheckpointError: no finished run there.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     config = read_config(run_dir)
     try:
-        told = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))["trained_on"]
+        told = sealed.read_json(run_dir / RESULT)["trained_on"]
         known: dict[str, Any] = {name: tuple(told[name]) for name in ("classes", "image_shape", "mean", "std")}
-        kind, weights = told["kind"], load_file(run_dir / WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        kind, weights = told["kind"], sealed.read_tensors(run_dir / WEIGHTS)
+    except (CheckpointError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{run_dir} holds no finished run ({' '.join(str(error).split())[:200]}); give a directory in which "
             "`localgrad train` came to its end"
         ) from error
-    model = model_of(config, len(known["classes"]), known["image_shape"])
+    task = build_task(config, len(known["classes"]), known["mean"], known["std"], kind, known["classes"])
+    kind = config.task.get("name", kind)
+    model = model_of(config, task.num_outputs, known["image_shape"])
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -93,7 +90,7 @@ def predict(trained: Trained, images: Sequence[Path]) -> Iterator[Prediction]:
 
     if trained.kind not in SHOWN:
         raise DataError(f"no way to show the answers of a {trained.kind} network; known: {', '.join(SHOWN)}")
-    if trained.kind != "classification":
+    if trained.kind in ("segmentation", "detection"):
         named: dict[str, Path] = {}
         for path in images:
             if (other := named.setdefault(path.stem, path)) != path:
@@ -118,7 +115,7 @@ def _sized(read: Any, picture: Tensor, trained: Trained) -> Tensor:
     from torchvision.transforms.v2.functional import resize
 
     size = trained.config.data.image_size
-    if trained.kind == "classification":
+    if trained.kind not in ("segmentation", "detection"):
         if data.reads_files(trained.config.data.name):
             return folders.transforms(trained.image_shape[1])[1](read, 0)[0].as_subclass(Tensor)
         size = trained.image_shape[1:]
@@ -133,16 +130,23 @@ def _padded(picture: Tensor, trained: Trained) -> Any:
 
 
 def _labelled(path: Path, picture: Tensor, output: Any, trained: Trained) -> Prediction:
-    share, index = logits_of(output)[0].float().softmax(0).max(0)
+    share, index = output[0].float().softmax(0).max(0)
     return Prediction(path, f"{trained.classes[int(index)]} ({share:.1%})", {})
 
 
+def _measured(path: Path, picture: Tensor, output: Any, trained: Trained) -> Prediction:
+    return Prediction(path, ", ".join(f"{value:.4g}" for value in output[0].float().reshape(-1).tolist()), {})
+
+
 def _segmented(path: Path, picture: Tensor, output: Any, trained: Trained) -> Prediction:
-    logits = F.interpolate(logits_of(output).float(), size=picture.shape[1:], mode="bilinear", align_corners=False)
-    mask = logits.argmax(1)[0].cpu()
-    shares = torch.bincount(mask.flatten(), minlength=len(trained.classes)) / mask.numel()
-    largest = [f"{trained.classes[k]} {shares[k]:.0%}" for k in shares.argsort(descending=True)[:4] if shares[k] > 0]
-    pictures = {".overlay.png": overlay(picture, mask, len(trained.classes)), ".mask.png": mask.to(torch.uint8)[None]}
+    task = segmentation(len(trained.classes))
+    mask = resized(task.logits(output).float(), picture.shape[1:]).argmax(1)[0].cpu()
+    first = task.values - task.num_classes  # 1 where there is a background that has no name
+    names = ("background", *trained.classes)[1 - first :]
+    shares = torch.bincount(mask.flatten(), minlength=task.values) / mask.numel()
+    largest = [f"{names[k]} {shares[k]:.0%}" for k in shares.argsort(descending=True)[:4] if shares[k] > 0]
+    drawn = overlay(picture, mask - first, task.num_classes)
+    pictures = {".overlay.png": drawn, ".mask.png": mask.to(torch.uint8)[None]}
     return Prediction(path, ", ".join(largest), pictures)
 
 
@@ -168,6 +172,7 @@ def _detected(path: Path, picture: Tensor, output: Any, trained: Trained) -> Pre
 
 SHOWN: dict[str, Callable[[Path, Tensor, Any, Trained], Prediction]] = {
     "classification": _labelled,
+    "regression": _measured,
     "segmentation": _segmented,
     "detection": _detected,
 }

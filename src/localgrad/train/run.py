@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from localgrad.config import Config, run_names
-from localgrad.errors import LocalgradError
+from localgrad.config import Config, dump, run_names
+from localgrad.errors import CheckpointError, ConfigError, LocalgradError
 from localgrad.measure.plots import comparison_picture, curves_picture
 from localgrad.spec import method_name
 from localgrad.train.experiment import Experiment, build, with_method
@@ -56,7 +56,7 @@ def run(
 
     Args:
         config: of this method.
-        folder: see `RunFolder`.
+        folder: claimed.
         console: for progress.
         title: what to call it.
         resume_with: the command that continues the run, for the message after an interruption.
@@ -69,11 +69,18 @@ def run(
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
     experiment = build(config)
-    remark = folder.start(experiment)
+    wire = folder.begun().get("wire", "same") if folder.continues else "same"
+    if wire != "same":
+        raise ConfigError(
+            f"{folder.path} was begun with wire={wire}, which rounds features between ranks; continue it with torchrun "
+            "and --parallel block=2"
+        )
+    folder.begin(dump(config))
+    remark = folder.open(experiment)
     if remark:
         console.print(remark, style="dim", soft_wrap=True)
     every = config.train.checkpoint_every
-    with contextlib.closing(folder), Progress(console, title) as progress, stop_requests() as stop_requested:
+    with Progress(console, title) as progress, stop_requests() as stop_requested:
 
         def after_step(state: Experiment) -> None:
             progress.step(state)
@@ -120,7 +127,7 @@ def result_of(run: Experiment, folder: RunFolder) -> dict[str, Any]:
     }
     if run.best is not None:
         weights = {k: v.clone() for k, v in network.state_dict().items()}
-        network.load_state_dict(folder.best_weights(run.best["epoch"]))
+        network.load_state_dict(folder.best_weights(run))
         result["best"] = {
             "epoch": run.best["epoch"],
             "validation": run.best["score"],
@@ -142,15 +149,23 @@ def compare(
         the result of each with its ``cost``, the first being the configured method.
     """
     specs, names = [config.method, *config.beside], run_names(config)
-    experiments, results = [], []
+    experiments, results, refused = [], [], []
     for name, spec in zip(names, specs, strict=True):
-        place = path / name.replace("+", "-") if config.beside else path
+        folder = RunFolder(path / name.replace("+", "-") if config.beside else path)
         # A comparison may have been stopped before it came to this method.
-        continues = resume and (not config.beside or (place / "config.yaml").is_file())
-        folder = RunFolder(place, resume=continues, overwrite=overwrite or resume)
-        experiment, result = run(with_method(config, spec), folder, console, name, resume_with)
+        folder.claim(resume=resume and (not config.beside or folder.holds_run), overwrite=overwrite)
+        with contextlib.closing(folder):
+            try:
+                experiment, result = run(with_method(config, spec), folder, console, name, resume_with)
+            except CheckpointError as error:
+                if not config.beside:
+                    raise
+                refused.append(f"{name}: {error}")  # the other runs have nothing to do with it
+                continue
         experiments.append(experiment)
         results.append(result)
+    if refused:
+        raise CheckpointError(f"{' '.join(refused)} The other runs have ended; {resume_with} shows them all")
     measure_costs(results, experiments)
     for result, name in zip(results, names, strict=True):
         result["method"] = name
