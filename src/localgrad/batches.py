@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from localgrad.errors import TrainingError
+from localgrad.errors import MethodError, TrainingError
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
@@ -31,6 +32,19 @@ def tensors_in(value: Any) -> list[Tensor]:
 
     map_tensors(note, value)
     return found
+
+
+@contextlib.contextmanager
+def only_read(features: Any, block: int) -> Iterator[None]:
+    """Raise `MethodError` if what runs inside it overwrites the features behind a block, which later blocks read."""
+    versions = [(tensor, tensor._version) for tensor in tensors_in(features) if not tensor.is_inference()]
+    yield
+    if any(tensor._version != version for tensor, version in versions):
+        raise MethodError(
+            f"the auxiliary network behind block {block} overwrites the features that it reads in place, and the next "
+            "block reads them too: build its first layer, or the unit of the model that it copies, with inplace=False, "
+            "or cut elsewhere"
+        )
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:

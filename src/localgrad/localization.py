@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from localgrad.batches import tensors_in
 from localgrad.cutting import as_cutting
@@ -116,6 +117,11 @@ def _check_model(model: nn.Module) -> None:
     check_wrapped(model)
     if not any(True for _ in model.parameters()):
         raise PartitionError(f"{kind} has no parameters, so no block of it can be trained")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise PartitionError(
+                f"{name!r} of {kind} is made by its first forward: run the model once on the example before localize"
+            )
 
 
 def _check_sizes(network: LocalNetwork) -> None:

@@ -320,6 +320,11 @@ class Auxiliary(nn.Module):
                 f"{method.name}: span {site.span} ends inside the network but has no loss: {why}. "
                 "Give a term a positive weight, or end the ramp above 0."
             )
+        if site.features.is_complex():
+            raise MethodError(
+                f"{method.name}: the features behind block {site.span.stop - 1} are complex numbers, and auxiliary "
+                "networks are made of real ones: cut elsewhere, or pass real numbers on (torch.view_as_real)"
+            )
         with torch.device("cpu"):  # weights are drawn there, so that a seed means the same on any device
             self.bridge = method.bridge(site) if method.bridge is not None else None
             if self.bridge is not None:

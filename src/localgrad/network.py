@@ -113,6 +113,8 @@ class LocalNetwork(nn.Module):
             )
         check_network(self)
         self._check_holders()
+        if torch.is_grad_enabled() and not any(p.requires_grad for p in self.parameters()):
+            raise TrainingError("all parameters are frozen (requires_grad=False): unfreeze what is to train")
 
     def _check_holders(self) -> None:
         check_holder(self)

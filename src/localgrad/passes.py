@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localgrad.batches import map_tensors, tensors_in
+from localgrad.batches import map_tensors, only_read, tensors_in
 from localgrad.boundary import BlockGraph, Gradients, Released, becomes, stopped
 from localgrad.errors import TrainingError
 from localgrad.isolation import check_isolation
@@ -108,14 +109,14 @@ class Pass:
         penalties = [p for one in self.observers if (p := one.measured(block)) is not None]
         known = {id(t) for held in self.held if (t := held.ref()) is not None}
         found = list(self.forward.made(lambda tensor: id(tensor) in known).values())
-        made = [*(tensor for _, tensor in found), *penalties]
+        made = [*(tensor for _, tensor in found), *(p for p in penalties if p.requires_grad)]
         maker = self.boundary - 1
         graph = self.graphs[maker] = BlockGraph([] if self.joins else made, first)
         joined: Tag = ("joined",)  # it is not known what of it later blocks read
         tags = [tag if maker == block else joined for tag, _ in found]
         self.held += [Held(tags[slot], tensor, maker, slot) for slot, (_, tensor) in enumerate(found)]
-        slots = range(len(found), len(made))
-        self.penalties = [p if self.joins else graph.captured(p, s) for p, s in zip(penalties, slots, strict=True)]
+        slots = itertools.count(len(found))
+        self.penalties = [p if self.joins or not p.requires_grad else graph.captured(p, next(slots)) for p in penalties]
 
     def go_on(self, block: int) -> None:
         """Let ``block`` read what finished blocks made and somebody holds, but for its graph where no span crosses.
@@ -204,7 +205,9 @@ class Pass:
             else:
                 auxiliary = network.auxiliary_of(span)
                 weighted = []
-                for (term, weight), output in zip(auxiliary.terms, auxiliary(features, batch.step), strict=True):
+                with only_read(features, boundary - 1):
+                    outputs = auxiliary(features, batch.step)
+                for (term, weight), output in zip(auxiliary.terms, outputs, strict=True):
                     if output is None:
                         continue
                     for one in self.observers:
@@ -219,11 +222,23 @@ class Pass:
             for one in self.observers:
                 total = one.total(boundary, total, losses, features, batch)
         self.penalties = []
+        if self.training and not total.requires_grad:
+            total = self._constant(span, total)
         if on_output is not None:
             for whose, output in observed:
                 on_output(span, whose, map_tensors(stopped, output))
         weight = span.weight * self.share
         return total if weight == 1.0 else total * weight
+
+    def _constant(self, span: Span, total: Tensor) -> Tensor:
+        """The loss of a span of which nothing trains, frozen blocks say, as one whose backward pass does nothing."""
+        block = span.stop - 1
+        if self.graphs[block].gradients:
+            raise TrainingError(
+                f"the loss of span {span} depends on no parameter, although block {block} has some that train: it is "
+                "computed under torch.no_grad() or from detached values"
+            )
+        return stopped(total, differentiable=True)
 
     def _term_loss(self, boundary: int, term: Term | None, loss: Tensor, output: Any, batch: Batch) -> Tensor:
         for one in self.observers:
@@ -325,7 +340,7 @@ def answers_at(one: Pass, block: int, scored_only: bool) -> Iterator[tuple[Span,
         wanted = [
             (t, h) for (t, _), h in zip(auxiliary.terms, auxiliary.heads, strict=True) if t.scored or not scored_only
         ]
-        with one.precision(), called_as(one.forward.arguments):
+        with one.precision(), called_as(one.forward.arguments), only_read(one.forward.features, block):
             bridged = auxiliary.bridged(one.forward.features) if wanted else one.forward.features
             outputs = [(term, head(bridged)) for term, head in wanted]
         for term, output in outputs:

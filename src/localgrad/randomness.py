@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from localgrad.errors import CheckpointError
+from localgrad.errors import CheckpointError, TrainingError
 
 Part = int | str
 
@@ -69,27 +70,48 @@ class Keys:
 
     seed: int
     replica: int
+    thread: threading.Thread
 
 
 _active: ContextVar[Keys | None] = ContextVar("localgrad_keys", default=None)
+_inside: list[threading.Thread] = []  # the thread that is inside `keyed_randomness`, as often as it has entered
+_entering = threading.Lock()
 
 
 @contextlib.contextmanager
 def keyed_randomness(seed: int, replica: int = 0) -> Iterator[None]:
     """Inside it, `local_losses` keys dropout and stochastic depth by ``(seed, block, step, micro-batch, replica)``.
 
-    Outside it, blocks draw from torch's global generators like any module does.
+    Outside it, blocks draw from torch's global generators like any module does. Those belong to the process, and are
+    seeded for the time that a block runs: only one thread at a time may be inside, and no other one may draw meanwhile.
+
+    Raises:
+        TrainingError: if another thread is inside, or takes a step in a copy of this context.
 
     Example:
         >>> import torch, localgrad
         >>> with localgrad.keyed_randomness(seed=0):
         ...     pass  # the training loop
     """
-    token = _active.set(Keys(seed, replica))
+    thread = threading.current_thread()
+    with _entering:
+        if any(other is not thread and other.is_alive() for other in _inside):
+            raise _two_threads()
+        _inside.append(thread)
+    token = _active.set(Keys(seed, replica, thread))
     try:
         yield
     finally:
         _active.reset(token)
+        with _entering:
+            _inside.remove(thread)
+
+
+def _two_threads() -> TrainingError:
+    return TrainingError(
+        "two threads train under keyed_randomness, but torch's generators belong to the process: each would draw from "
+        "the other's. Train in one thread, or in a process each"
+    )
 
 
 @contextlib.contextmanager
@@ -98,6 +120,8 @@ def draws_of(purpose: str, step: int, part: int, index: Part, device: torch.devi
     keys = _active.get()
     if keys is None:
         yield
+    elif keys.thread is not threading.current_thread():
+        raise _two_threads()
     else:
         with seeded(keys.seed, purpose, step, part, index, keys.replica, device=device):
             yield

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from localgrad.batches import only_read
 from localgrad.errors import MethodError, PartitionError
 from localgrad.layout import Layout, layout_of
 from localgrad.partition import Cut, Partition, Unit
@@ -113,12 +114,14 @@ class Site:
         """The same site, seen through a bridge.
 
         Raises:
-            MethodError: the bridge does not run on the features.
+            MethodError: the bridge does not run on the features, or overwrites them.
         """
         bridge.to(self.features).eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), only_read(self.features, self.span.stop - 1):
                 return replace(self, features=bridge(self.features))
+        except MethodError:
+            raise
         except Exception as error:  # a copied unit may fail in any way outside its place
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise MethodError(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextvars
+import threading
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import localgrad
+from localgrad import TrainingError
 from zoo import METHODS, MODELS, batch, build
 
 EVERY = pytest.mark.parametrize("name", METHODS)
@@ -97,3 +102,46 @@ def test_without_keys_draws_come_from_the_global_generator() -> None:
         localgrad.backward(network, *batch())
         found.append(network.model.units[0][0].weight.grad)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def in_thread(act: Callable[[], object]) -> list[BaseException]:
+    """What ``act`` raises in another thread."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            act()
+        except TrainingError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return raised
+
+
+def test_two_threads_are_refused_whenever_they_meet() -> None:
+    """Torch's generators belong to the process: the second thread is turned away, the first one draws as alone."""
+    network, other = (build("cnn", METHODS["dgl"], 3) for _ in range(2))
+    alone = run(network, before=1)
+    network.zero_grad(set_to_none=True)
+    with localgrad.keyed_randomness(0):
+        for _, loss in localgrad.local_losses(network, *batch()):
+            (error,) = in_thread(lambda: run(other, before=2))
+            assert "two threads train under keyed_randomness" in str(error)
+            context = contextvars.copy_context()
+            (error,) = in_thread(lambda context=context: context.run(localgrad.backward, other, *batch()))
+            assert "two threads train under keyed_randomness" in str(error)
+            loss.backward()
+    assert same({name: p.grad for name, p in network.named_parameters() if p.grad is not None}, alone)
+
+
+def test_threads_one_after_the_other() -> None:
+    """A thread that has left, or has died inside, is in nobody's way; one may enter again inside."""
+    network = build("cnn", METHODS["dgl"], 3)
+    alone = run(network, before=1)
+    assert not in_thread(lambda: run(network, before=2))
+    assert not in_thread(lambda: localgrad.keyed_randomness(1).__enter__())
+    with localgrad.keyed_randomness(1):
+        assert same(run(network, before=3), alone)
+    assert same(run(network, before=3), alone)

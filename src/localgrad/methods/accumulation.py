@@ -15,8 +15,9 @@ def accumulation(base: Method, *, parts: int = 4, wait: Wait = "device") -> Meth
     All parts pass a block, or a run of blocks that spans link, before the next one begins. So a block can step, and its
     gradients are freed, before the next block runs; what waits is one boundary feature for each part.
 
-    Gradients equal the base method's where no layer or loss looks across samples; BatchNorm normalises by micro-batch
-    and moves its statistics ``parts`` times.
+    Gradients equal the base method's where no layer or loss looks across samples. BatchNorm normalises by micro-batch
+    and moves its statistics ``parts`` times; the similarities of `localgrad.methods.predsim`, contrastive losses and
+    the distances of `localgrad.methods.local_critic` are those within a micro-batch.
 
     Args:
         base: any method.

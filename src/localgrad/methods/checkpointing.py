@@ -20,6 +20,11 @@ def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = 
     The last block of a span is never run twice: its backward pass comes at once. Random draws are repeated and
     BatchNorm statistics move once, so gradients equal the base method's.
 
+    What runs again begins from the state that it had the first time, see `localgrad.state.State`. Nobody can see state
+    elsewhere: in a global, in a variable of a closure, inside an object. A forward that moves such state, or whose
+    kernels add in any order, gets the gradients of what it computed the second time, as under
+    ``torch.utils.checkpoint``; so does a region that the model checkpoints itself with ``preserve_rng_state=False``.
+
     Blocks that run again are separate modules, made by torch.fx: `localgrad.localize` says where a model does not allow
     it. Where the model checkpoints by itself (timm's ``set_grad_checkpointing``) nothing of this is needed.
 

@@ -10,8 +10,8 @@ from localgrad.errors import MethodError
 from localgrad.losses import Distilled
 from localgrad.method import Context, Method, Network
 from localgrad.methods.composition import plugin
-from localgrad.recompute.parts import BuffersKept
 from localgrad.spans import Periodic
+from localgrad.state import StateKept
 from localgrad.task import Batch
 
 
@@ -68,5 +68,5 @@ class FinalLogits(Context):
     def __call__(self, network: Network, batch: Batch) -> Any:
         if self.rests(batch.step):
             return None
-        with BuffersKept(network.model):
+        with StateKept(network.model):
             return call_model(network.model, batch.inputs)

@@ -117,7 +117,10 @@ class _Seam(Observer):
     def total(self, boundary: int, total: Tensor, losses: Mapping[int, Tensor], features: Any, batch: Batch) -> Tensor:
         if not torch.is_grad_enabled():
             return total
-        output = next(t for t in tensors_in(features) if t.requires_grad)
+        output = next((t for t in tensors_in(features) if t.requires_grad), None)
+        if output is None:  # all before it is frozen, so there is nothing to agree about
+            self.entry, self.before, self.passed = None, None, True
+            return total
         if self.entry is None or self.before is None:
             (gradient,) = torch.autograd.grad(total, output, retain_graph=True)
         else:

@@ -394,7 +394,16 @@ class Partition:
                 f"write use_reentrant=False; {valid}"
             )
         if not call.taken:
-            raise PartitionError(f"cuts: {name!r} takes nothing that was computed from parameters before it; {valid}")
+            raise PartitionError(
+                f"cuts: {name!r} takes nothing that was computed from parameters before it, or from frozen ones only; "
+                f"{valid}"
+            )
+        ended = bisect.bisect_left(self.graph.last_reads, call.enter)
+        if ended in (0, len(self.graph.order)):
+            raise PartitionError(
+                f"cuts: {name!r} is no cut point: no parameter {'from there on' if ended else 'before it'} trains, "
+                f"since all are frozen (requires_grad=False) or there is none; {valid}"
+            )
         (crossing,) = self._crossing([call.enter])
         if (features := self._features(call, crossing)) is not None:  # a layer without weights, say
             cut = self._cut(call, features, crossing)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from localgrad.state import State, StateKept
 
 
 @dataclass(frozen=True)
@@ -30,79 +30,24 @@ class Recompute:
     pointwise: float = 0
 
 
-@dataclass
-class Before:
-    """What a module read, besides its arguments, in its first forward: buffers that it moved, generators of draws.
-
-    Torch's own draws are repeated by `torch.utils.checkpoint.checkpoint`.
-    """
-
-    buffers: dict[tuple[nn.Module, str], Tensor] = field(default_factory=dict)
-    generators: tuple[Any, Any] | None = None
-
-    @contextlib.contextmanager
-    def noted(self, module: nn.Module) -> Iterator[None]:
-        """Around the first forward: copies every buffer, and lets go of the copies of those that did not move."""
-        self.generators = random.getstate(), numpy.random.get_state()
-        owned = [(m, name, b, b._version, b.clone()) for m, name, b in _buffers(module)]
-        yield
-        for m, name, buffer, version, old in owned:
-            if m._buffers.get(name) is not buffer or buffer._version != version:
-                self.buffers[m, name] = old
-
-
-class BuffersKept(contextlib.AbstractContextManager[None]):
-    """Inside it a module moves copies of its buffers, so that BatchNorm statistics move once a step.
-
-    May be entered again: a block that several spans go back through is recomputed for each.
-
-    Args:
-        module: whose buffers.
-        before: what to begin from; by default what is there.
-    """
-
-    def __init__(self, module: nn.Module, before: Before | None = None) -> None:
-        self.module, self.before = module, Before() if before is None else before
-        self.owned: list[tuple[nn.Module, str, Tensor]] = []
-        self.generators: tuple[Any, Any] | None = None
-
-    def __enter__(self) -> None:
-        self.owned = _buffers(self.module)
-        for module, name, buffer in self.owned:
-            module._buffers[name] = self.before.buffers.get((module, name), buffer).clone()
-        if self.before.generators is not None:
-            self.generators = random.getstate(), numpy.random.get_state()
-            _set_generators(self.before.generators)
-
-    def __exit__(self, *exception: object) -> None:
-        for module, name, buffer in self.owned:
-            module._buffers[name] = buffer
-        self.owned = []
-        if self.generators is not None:
-            _set_generators(self.generators)
-
-
-def _buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    return [(m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
-
-
-def _set_generators(states: tuple[Any, Any]) -> None:
-    random.setstate(states[0])
-    numpy.random.set_state(states[1])
-
-
 def recomputed(module: nn.Module, *arguments: Any, owner: nn.Module | None = None) -> Any:
     """``module(*arguments)``, run again in the backward pass instead of kept; draws are repeated.
 
-    The second time it starts from what buffers of ``owner``, by default of the module, were before the first, and
-    leaves them as they are then; see `Before`.
+    The second time it starts from the `localgrad.state.State` that it had before the first, with buffers of ``owner``
+    which it may read, and leaves no trace. Torch's own draws are repeated by `torch.utils.checkpoint.checkpoint`.
     """
 
     def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        before, whose = Before(), owner or module
-        return before.noted(whose), BuffersKept(whose, before)
+        before = State(module, owner)
+        return _then_forgotten(before), StateKept(module, before)
 
     return checkpoint(module, *arguments, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _then_forgotten(before: State) -> Iterator[None]:
+    yield
+    before.forget_unchanged()
 
 
 class Recomputed(nn.Module):
