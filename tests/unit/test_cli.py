@@ -198,8 +198,8 @@ def test_class_indices_are_learnt_as_numbers(call: Call) -> None:
                 "train.threads=1", "--run-dir", "run", "--json")  # fmt: skip
     (result,) = json.loads(said.out)
     assert list(result["last"]["metrics"]) == ["r2", "mae", "rmse"]
-    assert result["last"]["metrics"]["r2"] == result["last"]["test"]["model"] > 0.5  # 0 for any constant
-    assert json.loads(call("eval", "run", "--json").out)["score"] == result["last"]["test"]
+    assert result["last"]["metrics"]["r2"] == result["last"]["score"]["model"] > 0.5  # 0 for any constant
+    assert json.loads(call("eval", "run", "--json").out)["score"] == result["last"]["score"]
     loaded = load("digits", batch_size=64)
     pixels, _ = next(loaded.test.epoch(0))
     from PIL import Image
@@ -211,10 +211,12 @@ def test_class_indices_are_learnt_as_numbers(call: Call) -> None:
 
 
 def test_a_plan_of_another_task(call: Call) -> None:
-    said = call("plan", "resnet8", "--batch-size", "4", "--task", "multilabel", "--num-outputs", "5", "--memory",
+    said = call("plan", "resnet8", "--batch-size", "4", "--task", "multilabel:5", "--memory",
                 "1GiB", "--rates", "1,10", "--method", "[{dgl: {head: linear}}]", "--json")  # fmt: skip
     found = json.loads(said.out)
     assert found["task"] == "localgrad.tasks.multilabel(5)" and "task = localgrad.tasks.multilabel(5)" in found["code"]
+    for wrong in ("detection", "multilabel:", "multilabel:x", ":5"):
+        refused(call("plan", "resnet8", "--batch-size", "4", "--task", wrong), "write one of classification")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
@@ -481,7 +483,7 @@ def test_compare(call: Call, tmp_path: Path) -> None:
     said = call(*tiny, "-m", "dgl", "--seed", "3", "--out", str(tmp_path))
     assert "| dgl, K=2 " in said.out and "as end-to-end, bit for bit" in said.out
     assert {"rows.jsonl", "costs.json", "table.md", "picture.png"} <= {path.name for path in tmp_path.iterdir()}
-    assert call("compare", "--table", "--out", str(tmp_path)).out == said.out
+    assert call("compare", "--out", str(tmp_path)).out == said.out
     refused(call("compare"), "nothing to compare: name a recipe")
     refused(call(*tiny, "-m", "dlg", "--out", str(tmp_path)), "unknown method 'dlg'; did you mean 'dgl'?")
 

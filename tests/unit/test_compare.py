@@ -228,7 +228,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(finished: Path, tmp_pa
     other = validate({**SETTINGS, "model": {"name": "resnet20"}}, "test")
     with pytest.raises(ConfigError, match=r"compares methods with model .*resnet8.*; give another --out"):
         compare.compare(other, finished, QUIET, **{**COMPARED, "methods": ["dgl"]})
-    with pytest.raises(ConfigError, match="holds no comparison yet; run the command without --table first"):
+    with pytest.raises(ConfigError, match="holds no comparison yet; name a recipe and methods first"):
         compare_report.report(tmp_path / "nothing")
 
 

@@ -41,7 +41,6 @@ def compare(
         Path | None,
         typer.Option(help="Rows, costs, table and picture; default runs/compare-RECIPE.", show_default=False),
     ] = None,
-    table: Annotated[bool, typer.Option("--table", help="Run nothing, make table and picture anew.")] = False,
 ) -> None:
     """Train many methods with equal data, seeds and epochs, and show score against memory, time and FLOPs.
 
@@ -49,16 +48,17 @@ def compare(
 
     [bold]localgrad compare cifar10_resnet32 -m dgl -m '\\[dgl, man_pp]' -k 16 --seed 0 --seed 1 data.limit=20000[/bold]
 
-    A finished run is never run again, a stopped one continues, and several processes may share one --out.
+    A finished run is never run again, a stopped one continues, and several processes may share one --out. With --out
+    alone, table and picture are made from what lies there.
     """
     recipe, overrides = positional(recipe, overrides)
     from localgrad.study import compare as study
     from localgrad.study.compare_report import report
 
-    if recipe is None and not (table and out):
+    if recipe is None and (out is None or method or overrides):
         raise ConfigError("nothing to compare: name a recipe or a YAML file")
     out = out or Path("runs") / f"compare-{Path(str(recipe)).stem.replace(':', '-')}"
-    if not table:
+    if recipe is not None:
         study.compare(
             settings_of(recipe, overrides), out, new_console(stderr=True), methods=method or [],
             num_blocks=num_blocks or [], seeds=seed or [], equal_time=equal_time or [], keep=keep,

@@ -12,6 +12,8 @@ from localgrad.cli.console import new_console
 from localgrad.cli.options import Json
 from localgrad.errors import ConfigError
 
+PLANNED = ("classification", "segmentation", "regression", "multilabel")
+
 
 def plan(
     model: Annotated[str, typer.Argument(help="resnet32, timm:NAME, torchvision:NAME, or MODULE:FUNCTION.")],
@@ -21,13 +23,8 @@ def plan(
         int | None, typer.Option(help="Sides of the square images; default 32 or 224.", show_default=False)
     ] = None,
     task: Annotated[
-        Literal["classification", "segmentation", "regression", "multilabel"],
-        typer.Option(help="What the model is trained to do; see localgrad.tasks."),
+        str, typer.Option(help="What the model is trained to do, and its outputs: segmentation:21, regression:1.")
     ] = "classification",
-    num_outputs: Annotated[
-        int | None,
-        typer.Option(help="Of the model; default 10 or 1000 classes.", show_default=False),
-    ] = None,
     method: Annotated[
         str, typer.Option("--method", "-m", help="Of local learning: dgl+man, or YAML: '[{dgl: {head: linear}}]'.")
     ] = "dgl",
@@ -46,13 +43,12 @@ def plan(
 
     [bold]localgrad plan torchvision:resnet152 --batch-size 64 --memory 8GiB[/bold]
     """
-    from localgrad import models, tasks
+    from localgrad import models
     from localgrad.planning import plan
 
     size, num_classes = models.made_for(model)
-    outputs = num_classes if num_outputs is None else num_outputs
     found = plan(
-        model, batch_size=batch_size, memory=memory, image_size=image_size or size, task=getattr(tasks, task)(outputs),
+        model, batch_size=batch_size, memory=memory, image_size=image_size or size, task=_task(task, num_classes),
         method=method, optimizer=optimizer, precision=precision, rates=None if rates is None else _rates(rates),
     )  # fmt: skip
     if picture is not None:
@@ -66,6 +62,15 @@ def plan(
         console.print(f"\n{found.code}", soft_wrap=True)
     if picture is not None:
         console.print(f"\nPicture: {picture}", soft_wrap=True)
+
+
+def _task(text: str, num_classes: int) -> Any:
+    from localgrad import tasks
+
+    name, colon, number = text.partition(":")
+    if name not in PLANNED or not (number.isdecimal() or not (colon or number)):
+        raise ConfigError(f"--task {text}: write one of {', '.join(PLANNED)}, with its outputs: {PLANNED[1]}:21")
+    return getattr(tasks, name)(int(number) if number else num_classes)
 
 
 def _rates(text: str) -> Any:

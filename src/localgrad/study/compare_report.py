@@ -89,7 +89,7 @@ def lines_of(out: Path) -> list[Line]:
     """
     rows, costs = read_rows(out / ROWS, "run"), read_costs(out)
     if not rows and not costs:
-        raise ConfigError(f"{out} holds no comparison yet; run the command without --table first")
+        raise ConfigError(f"{out} holds no comparison yet; name a recipe and methods first")
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows.values():
         groups.setdefault(key_of(without(row["settings"], "seed")), []).append(row)
@@ -161,7 +161,7 @@ def reference_of(lines: Sequence[Line]) -> Line:
     """
     whole = [line for line in lines if line.kind == "end-to-end" and line.cost is not None]
     if not whole:
-        raise ConfigError("the costs of end-to-end training are missing; run the command without --table")
+        raise ConfigError("the costs of end-to-end training are missing; name the recipe again")
     epochs = Counter(line.epochs for line in lines).most_common(1)[0][0]
     return max(whole, key=lambda line: (line.epochs == epochs, len(line.rows)))
 
