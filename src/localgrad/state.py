@@ -79,9 +79,11 @@ class StateKept(contextlib.AbstractContextManager[None]):
     def __init__(self, module: nn.Module, before: State | None = None) -> None:
         self.module, self.before = module, before
         self.left: dict[Place, Any] = {}
+        self.hooks = 0
         self.generators: tuple[Any, Any] | None = None
 
     def __enter__(self) -> None:
+        self.hooks = _hooks(self.module)
         self.generators = random.getstate(), np.random.get_state()
         before = State(self.module) if self.before is None else self.before
         _set_generators(before.generators)
@@ -90,13 +92,18 @@ class StateKept(contextlib.AbstractContextManager[None]):
             self.left[place] = _exchanged(place, _copied(value, copies))
 
     def __exit__(self, *exception: object) -> None:
-        if self.before is None:
+        # Hooks that a model registers in its first forward stay, and so does what tells it that it has.
+        if self.before is None and _hooks(self.module) == self.hooks:
             self.left |= {place: _ABSENT for place, _ in places(self.module) if place not in self.left}
         for place, value in self.left.items():
             _exchanged(place, value)
         self.left = {}
         assert self.generators is not None
         _set_generators(self.generators)
+
+
+def _hooks(module: nn.Module) -> int:
+    return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in module.modules())
 
 
 def _exchanged(place: Place, value: Any) -> Any:

@@ -105,7 +105,7 @@ def test_a_result_of_another_form_is_refused(changed: Path, text: str) -> None:
         load_trained(changed)
 
 
-@pytest.mark.parametrize("number", [1, 9, 11, 2**19])
+@pytest.mark.parametrize("number", [2, 9, 11, 2**19])
 def test_classes_that_disagree_with_the_weights_are_refused(changed: Path, number: int) -> None:
     file = changed / "result.json"
     result = json.loads(file.read_text(encoding="utf-8"))
@@ -131,5 +131,5 @@ def test_weights_that_are_wrong_are_refused(changed: Path) -> None:
             load_trained(changed)
         assert str(file) in str(caught.value)
     file.write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is torn"):
         load_trained(changed)

@@ -69,9 +69,9 @@ def summarize(config: Config, image_shape: tuple[int, int, int], num_classes: in
 
 def _blocks(network: LocalNetwork, inputs: Tensor) -> list[dict[str, Any]]:
     """One row for each block; the model runs once in training mode, statistics put back."""
-    keep = [*network.parameters(), *network.buffers(), inputs]
     rows = []
     with untouched(network, training=True), network.opened(()) as opened:
+        keep = [*network.parameters(), *network.buffers(), inputs]
         forward = opened.call(inputs)
         for info in block_infos(network):
             output, flops, saved = _measured(lambda: _next(forward), keep)

@@ -83,10 +83,10 @@ class Segmentation:
     def check(self, masks: Any, logits: Tensor) -> None:
         """Raise `TrainingError` unless there is a mask of classes for each output."""
         task = f"segmentation({self.num_classes})"
-        fits = isinstance(masks, Tensor) and masks.dim() == 3 and len(masks) == len(logits)
+        fits = isinstance(masks, Tensor) and masks.dim() == logits.dim() - 1 and len(masks) == len(logits)
         require(
             fits and masks.dtype == torch.int64, task, masks,
-            f"int64 masks (B, H, W), one for each of {len(logits)} images", CLASSES,
+            f"int64 masks (B, H, W), as many sides as the logits have, one for each of {len(logits)} images", CLASSES,
         )  # fmt: skip
         check_classes(values_of(masks, self.read), self.values, self.ignore_index, task)
 
