@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import localgrad
@@ -294,3 +298,52 @@ def test_train_evaluate_and_predict(coco: Path, tmp_path: Path, capsys: pytest.C
         assert drawn.size == before.size == (WIDTH, HEIGHT)
         assert (drawn.tobytes() != before.tobytes()) == (not row["answer"].startswith("nothing"))
     assert any(name in row["answer"] for name in ("dog", "cat"))
+
+
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 100), st.floats(-200, 200), st.just(float("nan")), st.just(10**30),
+    st.sampled_from(["x", ""]), st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=5), st.just({}),
+)  # fmt: skip
+
+
+@given(data=st.data())
+@hypothesis.settings(max_examples=30, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+def test_one_odd_value_is_refused_or_changes_its_own_picture_only(coco: Path, data: st.DataObject) -> None:
+    """Whatever stands somewhere in the annotations: boxes are finite and inside, other pictures' are what they were."""
+    path = coco / "annotations" / "instances_train2030.json"
+    whole = path.read_text()
+    before = by_picture(coco)
+    content = json.loads(whole)
+    kind = data.draw(st.sampled_from(["images", "annotations", "categories"]))
+    row = data.draw(st.sampled_from(content[kind]))
+    name = data.draw(st.sampled_from(sorted(row)))
+    told = {image["id"]: image["file_name"] for image in content["images"]}
+    touched = {told.get(row.get("image_id")), row.get("file_name")}
+    if data.draw(st.booleans()):
+        del row[name]
+    else:
+        row[name] = data.draw(ODD)
+    touched |= {told.get(row.get("image_id")) if isinstance(row.get("image_id"), int) else None}
+    path.write_text(json.dumps(content))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = by_picture(coco)
+    except (localgrad.DataError, localgrad.ConfigError) as error:
+        assert str(coco) in str(error)
+        return
+    finally:
+        path.write_text(whole)
+    for picture_name, targets in found.items():
+        corners = targets["boxes"]
+        assert torch.isfinite(corners).all() and (corners >= 0).all() and (corners <= 64).all()
+        assert ((corners[:, 2:] - corners[:, :2]) > 0).all() and set(targets["labels"].tolist()) <= {0, 1}
+        if picture_name not in touched and kind != "categories":
+            assert all(torch.equal(targets[key], value) for key, value in before[picture_name].items())
+
+
+def by_picture(root: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """What each training picture is learnt to hold."""
+    data = load(root)
+    order = [Path(data.train.items[k].path).name for k in data.train.order.batches(0)[0]]
+    return dict(zip(order, next(data.train.epoch(0))[1], strict=True))
