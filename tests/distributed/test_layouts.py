@@ -176,9 +176,15 @@ def test_refused_checkpoints(tmp_path: Path) -> None:
     for _ in range(2):  # it does not begin anew, however often it is asked
         assert f"step00000002 is damaged: {shard.name}" in refusal(checkpoints)
     checkpoints.save(1)
-    with pytest.warns(UserWarning, match=f"step00000002 is damaged: {shard.name}; continuing from step 1"):
-        assert checkpoints.load() == 1
-    assert (tmp_path / "step00000002.damaged" / shard.name).is_file() and checkpoints.load() == 1
+    assert (tmp_path / "step00000002.superseded" / shard.name).is_file() and checkpoints.load() == 1
+    checkpoints.save(5)
+    (shard,) = (tmp_path / "step00000005").glob("*.safetensors")
+    shard.unlink()
+    for _ in range(2):  # reading changes nothing
+        with pytest.warns(UserWarning, match=f"step00000005 is damaged: {shard.name}; continuing from step 1"):
+            assert checkpoints.load() == 1
+    checkpoints.save(3)
+    assert checkpoints.steps() == [1, 3] and (tmp_path / "step00000005.superseded").is_dir()
     (tmp_path / "file").write_text("")
     with pytest.raises(localgrad.CheckpointError, match="could not save the checkpoint"):
         Checkpoints(tmp_path / "file", ours, []).save(1)

@@ -47,7 +47,8 @@ class Checkpoints:
     one step on every rank; batches that were on their way are trained again from the data.
 
     A folder gets its name once every rank has written its part: one that a crash left behind is never loaded. Every
-    file carries a sha256; a damaged checkpoint is renamed ``.damaged``, and the one before it is loaded.
+    file carries a sha256; a damaged checkpoint is passed over for the one before it. Saving a step renames those of
+    later steps, which a run that went back has left behind, to ``.superseded``.
 
     Args:
         folder: the same on every rank, on a disk that all of them see.
@@ -212,6 +213,10 @@ class Checkpoints:
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
         sealed.sync_folder(self.folder)
+        for later in (known for known in self.steps() if known > step):
+            aside = self._place(later).with_suffix(".superseded")
+            shutil.rmtree(aside, ignore_errors=True)
+            self._place(later).rename(aside)
         steps = self.steps()
         needed = {step, *facts["needs"]}.union(*(self._needs(kept) for kept in steps[-self.keep :]))
         for old in steps[: -self.keep]:
@@ -245,7 +250,7 @@ class Checkpoints:
         return f"{place} is damaged: {', '.join(lost + altered)}" if lost or altered else ""
 
     def newest(self) -> int | None:
-        """The step of the newest checkpoint that is whole, None if there is none; damaged ones before it are renamed.
+        """The step of the newest checkpoint that is whole, None if there is none; a warning names damaged ones.
 
         Every rank calls it.
 
@@ -253,20 +258,14 @@ class Checkpoints:
             CheckpointError: there are some, but none is whole.
         """
         reasons: list[str] = []
-        damaged: list[Path] = []
         for step in reversed(self.steps()):
             damage = self._damage(step)
             if damage is None:
                 self._checked = step
-                if damaged and self._first:
+                if reasons and self._first:
                     warnings.warn(f"{' '.join(reasons)}; continuing from step {step}", stacklevel=3)
-                    for place in damaged:
-                        aside = place.with_name(place.name + ".damaged")
-                        shutil.rmtree(aside, ignore_errors=True)
-                        place.rename(aside)
                 return step
             reasons.append(damage)
-            damaged.append(self._place(step))
         if reasons:
             raise CheckpointError(
                 f"no checkpoint in {self.folder} is whole: {'; '.join(reasons)}. Restore one from a copy, or begin anew"
