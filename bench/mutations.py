@@ -213,7 +213,7 @@ def outcome(code: int | None, said: str, file: Path, run: Path, words: list[str]
                 return "recovered"
         except (OSError, ValueError, LookupError):
             return "silent"
-        return "older" if words[0] == "eval" and named and "isdamaged" in told else "silent"
+        return "older" if words[0] == "eval" and named and "continuingfromstep" in told else "silent"
     return "refused" if code == 2 and "error:" in said and named else "unnamed"
 
 
