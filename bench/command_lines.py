@@ -19,11 +19,11 @@ import resource
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+
+from command import exit_code
 
 PATIENCE, MOST_BYTES = 20.0, 10**9
 RIGHT = ("accepted", "refused", "at work")
@@ -85,17 +85,7 @@ def drawn(draw: random.Random) -> list[str]:
 def command_in(words: list[str], folder: str) -> None:
     """A command in this process, whose answer is left in ``folder``."""
     os.chdir(folder)
-    from localgrad.cli import main
-
-    code = 0
-    with Path("said").open("w") as file, redirect_stdout(file), redirect_stderr(file):
-        try:
-            main(words)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc(file=file)
-            code = 1
+    code = exit_code(words, Path("said"))
     Path("end").write_text(json.dumps([code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
     os._exit(0)
 

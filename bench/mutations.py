@@ -12,7 +12,6 @@ or the folder it lies in). Everything else is a fault, and the exit code is 1.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
@@ -22,12 +21,13 @@ import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+
+from command import exit_code
 
 PATIENCE = 90.0
 STOPPED = 5
@@ -45,7 +45,6 @@ def command_in(rank: int, ranks: int, port: int, words: list[str], said: str, st
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-    from localgrad.cli import main
     from localgrad.train.folder import RunFolder
 
     if stop is not None:
@@ -57,16 +56,7 @@ def command_in(rank: int, ranks: int, port: int, words: list[str], said: str, st
                 os._exit(0)
 
         RunFolder.save = last
-    code = 0
-    with Path(said).open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        try:
-            main(words)
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc(file=file)
-            code = 1
-    os._exit(code)
+    os._exit(exit_code(words, Path(said)))
 
 
 def called(words: list[str], ranks: int, stop: int | None = None) -> tuple[int | None, str]:
