@@ -230,7 +230,9 @@ class RunFolder:
             if run.average is None:
                 return checkpoints.weights(step)
             averaged = checkpoints.beside(step)["average"]
-            return {name.removeprefix("module."): value for name, value in averaged.items() if "module." in name}
+            return {
+                name.removeprefix("module."): value for name, value in averaged.items() if name.startswith("module.")
+            }
         except CheckpointError as error:
             raise CheckpointError(f"the weights of the best epoch, {run.best['epoch']}, are lost: {error}") from error
 
