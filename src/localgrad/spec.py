@@ -193,11 +193,14 @@ def _checked(function: Any, hints: dict[str, Any]) -> Any:
 def complaints(error: Any, keys: Callable[[Sequence[str]], Sequence[str]] = lambda place: ()) -> Iterator[str]:
     """What pydantic found wrong; ``keys`` tells which settings there are at a place."""
     for problem in error.errors()[:5]:
-        place = [str(part) for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
+        *above, last = map(str, problem["loc"])
+        unknown = problem["type"] == "unexpected_keyword_argument"
+        # Pydantic names the type it tried, as in "list[str]". Only an unknown key is what the user wrote, brackets or not.
+        place = [part for part in above if "[" not in part] + ([last] if unknown or "[" not in last else [])
         path = ".".join(place)
-        if problem["type"] == "unexpected_keyword_argument":
+        if unknown:
             known = keys(place[:-1])
-            yield f"{path}: " + nearest(place[-1], known, "setting") if known else f"{path}: unknown setting"
+            yield f"{path}: " + nearest(last, known, "setting") if known else f"{path}: unknown setting"
         elif "ctx" in problem and isinstance(problem["ctx"].get("error"), ConfigError):
             yield str(problem["ctx"]["error"])
         elif problem["type"] == "missing_keyword_only_argument":

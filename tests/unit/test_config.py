@@ -118,6 +118,12 @@ def test_unknown_and_missing_settings() -> None:
     for section in ("model", "data", "blocks", "optim", "train", "about"):
         with pytest.raises(ConfigError, match=rf"mine: {section}\.xyzzy: unknown setting 'xyzzy'; known: "):
             validate({"method": ["dgl"], section: {"xyzzy": 1}}, "mine")
+    with pytest.raises(ConfigError, match=r"mine: 0\[: unknown setting '0\['; known: about, "):
+        validate({"method": ["dgl"], "0[": None}, "mine")
+    with pytest.raises(
+        ConfigError, match=r"mine: train\.list\[int\]: unknown setting 'list\[int\]'; known: batch_size, "
+    ):
+        validate({"method": ["dgl"], "train": {"list[int]": 1}}, "mine")
     with pytest.raises(ConfigError) as refused:
         validate({"method": ["dgl"], "blocks": {"cuts": {"a" * 300: 1}}}, "mine")
     assert len(str(refused.value)) < 300
