@@ -195,7 +195,7 @@ def complaints(error: Any, keys: Callable[[Sequence[str]], Sequence[str]] = lamb
     for problem in error.errors()[:5]:
         *above, last = map(str, problem["loc"])
         unknown = problem["type"] == "unexpected_keyword_argument"
-        # Pydantic names the type it tried, as in "list[str]". Only an unknown key is what the user wrote, brackets or not.
+        # Pydantic names the type it tried, as in "list[str]". An unknown key is what the user wrote, brackets or not.
         place = [part for part in above if "[" not in part] + ([last] if unknown or "[" not in last else [])
         path = ".".join(place)
         if unknown:
