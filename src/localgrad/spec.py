@@ -193,14 +193,14 @@ def _checked(function: Any, hints: dict[str, Any]) -> Any:
 def complaints(error: Any, keys: Callable[[Sequence[str]], Sequence[str]] = lambda place: ()) -> Iterator[str]:
     """What pydantic found wrong; ``keys`` tells which settings there are at a place."""
     for problem in error.errors()[:5]:
-        *above, last = map(str, problem["loc"])
         unknown = problem["type"] == "unexpected_keyword_argument"
+        at = [str(part) for part in problem["loc"]]
         # Pydantic names the type it tried, as in "list[str]". An unknown key is what the user wrote, brackets or not.
-        place = [part for part in above if "[" not in part] + ([last] if unknown or "[" not in last else [])
+        place = [part for k, part in enumerate(at, 1) if "[" not in part or (unknown and k == len(at))]
         path = ".".join(place)
         if unknown:
             known = keys(place[:-1])
-            yield f"{path}: " + nearest(last, known, "setting") if known else f"{path}: unknown setting"
+            yield f"{path}: " + nearest(place[-1], known, "setting") if known else f"{path}: unknown setting"
         elif "ctx" in problem and isinstance(problem["ctx"].get("error"), ConfigError):
             yield str(problem["ctx"]["error"])
         elif problem["type"] == "missing_keyword_only_argument":
@@ -208,4 +208,5 @@ def complaints(error: Any, keys: Callable[[Sequence[str]], Sequence[str]] = lamb
         elif problem["type"] == "missing":
             yield f"{path}: missing; for instance {path}: [dgl]" if path == "method" else f"{path}: missing"
         else:
-            yield f"{path}: {problem['msg']} (got {textwrap.shorten(repr(problem['input']), 100)})"
+            where = f"{path}: " if path else ""
+            yield f"{where}{problem['msg']} (got {textwrap.shorten(repr(problem['input']), 100)})"

@@ -105,6 +105,16 @@ def test_a_result_of_another_form_is_refused(changed: Path, text: str) -> None:
         load_trained(changed)
 
 
+def test_normalization_of_another_number_of_channels_is_refused(changed: Path) -> None:
+    file = changed / "result.json"
+    result = json.loads(file.read_text(encoding="utf-8"))
+    del result["sha256"]
+    result["trained_on"]["mean"] = []
+    file.write_text(sealed.json_text(result), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"result\.json is damaged, trained_on: Value error, mean=\[\] and std="):
+        load_trained(changed)
+
+
 @pytest.mark.parametrize("number", [2, 9, 11, 2**19])
 def test_classes_that_disagree_with_the_weights_are_refused(changed: Path, number: int) -> None:
     file = changed / "result.json"

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -72,8 +73,15 @@ def _warning(message: Warning | str, category: object, filename: str, lineno: in
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(_paragraph(f"error: {message}"), file=sys.stderr)
+    with contextlib.suppress(OSError):  # of a terminal that is gone
+        print(_paragraph(f"error: {message}"), file=sys.stderr)
     raise SystemExit(code)
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """A thread that could not write (TensorBoard's) hands its error on to who waits for it, which says it once."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 @contextlib.contextmanager
@@ -87,16 +95,20 @@ def _one_paragraph() -> Iterator[None]:
             _fail("stopped; what was not checkpointed is lost", 130)
         raise
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        what = f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else str(error)
         _fail(f"{what}; check the path, its permissions and the space left there", 2)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors of localgrad end as one paragraph and exit code 2, an interruption as 130."""
-    warnings.formatwarning = _warning
+    warnings.formatwarning, threading.excepthook = _warning, _thread_failed
     with _one_paragraph(), _held:
         if (
             os.environ.get("RANK", "0") != "0"

@@ -7,9 +7,15 @@ from rich.console import Console
 from rich.table import Table
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command what follows when nobody reads its words any more."""
+        raise BrokenPipeError
+
+
 def new_console(stderr: bool = False) -> Console:
     """Prints words as they are: `localgrad[timm]` is no markup."""
-    return Console(stderr=stderr, markup=False, highlight=False)
+    return _Console(stderr=stderr, markup=False, highlight=False)
 
 
 def new_table(*headings: str, left: int = 1) -> Table:

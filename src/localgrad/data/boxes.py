@@ -100,12 +100,14 @@ def read_coco(annotations: Path, images: Path, on_damage: OnDamage = "raise") ->
         for a in content["annotations"]:
             x, y, width, height = map(float, a["bbox"])
             category, image = int(a["category_id"]), int(a["image_id"])
-            if category not in label or image not in rows or not math.isfinite(x + y + width + height):
+            area = None if a.get("area") is None else float(a["area"])
+            numbers = math.isfinite(x + y + width + height) and (area is None or 0 <= area < math.inf)
+            if category not in label or image not in rows or not numbers:
                 unknown.append(a)
                 continue
-            row = [x, y, x + width, y + height], label[category], bool(a.get("iscrowd", 0)), a.get("area")
-            rows[image].append(row)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            crowd = bool(int(a.get("iscrowd") or 0))
+            rows[image].append(([x, y, x + width, y + height], label[category], crowd, area))
+    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"cannot read {annotations}: {type(error).__name__}: {error}. It should hold images, categories and "
             "annotations in COCO's layout."
@@ -115,7 +117,7 @@ def read_coco(annotations: Path, images: Path, on_damage: OnDamage = "raise") ->
         what = (
             f"{annotations}: {len(unknown)} boxes are of a category or image that the file does not list, or no "
             f"numbers; annotation {first.get('id')} has category_id {first['category_id']}, image_id "
-            f"{first['image_id']} and bbox {first['bbox']}"
+            f"{first['image_id']}, bbox {first['bbox']} and area {first.get('area')}"
         )
         if on_damage == "raise":
             raise DataError(f"{what}. Correct the file, or set data.on_damage=skip to leave them out.")

@@ -163,7 +163,8 @@ class RunFolder:
     def close(self) -> None:
         """Close what is open and let go of the directory; nothing unsaved is saved."""
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):  # what it was to show was flushed after each epoch
+                self._board.close()
             self._board = None
         if self._lock.is_locked:
             with contextlib.suppress(OSError):

@@ -152,7 +152,8 @@ def run(
         the result on rank 0, None on the others; see `localgrad.train.run.run`.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM on any rank, after the next checkpoint.
+        Interrupted: SIGINT, SIGTERM, SIGHUP, or nobody reads the progress any more; on any rank, after the next
+            checkpoint.
     """
     _check(config, layout)
     device = device_of(config.train.device)
@@ -265,7 +266,7 @@ def _train(run: Experiment, folder: RunFolder, console: Console) -> None:
     with Progress(console, title) as progress, stop_requests() as asked:
 
         def stop_if_asked() -> None:
-            stopping = torch.tensor([int(asked())])
+            stopping = torch.tensor([int(asked() or progress.unread)])
             with explained("asking all ranks whether to stop"):
                 dist.all_reduce(stopping, dist.ReduceOp.MAX)
             if stopping.item():

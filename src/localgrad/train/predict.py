@@ -90,7 +90,7 @@ def _trained_on(file: Path) -> TrainedOn:
         TrainedOn.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[attr-defined]
         return TypeAdapter(TrainedOn).validate_json(json.dumps(told))
     except ValidationError as error:
-        raise CheckpointError(f"{file} is damaged: trained_on.{'; '.join(complaints(error))}") from error
+        raise CheckpointError(f"{file} is damaged, trained_on: {'; '.join(complaints(error))}") from error
     except (CheckpointError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{file} holds no finished run ({' '.join(str(error).split())[:200]}); give a directory in which "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -20,11 +22,15 @@ class Progress:
     Args:
         console: where to; a live table if it is a terminal.
         title: of the run.
+
+    Attributes:
+        unread: a word could not be written, as its reader or the terminal is gone.
     """
 
     def __init__(self, console: Console, title: str) -> None:
         self.console, self.title = console, title
         self.shown = 0.0
+        self.unread = False
         self.live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> Progress:
@@ -34,7 +40,15 @@ class Progress:
 
     def __exit__(self, *exception: Any) -> None:
         if self.live is not None:
-            self.live.stop()
+            with self._written():
+                self.live.stop()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.unread = self.console.quiet = True
 
     def step(self, run: Experiment) -> None:
         """After a step; reads the meters only when the screen is due."""
@@ -51,7 +65,8 @@ class Progress:
         for name, loss in now["loss"].items():
             score = now["score"].get(name)
             table.add_row(name, f"{loss:.3f}", "-" if score is None else f"{score:.1%}")
-        self.live.update(table, refresh=True)
+        with self._written():
+            self.live.update(table, refresh=True)
 
     def epoch(self, run: Experiment) -> None:
         """After an epoch: one line with the score of every head."""
@@ -61,8 +76,9 @@ class Progress:
         inner = [f"{100 * score:.1f}" for name, score in scores.items() if name != "model"]
         if len(inner) > 4:
             inner = [*inner[:2], "..", *inner[-2:]]
-        self.console.print(
-            f"{self.title} {row['epoch']}/{run.config.train.epochs}  loss {row['train']['loss']['model']:.3f}  "
-            f"{split} {scores['model']:.1%}" + (f" (heads {' '.join(inner)})" if inner else ""),
-            highlight=False,
-        )
+        with self._written():
+            self.console.print(
+                f"{self.title} {row['epoch']}/{run.config.train.epochs}  loss {row['train']['loss']['model']:.3f}  "
+                f"{split} {scores['model']:.1%}" + (f" (heads {' '.join(inner)})" if inner else ""),
+                highlight=False,
+            )

@@ -30,7 +30,10 @@ class Interrupted(LocalgradError):
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C and SIGTERM into a question to ask between steps; a second Ctrl-C stops at once."""
+    """Turns Ctrl-C, SIGTERM and SIGHUP into a question to ask between steps; a second one stops at once.
+
+    What the process was started to ignore, as ``nohup`` does with SIGHUP, it ignores.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -41,7 +44,11 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.set()
 
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {
+        number: signal.signal(number, ask)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP")  # no system has them all
+        if (number := getattr(signal, name, None)) and signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield asked.is_set
     finally:
@@ -66,7 +73,7 @@ def run(
         the best epoch of the validation split, kept apart; ``split`` is what the former is called where it lies.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was written.
+        Interrupted: Ctrl-C, SIGTERM, SIGHUP, or nobody reads the progress any more; after a checkpoint was written.
     """
     experiment = build(config)
     wire = folder.begun().get("wire", "same") if folder.continues else "same"
@@ -84,7 +91,7 @@ def run(
 
         def after_step(state: Experiment) -> None:
             progress.step(state)
-            stopping = stop_requested()
+            stopping = stop_requested() or progress.unread
             if stopping or (every is not None and state.step % every == 0):
                 folder.save(state)
             if stopping:
@@ -93,7 +100,7 @@ def run(
         def after_epoch(state: Experiment) -> None:
             folder.finish_epoch(state)
             progress.epoch(state)
-            if stop_requested():
+            if stop_requested() or progress.unread:
                 raise Interrupted(f"stopped after epoch {state.epoch} and saved; continue with: {resume_with}")
 
         train(experiment, after_step, after_epoch)
