@@ -38,7 +38,7 @@ def command(words: list[str], folder: str, prepare: Callable[[], object] | None)
 def started(folder: Path, words: list[str], prepare: Callable[[], object] | None = None) -> multiprocessing.Process:
     process = CONTEXT.Process(target=command, args=(words, str(folder), prepare))
     process.start()
-    return process  # type: ignore[return-value]
+    return process
 
 
 def ended(process: multiprocessing.Process, folder: Path) -> tuple[int | None, str]:
@@ -110,7 +110,7 @@ def keep_words_until_trained() -> None:
         begin(folder, settings, job, wire)
         close_output()
 
-    RunFolder.begin = then_close  # type: ignore[method-assign]
+    RunFolder.begin = then_close
 
 
 def test_a_reader_that_goes_stops_and_saves(tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
