@@ -210,10 +210,9 @@ def check_same(folder: Path, other: Path) -> None:
     found, expected = (json.loads((path / "result.json").read_text()) for path in (folder, other))
     assert [found[key] for key in ("last", "best", "cuts")] == [expected[key] for key in ("last", "best", "cuts")]
     rows = [list(csv.DictReader((path / "metrics.csv").read_text().splitlines())) for path in (folder, other)]
-    for row, expected in zip(*rows, strict=True):
-        assert row.keys() == expected.keys()
-        for name in row.keys() - {"seconds"}:  # sums over an epoch that was continued are added up in two parts
-            assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-6), name
+    for row in (*rows[0], *rows[1]):
+        del row["seconds"]
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.slow_distributed

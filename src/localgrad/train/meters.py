@@ -27,6 +27,8 @@ class Meter:
         self.task: Task = network.method.task
         self.num_blocks = network.num_blocks
         self.device = network.device
+        # Sums of single-precision losses are exact in double precision: the same ones in any order, on any ranks.
+        self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self.losses: dict[str, Tensor] = {}
         self.scores: dict[str, Tensor] = {}
         # A head need not answer at every step, so each is averaged over the batches and samples it has seen.
@@ -58,8 +60,8 @@ class Meter:
     def _sum(self, sums: dict[str, Tensor], name: str, value: Tensor) -> None:
         # In place, so that a captured step adds to the same tensors at each replay.
         if name not in sums:
-            sums[name] = torch.zeros((), device=self.device)
-        sums[name] += value.detach().float()
+            sums[name] = torch.zeros((), dtype=self.dtype, device=self.device)
+        sums[name] += value.detach()
 
     def counts(self) -> dict[str, int]:
         """Samples that each head has answered so far."""
@@ -112,10 +114,7 @@ class Meter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put `state_dict` back."""
         self.losses, self.scores = (
-            {
-                name: torch.as_tensor(total, dtype=torch.float32, device=self.device)
-                for name, total in state[kind].items()
-            }
+            {name: torch.as_tensor(total, dtype=self.dtype, device=self.device) for name, total in state[kind].items()}
             for kind in ("losses", "scores")
         )
         self.batches, self.samples = dict(state["batches"]), dict(state["samples"])
