@@ -299,7 +299,7 @@ def test_a_killed_launcher_leaves_nothing_and_one_process_takes_all_blocks(singl
     finally:
         end(launcher)
     whole = newest(folder)
-    partial = folder / "checkpoints" / f"step{whole + 2:08d}"  # without complete.json it does not count
+    partial = folder / "checkpoints" / f"step{whole + 2:08d}.partial"  # what a kill in mid-save leaves
     shutil.copytree(folder / "checkpoints" / f"step{whole:08d}", partial, dirs_exist_ok=True)
     (partial / "complete.json").unlink()
     (partial / min(path.name for path in partial.glob("*.safetensors"))).write_bytes(b"half")

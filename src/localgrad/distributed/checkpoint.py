@@ -98,10 +98,8 @@ class Checkpoints:
         return self.group is None or self.group.rank() == 0
 
     def steps(self) -> list[int]:
-        """Of the complete checkpoints, in order."""
-        found = (
-            re.fullmatch(r"step(\d+)", path.name) for path in self.folder.glob("step*") if (path / COMPLETE).is_file()
-        )
+        """Of the checkpoints that were completed, damaged or not, in order."""
+        found = (re.fullmatch(r"step(\d+)", path.name) for path in self.folder.glob("step*"))
         return sorted(int(match[1]) for match in found if match)
 
     def _place(self, step: int) -> Path:
@@ -210,13 +208,13 @@ class Checkpoints:
         partial, place = self._partial(step), self._place(step)
         facts["files"] = {path.name: sealed.file_digest(path) for path in sorted(partial.iterdir())}
         sealed.write(partial / COMPLETE, sealed.json_text(facts))
-        shutil.rmtree(place, ignore_errors=True)
+        for known in (known for known in self.steps() if known >= step):
+            aside = self._place(known).with_suffix(".superseded")
+            shutil.rmtree(aside, ignore_errors=True)
+            self._place(known).rename(aside)
         partial.rename(place)
         sealed.sync_folder(self.folder)
-        for later in (known for known in self.steps() if known > step):
-            aside = self._place(later).with_suffix(".superseded")
-            shutil.rmtree(aside, ignore_errors=True)
-            self._place(later).rename(aside)
+        shutil.rmtree(place.with_suffix(".superseded"), ignore_errors=True)
         steps = self.steps()
         needed = {step, *facts["needs"]}.union(*(self._needs(kept) for kept in steps[-self.keep :]))
         for old in steps[: -self.keep]:
@@ -287,7 +285,7 @@ class Checkpoints:
             if step is None:
                 return 0
         elif step not in known:
-            raise CheckpointError(f"{self.folder} has no complete checkpoint of step {step}; it has {known or 'none'}")
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}; it has {known or 'none'}")
         elif step != self._checked and (damage := self._damage(step)) is not None:
             raise CheckpointError(damage)
         self._checked = None  # files may change until they are read again
