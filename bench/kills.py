@@ -107,15 +107,17 @@ def processes(folder: Path, word: str = "") -> list[int]:
     return sorted(found)
 
 
-def hit_from_outside(process: Any, layout: str, folder: Path, act: str, after: float, draw: random.Random) -> str:
-    """Send one process the signal of ``act``, ``after`` seconds from now; which one, or that there was none."""
+def hit_from_outside(
+    process: Any, layout: str, folder: Path, act: str, after: float, draw: random.Random
+) -> tuple[str, int | None]:
+    """Send one process the signal of ``act``, ``after`` seconds from now: what was done, and to which one."""
     until = time.monotonic() + after
     while time.monotonic() < until and process.poll() is None:
         time.sleep(0.01)
     ranks = [pid for pid in processes(folder, "as rank") if LAYOUTS[layout] == 1 or pid != process.pid]
     targets = [process.pid] if act == "launcher" else ranks
     if process.poll() is not None or not targets:
-        return "none: ended before" if process.poll() is not None else "none: not yet begun"
+        return "none: ended before" if process.poll() is not None else "none: not yet begun", None
     victim = draw.choice(targets)
     os.kill(victim, signal.SIGSTOP if act == "SIGSTOP" else signal.SIGKILL)
     if act == "SIGSTOP" and LAYOUTS[layout] == 1:  # it holds the directory as long as it lives
@@ -124,14 +126,14 @@ def hit_from_outside(process: Any, layout: str, folder: Path, act: str, after: f
         said = " ".join(log_of(folder).read_text().split())
         os.kill(victim, signal.SIGKILL)
         if RunFolder(folder).holds_run and (code != 2 or f"is in use by process {victim} on" not in said):
-            return f"wrong: a second process ended with {code}"
-    return f"process {1 + targets.index(victim)} of {len(targets)} after {after:.1f} s"
+            return f"wrong: a second process ended with {code}", victim
+    return f"process {1 + targets.index(victim)} of {len(targets)} after {after:.1f} s", victim
 
 
-def ended(process: Any) -> int | None:
+def ended(process: Any, patience: float = PATIENCE) -> int | None:
     """Its exit code, None for a hang."""
     try:
-        return int(process.wait(PATIENCE))
+        return int(process.wait(patience))
     except subprocess.TimeoutExpired:
         return None
 
@@ -152,6 +154,7 @@ def disturbed(layout: str, act: str, folder: Path, draw: random.Random, known: d
     ranks = LAYOUTS[layout]
     restarts = draw.choice([0, 3]) if ranks > 1 and act != "launcher" else 0
     row: dict[str, Any] = {"layout": layout, "act": act, "restarts": restarts}
+    victim = None
     if act == "at a file":
         rank = draw.randrange(ranks)
         kill = [rank, draw.randint(1, known["counts"][rank])]
@@ -159,8 +162,14 @@ def disturbed(layout: str, act: str, folder: Path, draw: random.Random, known: d
         process = started(layout, folder, restarts=restarts, kill=kill)
     else:
         process = started(layout, folder, restarts=restarts)
-        row["hit"] = hit_from_outside(process, layout, folder, act, draw.uniform(0.3, 1.0) * known["seconds"], draw)
+        after = draw.uniform(0.3, 1.0) * known["seconds"]
+        row["hit"], victim = hit_from_outside(process, layout, folder, act, after, draw)
     code = ended(process)
+    if code is None and act == "SIGSTOP" and (folder / "result.json").is_file():
+        # Only torchrun waits for a rank that was stopped when its work was done, and it waits for ever.
+        row["hit"] += ", when its work was done; continued"
+        os.kill(victim or 0, signal.SIGCONT)
+        code = ended(process)
     row["left"], row["continued"] = cleared(folder), []
     while code != 0 and len(row["continued"]) < 3:
         group = next(group for group in ALIKE if layout in group)

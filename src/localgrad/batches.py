@@ -87,10 +87,11 @@ def parts_of(inputs: Any, targets: Any, parts: int) -> list[tuple[Any, Any, floa
             f"{size} samples in inputs and {wanted} in targets; give one target for each sample, or None as targets if "
             "the task's loss reads none"
         )
-    edges = [size * k // parts for k in range(parts + 1)] if size is not None else [0]
-    if parts == 1 or size is None:
+    if parts == 1 or not size:
         return [(inputs, targets, 1.0)]
-    return [(rows(inputs, a, b), rows(targets, a, b), (b - a) / size) for a, b in pairwise(edges) if b > a]
+    parts = min(parts, size)
+    edges = [size * k // parts for k in range(parts + 1)]
+    return [(rows(inputs, a, b), rows(targets, a, b), (b - a) / size) for a, b in pairwise(edges)]
 
 
 def rows(values: Any, start: int, stop: int) -> Any:

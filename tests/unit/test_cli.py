@@ -127,6 +127,12 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "model option of the data": ([*DIGITS, "model.options.num_classes=3"], ["model.options.num_classes"]),
     "data": ([*DIGITS, "--data", "cifar11"], ["unknown data set 'cifar11'", "'cifar10'"]),
     "data root": ([*DIGITS, "--data", "cifar10", "data.root=nowhere"], ["not found", "nowhere", "LOCALGRAD_DATA"]),
+    "home of nobody": ([*DIGITS, "--data", "cifar10", "data.root=~nobody-of-all"], ["not found", "~nobody-of-all"]),
+    "parts without number": (
+        [*DIGITS, "data.limit=60", "-m", "[dgl, {accumulation: {parts: 1000000000}}]"],
+        ["BatchNorm needs more than one sample", "choose the batch size and the parts"],
+    ),
+    "name that is no text": ([*DIGITS, "--run-dir", "run\udcff"], ["'run\\udcff' is no UTF-8", "choose another"]),
     "section": ([*DIGITS, "optimizer.lr=0.1"], ["optimizer", "unknown setting", "'optim'"]),
     "setting": ([*DIGITS, "optim.learning_rate=0.1"], ["optim.learning_rate", "unknown setting"]),
     "misspelt setting": ([*DIGITS, "train.epoch=3"], ["train.epoch", "'epochs'"]),

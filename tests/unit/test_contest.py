@@ -167,6 +167,19 @@ def test_a_way_that_cannot_be_built_is_left_out_with_the_reason() -> None:
     assert "residual" in result.skipped[0]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 7])
+def test_a_way_that_needs_more_samples_is_left_out_with_the_reason(batch_size: int) -> None:
+    """BatchNorm in a head has one value per channel and sample."""
+    ways = [
+        Way("e", "end-to-end", methods.e2e(TASK)),
+        Way("d", "local", methods.dgl(TASK), 2),
+        Way("a", "local", methods.accumulation(methods.dgl(TASK), parts=4), 2),
+    ]
+    result = contest("resnet8", ways, batch_size=batch_size, image_size=8, num_classes=10, rounds=1)
+    assert [r.name for r in result.rows] == ["e"] + ["d"] * (batch_size > 1)
+    assert all("BatchNorm needs more than one sample" in reason for reason in result.skipped)
+
+
 def test_the_frontier_is_what_brute_force_finds(found: Contest) -> None:
     template = found.rows[0]
     points = [(m, t) for m, t in product((10, 20, 30), (1.0, 1.5, 2.0)) if m * t >= 30] + [(30, 1.0), (25, 1.2)]

@@ -11,7 +11,7 @@ Order and augmentation are functions of (seed, epoch, batch or image), so an epo
 from localgrad import named
 from localgrad.data import boxes, masks, own
 from localgrad.data.catalogue import available, load
-from localgrad.data.dataset import Data, Found, default_root
+from localgrad.data.dataset import Data, Found, root_of
 from localgrad.data.loaders import Loader
 from localgrad.data.own import Splits
 from localgrad.data.paths import full_name
@@ -24,7 +24,7 @@ __all__ = [
     "Splits",
     "available",
     "boxes",
-    "default_root",
+    "root_of",
     "full_name",
     "kind_of",
     "load",

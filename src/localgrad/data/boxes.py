@@ -16,7 +16,7 @@ from torch import Tensor
 
 from localgrad import randomness
 from localgrad.data import cache
-from localgrad.data.dataset import Data, Found, default_root, hold_out
+from localgrad.data.dataset import Data, Found, hold_out, root_of
 from localgrad.data.loaders import Batch, Files, OnDamage, Order
 from localgrad.data.pictures import read_picture
 from localgrad.data.readers import torchvision
@@ -256,7 +256,7 @@ def knows(name: str) -> bool:
 
 def available(root: str | Path | None = None) -> Iterator[Found]:
     """As `localgrad.data.available`, for these sets; looks for their files and opens nothing."""
-    base = Path(root).expanduser() if root is not None else default_root()
+    base = root_of(root)
     for name, (title, mark, _) in SETS.items():
         places = [p for p in (base, base / name, base / f"{name}x2") if (p / mark).exists()]
         yield Found(name, title, bool(places), str(places[0].resolve()) if places else f"not in {base.resolve()}")
@@ -381,9 +381,9 @@ def load(
     """
     kind, _, path = name.partition(":")
     if path:
-        found = LAYOUTS[kind](Path(path).expanduser(), on_damage)
+        found = LAYOUTS[kind](root_of(path), on_damage)
     else:
-        found = SETS[name][2](Path(root).expanduser() if root is not None else default_root(), on_damage)
+        found = SETS[name][2](root_of(root), on_damage)
     if not any(len(one.boxes) for one in found.train):
         raise DataError(
             f"{found.title}: no training image has a box, so there is nothing to learn; check the annotations."

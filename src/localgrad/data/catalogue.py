@@ -11,7 +11,7 @@ import torch
 from localgrad import named, randomness
 from localgrad.data import boxes, folders, masks, own
 from localgrad.data.augment import Normalise, resize
-from localgrad.data.dataset import Data, Found, default_root, hold_out
+from localgrad.data.dataset import Data, Found, hold_out, root_of
 from localgrad.data.loaders import Files, OnDamage, Order, Resident
 from localgrad.data.paths import full_name
 from localgrad.data.sources import SOURCES, Layout, Source
@@ -21,14 +21,14 @@ _LARGEST = 16 * 2**30  # bytes that the resized copy of a resident set may take
 
 
 def available(root: str | Path | None = None) -> list[Found]:
-    """Which sets lie below ``root`` (`default_root` if None), by the presence of their files; opens none of them.
+    """Which sets lie below ``root`` (`root_of` says where if None), by the presence of their files; opens none of them.
 
     Example:
         >>> import localgrad.data
         >>> [name for name, title, found, where in localgrad.data.available() if name == "digits" and found]
         ['digits']
     """
-    base = Path(root).expanduser() if root is not None else default_root()
+    base = root_of(root)
     lines = []
     for name, source in SOURCES.items():
         found = source.search(base)
@@ -65,7 +65,7 @@ def load(
         name: one of `available`, or ``folder:/path`` for images sorted as ``train/<class>/*``, ``val/<class>/*`` and
             ``test/<class>/*``, one of the last two being enough, or ``module:function`` of a function that returns
             `localgrad.data.Splits`.
-        root: where the user's copies lie; `default_root` if None.
+        root: where the user's copies lie; `root_of` says where if None.
         batch_size: images in a training batch, over all replicas; a multiple of ``num_replicas``.
         eval_batch_size: images in a validation or test batch; ``batch_size`` if None.
         image_size: height and width (pixels) to resize to; None keeps the set's own (224 for folders).
@@ -127,7 +127,7 @@ def load(
             num_replicas=num_replicas,
         )  # fmt: skip
     source = SOURCES[kind]
-    base = Path(path).expanduser() if path is not None else default_root()
+    base = root_of(path)
     layout, place = source.locate(name, base)
     size, device = image_size or source.shape[1], torch.device(device)
     train: Resident | Files

@@ -48,9 +48,12 @@ class Found(NamedTuple):
     where: str
 
 
-def default_root() -> Path:
-    """The environment variable ``LOCALGRAD_DATA``, or else ``../shared/data`` from the current folder."""
-    return Path(os.environ.get("LOCALGRAD_DATA") or "../shared/data")
+def root_of(root: str | Path | None = None) -> Path:
+    """``root`` with ``~`` as the home of a user, where there is one by that name.
+
+    None is the environment variable ``LOCALGRAD_DATA``, or else ``../shared/data`` from the current folder.
+    """
+    return Path(os.path.expanduser(root or os.environ.get("LOCALGRAD_DATA") or "../shared/data"))
 
 
 def hold_out(indices: Tensor, fraction: float) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from localgrad import randomness
 from localgrad.data import cache
 from localgrad.data.augment import Normalise
-from localgrad.data.dataset import Data, Found, default_root, hold_out
+from localgrad.data.dataset import Data, Found, hold_out, root_of
 from localgrad.data.loaders import Batch, Files, OnDamage, Order
 from localgrad.data.pictures import SUFFIXES, read_ids, read_picture
 from localgrad.data.readers import torchvision
@@ -162,7 +162,7 @@ def knows(name: str) -> bool:
 
 def available(root: str | Path | None = None) -> Iterator[Found]:
     """As `localgrad.data.available`, for these sets; looks for their folders and opens nothing."""
-    base = Path(root).expanduser() if root is not None else default_root()
+    base = root_of(root)
     marks = {"camvid": ("camvid_480x360.tar", "trainannot"), "cityscapes": ("gtFine",)}
     for name, (title, _) in SETS.items():
         places = [p for p in (base, base / name) if any((p / mark).exists() for mark in marks[name])]
@@ -300,9 +300,9 @@ def load(
         DataError: the set is missing or damaged.
         ConfigError: an argument makes no sense.
     """
-    base = Path(root).expanduser() if root is not None else default_root()
+    base = root_of(root)
     if name.startswith("masks:"):
-        found = _folder(Path(name.removeprefix("masks:")).expanduser())
+        found = _folder(root_of(name.removeprefix("masks:")))
     else:
         found = SETS[name][1](base)
     for label, sides in (("image_size", image_size), ("crop_size", crop_size)):

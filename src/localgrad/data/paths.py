@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from localgrad.data import boxes, masks
+from localgrad.data.dataset import root_of
 from localgrad.data.sources import SOURCES
 from localgrad.errors import ConfigError
 
@@ -36,7 +37,7 @@ def full_name(name: str) -> str:
     Raises:
         ConfigError: a folder of no form, or of several.
     """
-    root = Path(name).expanduser()
+    root = root_of(name)
     if name in SOURCES or masks.knows(name) or boxes.knows(name) or not name or not root.is_dir():
         return name
     found = [prefix for prefix, (_, holds) in FORMS.items() if holds(root)]

@@ -21,7 +21,7 @@ from localgrad import cuts, methods, models
 from localgrad.costs import Cost, cost_of
 from localgrad.cutting import as_cutting
 from localgrad.engine import local_losses
-from localgrad.errors import ConfigError, MethodError, PartitionError, nearest
+from localgrad.errors import ConfigError, MethodError, PartitionError, TrainingError, nearest
 from localgrad.localization import localize
 from localgrad.measure.memory import Memory
 from localgrad.measure.process_memory import allocated_growth, resident_growth, storages_mapped
@@ -33,6 +33,7 @@ from localgrad.partition import Partition
 from localgrad.planning import EXACT, LOCAL, MICRO
 from localgrad.planning.planner import PRECISIONS, several_units
 from localgrad.spec import MethodSpec, build_method, described, method_name
+from localgrad.train.experiment import explained
 
 Balance = Literal["count", "bytes"]
 OPTIONS = ("channels_last", "compile")
@@ -418,6 +419,7 @@ def contest(
 
     Raises:
         ConfigError: a number below 1, or a model that does not exist.
+        TrainingError: the batch is too large or too small for the reference; other ways are then skipped.
         PartitionError: the model cannot be cut so.
     """
     given = {"batch_size": batch_size, "image_size": image_size, "channels": channels, "rounds": rounds}
@@ -449,12 +451,14 @@ def contest(
             progress(f"memory of {way.name}, {way.variant}")
             try:
                 contestant = _Contestant(way, laid_out[last][0], laid_out[last][1], targets, balance)
-            except (MethodError, PartitionError) as error:
+                with explained(inputs):
+                    row = contestant.row(timeline)
+            except (MethodError, PartitionError, TrainingError) as error:
                 if not contestants or (isinstance(error, PartitionError) and not way.separate):
                     raise
                 skipped.append(f"{way.name}: {error}")
                 continue
-            rows.append(contestant.row(timeline))
+            rows.append(row)
             contestants.append(contestant)
     clock, named = clock_of(device)
     steps = [contestant.step for contestant in contestants]

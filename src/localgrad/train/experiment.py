@@ -173,7 +173,7 @@ def explained(inputs: Tensor) -> Iterator[None]:
             raise
         raise TrainingError(
             f"BatchNorm needs more than one sample, but this batch has {len(inputs)} images in all its micro-batches; "
-            "choose train.batch_size and the parts of accumulation so that none is left with one, the last of an epoch "
+            "choose the batch size and the parts of accumulation so that none is left with one, the last of an epoch "
             "included"
         ) from error
 

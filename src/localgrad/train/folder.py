@@ -75,8 +75,14 @@ class RunFolder:
             job: of torchrun. A run that this very job began continues, see `begin`.
 
         Raises:
-            ConfigError: another process has it, it holds a run, or it cannot be written.
+            ConfigError: another process has it, it holds a run, its name is no UTF-8, or it cannot be written.
         """
+        try:
+            os.fsencode(self.path).decode()
+        except UnicodeDecodeError:
+            raise ConfigError(
+                f"the name of the run directory {str(self.path)!r} is no UTF-8, which TensorBoard needs; choose another"
+            ) from None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
