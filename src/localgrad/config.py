@@ -124,7 +124,8 @@ class OptimConfig:
 class TrainConfig:
     """The loop. ``checkpoint_every`` counts steps; a checkpoint is also written after each epoch.
 
-    ``capture`` records a step as a CUDA graph and replays it; dropout then draws from torch's own generators.
+    ``capture`` records whole steps as CUDA graphs and replays them: ``auto`` wherever that is possible on CUDA, true or
+    else not at all, false never.
     """
 
     epochs: int = 10
@@ -133,7 +134,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema_decay: float | None = None
     compile: bool = False
-    capture: bool = False
+    capture: Literal["auto"] | bool = "auto"
     channels_last: bool = False
     seed: int = 0
     deterministic: bool = False

@@ -39,7 +39,7 @@ def seeded(*parts: Part, device: torch.device | None = None) -> Iterator[None]:
     """Seed torch (CPU, and ``device`` if it is a CUDA device) with ``key(*parts)``; put the old state back on exit."""
     generators, devices = [torch.default_generator], []
     if device is not None and device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
+        index = _index(device)
         generators.append(torch.cuda.default_generators[index])
         devices.append(index)
     with torch.random.fork_rng(devices=devices):
@@ -123,8 +123,121 @@ def draws_of(purpose: str, step: int, part: int, index: Part, device: torch.devi
     elif keys.thread is not threading.current_thread():
         raise _two_threads()
     else:
-        with seeded(keys.seed, purpose, step, part, index, keys.replica, device=device):
+        place, draws = (purpose, part, index), _draws.get()
+        if draws is not None and draws.recording:
+            with draws.recorded(place):
+                yield
+            return
+        noted = contextlib.nullcontext() if draws is None else draws.noted(place)
+        with seeded(keys.seed, purpose, step, part, index, keys.replica, device=device), noted:
             yield
+
+
+class Draws:
+    """The keyed draws of a step that is to be recorded as a CUDA graph, inside which no generator can be seeded.
+
+    A step that runs as it is shows at which places it draws. Each of these gets a generator of its own, which stands
+    for the device's while that place is recorded, and which `seed` sets before each replay. So a replayed step draws
+    the same numbers as one that runs as it is.
+
+    Attributes:
+        generators: one for each place; the graph must know them before it is recorded.
+        on_host: whether the step drew from a generator of the host, which no graph repeats.
+        recording: whether the step is being recorded, and ``quiet`` whether at a place that draws nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.generators: dict[tuple[str, int, Part], torch.Generator] = {}
+        self.on_host = self.recording = self.quiet = False
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside it a step runs as it is, and shows where it draws."""
+        token, before = _draws.set(self), host_state()
+        try:
+            yield
+        finally:
+            _draws.reset(token)
+            self.on_host |= before != host_state()
+
+    @contextlib.contextmanager
+    def recorded_step(self) -> Iterator[None]:
+        """Inside it a step is recorded."""
+        token, self.recording = _draws.set(self), True
+        try:
+            yield
+        finally:
+            _draws.reset(token)
+            self.recording = False
+
+    @contextlib.contextmanager
+    def recorded(self, place: tuple[str, int, Part]) -> Iterator[None]:
+        """Inside it the device draws from the generator of ``place``, if that draws."""
+        own = self.generators.get(place)
+        kept, self.quiet = self.quiet, own is None
+        try:
+            with contextlib.nullcontext() if own is None else drawing_from(own):
+                yield
+        finally:
+            self.quiet = kept
+
+    @contextlib.contextmanager
+    def noted(self, place: tuple[str, int, Part]) -> Iterator[None]:
+        """Inside it a step draws at ``place``: from the device's generator, or from those of the host beside it."""
+        on_cuda = self.device.type == "cuda"
+        own = torch.cuda.default_generators[_index(self.device)].get_offset if on_cuda else torch.get_rng_state
+        before, host = torch.as_tensor(own()), host_state()
+        yield
+        if not torch.equal(before, torch.as_tensor(own())):
+            self.generators.setdefault(place, torch.Generator(self.device))
+        self.on_host |= on_cuda and host != host_state()
+
+    def seed(self, step: int) -> None:
+        """Before a replay: the numbers of ``step``."""
+        keys = _active.get()
+        if keys is not None:
+            for (purpose, part, index), own in self.generators.items():
+                own.manual_seed(key(keys.seed, purpose, step, part, index, keys.replica))
+
+
+_draws: ContextVar[Draws | None] = ContextVar("localgrad_draws", default=None)
+
+
+def repeats_draws() -> bool:
+    """Whether what runs again in the backward pass has to find generators as they were: not in a recorded step.
+
+    Raises:
+        TrainingError: a step is being recorded, and draws here.
+    """
+    draws = _draws.get()
+    if draws is None or not draws.recording:
+        return True
+    if not draws.quiet:
+        raise TrainingError("repeats draws in what runs again in the backward pass, which a CUDA graph cannot")
+    return False
+
+
+@contextlib.contextmanager
+def drawing_from(own: torch.Generator) -> Iterator[None]:
+    """Inside it ``own`` stands for the generator of its CUDA device, also while a graph is recorded."""
+    default = torch.cuda.default_generators[_index(own.device)]
+    kept = default.graphsafe_get_state()
+    default.graphsafe_set_state(own)
+    try:
+        yield
+    finally:
+        default.graphsafe_set_state(kept)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def host_state() -> tuple[bytes, object, str]:
+    """What the generators of torch (on the CPU), ``random`` and numpy will draw next, to be compared."""
+    numbers = np.random.get_state(legacy=False)["state"]
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), f"{numbers['key'].tobytes()!r}{numbers['pos']}"
 
 
 def random_states() -> dict[str, Any]:

@@ -17,10 +17,11 @@ from localgrad.measure.memory import saved_storages
 from localgrad.network import LocalNetwork
 from localgrad.opened import OpenModel
 from localgrad.passes import Pass
+from localgrad.randomness import host_state
 from localgrad.spans import Span
 from localgrad.suspension.frames import Tag
 from localgrad.suspension.points import Watch
-from localgrad.suspension.untouched import random_state, untouched
+from localgrad.suspension.untouched import untouched
 from localgrad.task import Batch
 
 MOST = 0.95  # of what all blocks keep, in one block, is worth a warning
@@ -67,11 +68,11 @@ def rehearse(network: LocalNetwork, example: Any) -> tuple[list[Tensor], Watch]:
     for turn in range(TRIES):
         with untouched(network.model, training=True), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(turn)
-            before = random_state()
+            before = host_state()
             network.watch = watch
             with network.opened(()) as opened:
                 seen, places, kept = _walk(network, opened, example)
-            drawn = random_state() != before
+            drawn = host_state() != before
         if len(seen) < network.num_blocks - 1:
             continue  # it skipped a module that a block begins with
         if not found:

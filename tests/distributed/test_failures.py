@@ -395,7 +395,7 @@ def test_misuse_of_the_command_is_refused_at_once(tmp_path: Path) -> None:
         (["--parallel", "data=2,block=2", "--run-dir", str(tmp_path)], "torchrun --nproc-per-node=4"),
         (["--parallel", "data=2,wire=int8", "--run-dir", str(tmp_path)], "add block=2 to --parallel"),
         (["--parallel", "block=2", "--run-dir", str(tmp_path), "train.precision=fp16"], "use bf16 with block > 1"),
-        (["--parallel", "block=2", "--run-dir", str(tmp_path), "train.capture=true"], "switch it off with --parallel"),
+        (["--parallel", "block=2", "--run-dir", str(tmp_path), "train.capture=true"], "leave it out with --parallel"),
         (["--parallel", "data=2", "--run-dir", str(tmp_path), "train.ema_decay=0.9"], "leave it out with --parallel"),
         (["--parallel", "data=2", "--run-dir", str(tmp_path), "beside=[[e2e]]"], "trains one method"),
     ):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from localgrad.randomness import repeats_draws
 from localgrad.state import State, StateKept
 
 
@@ -41,7 +42,7 @@ def recomputed(module: nn.Module, *arguments: Any, owner: nn.Module | None = Non
         before = State(module, owner)
         return _then_forgotten(before), StateKept(module, before)
 
-    return checkpoint(module, *arguments, use_reentrant=False, context_fn=contexts)
+    return checkpoint(module, *arguments, use_reentrant=False, context_fn=contexts, preserve_rng_state=repeats_draws())
 
 
 @contextlib.contextmanager

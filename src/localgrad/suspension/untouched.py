@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 
 from localgrad.state import StateKept
-
-
-def random_state() -> tuple[bytes, object, str]:
-    """What the generators of torch (on the CPU), ``random`` and numpy will draw next, to be compared."""
-    numbers = np.random.get_state(legacy=False)["state"]
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), f"{numbers['key'].tobytes()!r}{numbers['pos']}"
 
 
 @contextmanager

@@ -23,14 +23,13 @@ from localgrad.config import BlocksConfig, Config, dump, validate
 from localgrad.cutting import Cutting
 from localgrad.errors import CheckpointError, ConfigError, TrainingError, nearest
 from localgrad.localization import localize
-from localgrad.method import Method
 from localgrad.models import freeze_batchnorm, load_pretrained
 from localgrad.network import LocalNetwork
 from localgrad.randomness import random_states, seeded, set_random_states
 from localgrad.recipes import safe_yaml
-from localgrad.spans import Constant
 from localgrad.spec import MethodSpec, build_method
 from localgrad.task import Task
+from localgrad.train.capture import Captured, unfit
 from localgrad.train.finished import model_of, trained_model
 from localgrad.train.meters import Meter, merged
 from localgrad.train.optim import Stepper
@@ -69,6 +68,7 @@ class Experiment:
         epoch, batch, step: where it stands: batches of this epoch done, optimizer steps done.
         history: one row for each finished epoch.
         best: epoch and validation score of the best one so far; None without a validation split.
+        captured: its steps as CUDA graphs, or ``capture_remark``, why ``train.capture=auto`` records none.
     """
 
     config: Config
@@ -82,6 +82,8 @@ class Experiment:
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    captured: Captured | None = None
+    capture_remark: str = ""
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -156,6 +158,37 @@ def _differences(saved: dict[str, Any], own: dict[str, Any], place: str = "") ->
             yield from _differences(a, b, f"{place}{name}.")
         elif (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
             yield f"{place}{name}: {a!r} there, {b!r} here"
+
+
+class Average(AveragedModel):
+    """The moving average of a network; an update waits for nothing, and can be recorded as part of a step.
+
+    Its first update is the mean of the weights so far, that is, these weights.
+    """
+
+    def __init__(self, network: LocalNetwork, decay: float) -> None:
+        move = get_ema_multi_avg_fn(decay)
+        super().__init__(network, device=network.device, multi_avg_fn=move, use_buffers=True)
+        self.move: Callable[..., None] = move
+        self.begun = False
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move towards ``model`` once."""
+        if not self.begun:  # it asks the device how often it has moved
+            super().update_parameters(model)
+            self.begun = True
+            return
+        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
+        for real in (True, False):
+            chosen = [pair for pair in pairs if (pair[0].is_floating_point() or pair[0].is_complex()) == real]
+            if chosen:
+                self.move([ours for ours, _ in chosen], [theirs for _, theirs in chosen], self.n_averaged)
+        self.n_averaged += 1
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 @contextlib.contextmanager
@@ -342,7 +375,7 @@ def build_network(
             freeze_batchnorm(model)
         memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-        example = torch.randn(2, *image_shape, device=device)
+        example = torch.randn(2, *image_shape).to(device)  # a draw of the device would leave others to the CPU
         network = localize(model, method, cutting, example=example)
     if config.train.channels_last:
         network.to(memory_format=torch.channels_last)
@@ -364,29 +397,27 @@ def build(config: Config, replica: int = 0, num_replicas: int = 1) -> Experiment
         device,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-    if config.train.capture:
-        check_capturable(config, network.method)
-    stepper = Stepper(network, config.optim, scaler, config.train.capture)
-    average = None
-    if config.train.ema_decay is not None:
-        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.train.ema_decay), use_buffers=True)
+    capture, remark = captures(config, network)
+    stepper = Stepper(network, config.optim, scaler, capture)
+    average = None if config.train.ema_decay is None else Average(network, config.train.ema_decay)
     if config.train.compile:
         network.compile_blocks()
-    return Experiment(config, loaded, network, stepper, average, Meter(network))
+    return Experiment(config, loaded, network, stepper, average, Meter(network), capture_remark=remark)
 
 
-def check_capturable(config: Config, method: Method) -> None:
-    """Raise `ConfigError` unless every step does the same on the device, whatever its number."""
-    reasons = {
-        "scales fp16 losses, which reads gradients back; use bf16": config.train.precision == "fp16",
-        "is compiled, which captures by itself; switch train.compile off": config.train.compile,
-        f"trains other blocks from step to step ({method.name})": not isinstance(method.spans, Constant),
-        f"lets terms rest on some steps ({method.name})": any(term.every > 1 for term in method.terms),
-        f"computes a context of its own for each step ({method.name})": bool(method.contexts),
-    }
-    found = [reason for reason, holds in reasons.items() if holds]
-    if found:
-        raise ConfigError(f"train.capture=true, but this run {found[0]}; or set train.capture=false")
+def captures(config: Config, network: LocalNetwork) -> tuple[bool, str]:
+    """Whether steps are to be recorded as CUDA graphs, and why not where ``train.capture=auto`` would have them so.
+
+    Raises:
+        ConfigError: ``train.capture=true``, and steps cannot be recorded.
+    """
+    reason = unfit(network.method)
+    if config.train.precision == "fp16":
+        reason = "scales fp16 losses, which reads gradients back; bf16 does not"
+    if config.train.capture is True and reason:
+        raise ConfigError(f"train.capture=true, but a step {reason}; or set train.capture=auto or false")
+    auto = config.train.capture == "auto" and network.device.type == "cuda"
+    return config.train.capture is True or (auto and not reason), reason if auto else ""
 
 
 def with_method(config: Config, method: MethodSpec) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -34,11 +33,9 @@ def train(run: Experiment, after_step: Callable[[Experiment], None], after_epoch
         TrainingError: a loss is not finite.
     """
     config, network, meter = run.config, run.network, run.meter
-    # Keys seed generators at every step, which a captured one cannot do; its draws come from torch's own generators.
     replica = 0 if network.replicas is None else network.replicas.rank
-    keys = contextlib.nullcontext() if config.train.capture else keyed_randomness(config.train.seed, replica)
-    one_step = captured_step(run) if config.train.capture else functools.partial(step, run)
-    with keys:
+    one_step = functools.partial(step, run) if run.stepper.rate is None else captured_step(run)
+    with keyed_randomness(config.train.seed, replica):
         while run.epoch < config.train.epochs:
             network.train()
             if config.model.batchnorm == "frozen":
@@ -98,16 +95,16 @@ def step(run: Experiment, inputs: Tensor, targets: Any) -> None:
         run.average.update_parameters(run.network)  # type: ignore[operator]
 
 
-def captured_step(run: Experiment, record: Record | None = None) -> Callable[[Tensor, Tensor], None]:
-    """`step` as a CUDA graph; ``record`` as in `localgrad.train.capture.Captured`."""
-    counted: list[dict[str, int]] = []
-
-    def work(inputs: Tensor, targets: Tensor) -> None:
-        before = run.meter.counts()
-        step(run, inputs, targets)
-        counted[:] = [before, run.meter.counts()]
-
-    return Captured(work, again=lambda: run.meter.count_again(*counted), record=record)
+def captured_step(run: Experiment, record: Record | None = None) -> Callable[[Tensor, Any], None]:
+    """`step` as CUDA graphs; ``record`` as in `localgrad.train.capture.Captured`."""
+    captured = run.captured = Captured(
+        run.network,
+        lambda number, inputs, targets: step(run, inputs, targets),
+        insist=run.config.train.capture is True,
+        meter=run.meter,
+        record=record,
+    )
+    return lambda inputs, targets: captured(run.step, inputs, targets)
 
 
 def row(run: Experiment, seconds: float) -> dict[str, Any]:

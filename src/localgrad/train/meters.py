@@ -63,15 +63,19 @@ class Meter:
             sums[name] = torch.zeros((), dtype=self.dtype, device=self.device)
         sums[name] += value.detach()
 
-    def counts(self) -> dict[str, int]:
-        """Samples that each head has answered so far."""
-        return dict(self.samples)
+    def counts(self) -> tuple[dict[str, int], set[str]]:
+        """Samples that each head has answered so far, and the heads that had a loss in this batch."""
+        return dict(self.samples), set(self._answered)
 
-    def count_again(self, before: dict[str, int], after: dict[str, int]) -> None:
-        """Count what one step counted, for a replay of it that only the device has run."""
-        self._answered.update(self.losses)
-        for name, samples in after.items():
-            self.samples[name] = self.samples.get(name, 0) + samples - before.get(name, 0)
+    def recount(self, counts: tuple[dict[str, int], set[str]]) -> None:
+        """Forget what was counted after ``counts``."""
+        self.samples, self._answered = dict(counts[0]), set(counts[1])
+
+    def count_again(self, before: tuple[dict[str, int], set[str]], after: tuple[dict[str, int], set[str]]) -> None:
+        """Count what one step counted between ``before`` and ``after``, for a replay that only the device has run."""
+        self._answered |= after[1]
+        for name, samples in after[0].items():
+            self.samples[name] = self.samples.get(name, 0) + samples - before[0].get(name, 0)
 
     def reset(self) -> None:
         """Begin anew, in the same tensors."""

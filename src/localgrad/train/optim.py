@@ -48,7 +48,7 @@ def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int)
 
 
 def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor | None = None) -> torch.optim.Optimizer:
-    """SGD or AdamW over ``parameters``; on CUDA in one kernel for all of them.
+    """SGD or AdamW over ``parameters``; on CUDA, and where ``rate`` is given, in one kernel for all of them.
 
     Args:
         config: which, and its settings.
@@ -56,7 +56,7 @@ def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor 
         rate: the learning rate as a scalar on that device, for steps that are captured; None for ``config.lr``.
     """
     lr = config.lr if rate is None else rate
-    fused = parameters[0].device.type == "cuda" or None
+    fused = parameters[0].device.type == "cuda" or rate is not None or None
     if config.name == "adamw":
         return torch.optim.AdamW(
             parameters,
@@ -66,9 +66,13 @@ def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor 
             capturable=rate is not None and rate.device.type == "cuda",
         )
     nesterov = config.nesterov and config.momentum > 0
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         parameters, lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay, fused=fused
     )
+    if fused and config.momentum:  # the kernel takes no buffers that come later, as of heads that rest at first
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class Stepper:

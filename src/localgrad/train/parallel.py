@@ -209,8 +209,8 @@ def _check(config: Config, layout: Layout) -> None:
         raise ConfigError("--parallel trains one method; add beside=[]")
     if config.train.precision == "fp16" and layout.block > 1:
         raise ConfigError("train.precision=fp16 scales the loss of all blocks by one number; use bf16 with block > 1")
-    if config.train.capture:
-        raise ConfigError("train.capture=true records the steps of one process; switch it off with --parallel")
+    if config.train.capture is True:
+        raise ConfigError("train.capture=true records the steps of one process; leave it out with --parallel")
     if config.train.ema_decay is not None:
         raise ConfigError(f"train.ema_decay={config.train.ema_decay} is for one process; leave it out with --parallel")
 
