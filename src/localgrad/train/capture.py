@@ -33,7 +33,7 @@ class CudaRecord:
     """Records as CUDA graphs, one after the other in the same memory: what they leave behind lies elsewhere."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.stream = device, torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(
@@ -42,13 +42,13 @@ class CudaRecord:
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
-        # Left even where torch fails to leave the stream of its recording. Other threads (loaders) may use the device.
-        with torch.cuda.stream(torch.cuda.current_stream(self.device)):
+        # Whatever torch makes of a recording that fails, this leaves its stream. Loaders may use the device meanwhile.
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream(self.device)):
             try:
-                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                     result = work()
             except BaseException:
-                # After a recording that failed, torch's generator may take itself for one that still records.
+                # The generator may take itself for one that still records.
                 default = torch.cuda.default_generators[torch.cuda.current_device()]
                 default.graphsafe_set_state(default.clone_state())
                 raise
