@@ -125,7 +125,8 @@ class TrainConfig:
     """The loop. ``checkpoint_every`` counts steps; a checkpoint is also written after each epoch.
 
     ``capture`` records whole steps as CUDA graphs and replays them: ``auto`` wherever that is possible on CUDA, true or
-    else not at all, false never.
+    else not at all, false never. ``compile`` compiles the modules between the cuts and the auxiliary networks.
+    ``profile`` is a step, from which on three steps are traced.
     """
 
     epochs: int = 10
@@ -141,10 +142,12 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     checkpoint_every: int | None = None
+    profile: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "eval_batch_size", "checkpoint_every"):
             _whole(f"train.{name}", getattr(self, name), 1, _MOST)
+        _whole("train.profile", self.profile, 1, _MOST)
         _whole("train.threads", self.threads, 1, _PROCESSES)
         _require(
             self.ema_decay is None or 0 < self.ema_decay < 1,

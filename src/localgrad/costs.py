@@ -97,12 +97,16 @@ def step_seconds(
     targets: Any,
     autocast: torch.dtype | None = None,
     rounds: int = 7,
+    compiled: bool = False,
 ) -> list[float]:
     """Median seconds of forward and backward of each network, one step each in turn, after one round not counted.
 
-    A machine that slows down slows all of them: compare within one call.
+    A machine that slows down slows all of them: compare within one call. With ``compiled`` those of all networks once
+    more follow, `localgrad.network.LocalNetwork.compile_blocks` called; a network that is given is never timed so.
     """
-    copies = [copy.deepcopy(network).train() for network in networks]
+    copies = [copy.deepcopy(network).train() for network in (*networks, *(networks if compiled else ()))]
+    for network in copies[len(networks) :]:
+        network.compile_blocks()
 
     def step(network: LocalNetwork) -> None:
         network.zero_grad(set_to_none=True)

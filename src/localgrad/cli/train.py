@@ -151,6 +151,7 @@ def _scaled_down(recipe: str | None, settings: Any) -> str:
     from localgrad import config
     from localgrad.recipes import read_recipe
     from localgrad.spec import method_name
+    from localgrad.train.experiment import FREE
 
     if recipe is None or "=" in recipe or not settings.about.published:
         return ""
@@ -161,7 +162,8 @@ def _scaled_down(recipe: str | None, settings: Any) -> str:
         changes += [
             f"{section}.{key} is {new[key]} instead of {old[key]}"
             for key in old
-            if old[key] != new[key] and key not in ("root", "workers", "device", "threads", "checkpoint_every")
+            if old[key] != new[key]
+            and key not in ("root", "workers", "device", "threads", "checkpoint_every", "profile")
         ]
     if original.method != settings.method:
         changes.append(f"method is {method_name(settings.method)} instead of {method_name(original.method)}")
@@ -204,6 +206,15 @@ def _show_results(console: Console, results: list[dict[str, Any]]) -> None:
     for remark in remarks:
         console.print(remark, style="dim")
     for result in results:
+        costs = result["cost"]
+        if "plain_step_seconds" in costs:
+            plain, compiled = costs["plain_step_seconds"], costs["step_seconds"]
+            console.print(
+                f"{result['method']}: compiled, a step takes {compiled * 1e3:.1f} ms instead of {plain * 1e3:.1f} ms "
+                f"({compiled / plain:.2f}x)"
+            )
+        if result["steps_as"]:
+            console.print(f"{result['method']}: {result['steps_as']}")
         heads = {name: score for name, score in result["last"]["score"].items() if name != "model"}
         if heads:
             console.print(

@@ -35,7 +35,10 @@ from localgrad.train.meters import Meter, merged
 from localgrad.train.optim import Stepper
 
 # Settings that may change in mid-run, since they do not decide what it comes to.
-FREE = ("beside", "about", "data.root", "data.workers", "train.checkpoint_every", "train.device", "train.threads")
+FREE = (
+    "beside", "about", "data.root", "data.workers",
+    "train.checkpoint_every", "train.device", "train.threads", "train.profile",
+)  # fmt: skip
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -89,6 +92,13 @@ class Experiment:
     def autocast(self) -> torch.dtype | None:
         """Dtype of forward passes."""
         return DTYPES[self.config.train.precision]
+
+    @property
+    def steps_as(self) -> str:
+        """How its steps ran on a CUDA device, if not as they are and without a word."""
+        if self.captured is not None:
+            return str(self.captured)
+        return f"no CUDA graphs: a step {self.capture_remark}" if self.capture_remark else ""
 
     @property
     def evaluated(self) -> LocalNetwork:

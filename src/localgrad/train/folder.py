@@ -3,6 +3,7 @@
     config.yaml   run.json        the settings; the job that began it, and how its features travel
     checkpoints/                  all a run needs to go on, its settings included (`localgrad.distributed.Checkpoints`)
     metrics.csv   tensorboard/    what the newest checkpoint knows, for people: written again when a run goes on
+    profile/                      traces of the steps that train.profile names
     model.safetensors result.json what is left in the end
 
 What a later command reads is sealed (`localgrad.sealed`).
@@ -32,9 +33,11 @@ from localgrad.train.experiment import Experiment
 from localgrad.train.finished import CONFIG, RESULT, WEIGHTS
 
 CHECKPOINTS, RUN, LOCK, HOLDER, BOARD = "checkpoints", "run.json", ".lock", ".lock.holder", "tensorboard"
+PROFILE = "profile"
 WRITTEN = (
     CHECKPOINTS,
     BOARD,
+    PROFILE,
     CONFIG,
     RUN,
     WEIGHTS,

@@ -211,6 +211,8 @@ def _check(config: Config, layout: Layout) -> None:
         raise ConfigError("train.precision=fp16 scales the loss of all blocks by one number; use bf16 with block > 1")
     if config.train.capture is True:
         raise ConfigError("train.capture=true records the steps of one process; leave it out with --parallel")
+    if config.train.profile is not None:
+        raise ConfigError(f"train.profile={config.train.profile} traces one process; leave it out with --parallel")
     if config.train.ema_decay is not None:
         raise ConfigError(f"train.ema_decay={config.train.ema_decay} is for one process; leave it out with --parallel")
 

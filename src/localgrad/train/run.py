@@ -22,6 +22,7 @@ from localgrad.train.folder import RunFolder
 from localgrad.train.loop import train
 from localgrad.train.meters import evaluate
 from localgrad.train.progress import Progress
+from localgrad.train.trace import tracing
 
 
 class Interrupted(LocalgradError):
@@ -87,9 +88,11 @@ def run(
     if remark:
         console.print(remark, style="dim", soft_wrap=True)
     every = config.train.checkpoint_every
-    with Progress(console, title) as progress, stop_requests() as stop_requested:
+    traced = tracing(config, folder.path, experiment)
+    with Progress(console, title) as progress, stop_requests() as stop_requested, traced as next_step:
 
         def after_step(state: Experiment) -> None:
+            next_step()
             progress.step(state)
             stopping = stop_requested() or progress.unread
             if stopping or (every is not None and state.step % every == 0):
@@ -132,6 +135,7 @@ def result_of(run: Experiment, folder: RunFolder) -> dict[str, Any]:
         "steps": run.step,
         "seed": run.config.train.seed,
         "split": run.data.scored,
+        "steps_as": run.steps_as,
         "last": {"epoch": run.epoch, "score": last["score"], "metrics": last["metrics"]},
     }
     if run.best is not None:
@@ -190,9 +194,12 @@ def measure_costs(results: list[dict[str, Any]], experiments: list[Experiment]) 
     first = experiments[0]
     inputs, targets = first.placed(*next(iter(first.data.train.epoch(0))))
     networks = [experiment.network for experiment in experiments]
-    seconds = step_seconds(networks, inputs, targets, first.autocast)
-    for result, network, taken in zip(results, networks, seconds, strict=True):
+    compiled = first.config.train.compile
+    seconds = step_seconds(networks, inputs, targets, first.autocast, compiled=compiled)
+    for index, (result, network) in enumerate(zip(results, networks, strict=True)):
         result["cost"] = asdict(cost(network, inputs, targets, first.autocast)) | {
-            "step_seconds": taken,
+            "step_seconds": seconds[index - len(networks)],
             "batch_size": len(inputs),
         }
+        if compiled:
+            result["cost"]["plain_step_seconds"] = seconds[index]
