@@ -139,7 +139,7 @@ if wants speed && [ ! -f "$out/speed.json" ]; then
   speeds=(e2e dgl)
   [ "$device" = cpu ] || speeds+=(e2e-captured dgl-captured)
   for kind in "${speeds[@]}"; do
-    capture=()
+    capture=(train.capture=false)
     [ "${kind#*-}" = captured ] && capture=(train.capture=true)
     limited "speed-$kind.txt" 60 "$python" -m localgrad train "${common[@]}" --method "${kind%-captured}" \
       --epochs $epochs train.device="$device" --run-dir "$out/speed-$kind" --overwrite "${fast[@]}" "${capture[@]}"

@@ -418,6 +418,25 @@ def test_several_methods_side_by_side(call: Call) -> None:
     assert max(map(len, said.out.splitlines())) <= 80 and "…" not in said.out
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch._dynamo's
+@pytest.mark.filterwarnings("ignore:a step is captured as a CUDA graph:UserWarning")
+def test_the_summary_says_what_the_compiler_and_graphs_gave(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    compiled: list[localgrad.LocalNetwork] = []
+
+    def compile_blocks(network: localgrad.LocalNetwork, original: Any = localgrad.LocalNetwork.compile_blocks) -> None:
+        compiled.append(network)
+        original(network, backend="eager")
+
+    monkeypatch.setattr(localgrad.LocalNetwork, "compile_blocks", compile_blocks)
+    said = call(*DIGITS, "--num-blocks", "2", "train.compile=true", "train.capture=true", "train.device=cpu")
+    assert said.code == 0, said.err
+    assert len(compiled) == 2  # that of the run, and the copy that is timed beside a plain one
+    assert re.search(r"dgl: compiled, a step takes [\d.]+ ms instead of [\d.]+ ms \(\d+\.\d\dx\)", said.out)
+    assert re.search(r"dgl: 0 CUDA graphs, 0 of \d+ steps replayed", said.out)
+    torch._dynamo.reset()
+
+
 def test_a_run_without_a_recipe_has_its_own_name(call: Call) -> None:
     said = call(
         "train",

@@ -162,8 +162,7 @@ def _scaled_down(recipe: str | None, settings: Any) -> str:
         changes += [
             f"{section}.{key} is {new[key]} instead of {old[key]}"
             for key in old
-            if old[key] != new[key]
-            and key not in ("root", "workers", "device", "threads", "checkpoint_every", "profile")
+            if old[key] != new[key] and f"{section}.{key}" not in FREE
         ]
     if original.method != settings.method:
         changes.append(f"method is {method_name(settings.method)} instead of {method_name(original.method)}")
