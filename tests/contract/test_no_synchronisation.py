@@ -54,6 +54,45 @@ def test_a_step_reads_nothing_back(name: str, per_block: bool) -> None:
         meter.read()
 
 
+class FromTheHost(TorchDispatchMode):
+    """Refuses ``torch.tensor(numbers)``: on CUDA it is copied there, which is waited for and cannot be captured."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten.lift_fresh.default, "a tensor is made from numbers of the host"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_copies_no_numbers_to_the_device(name: str) -> None:
+    network = build("residual", METHODS[name], 4)
+    numbers = steps(network, limit=12)
+    inputs, targets = batch()
+    for step in numbers:
+        localgrad.backward(network, inputs, targets, step)
+    with FromTheHost():
+        with pytest.raises(AssertionError, match="numbers of the host"):  # or nothing would be tested
+            torch.tensor(1.0)
+        for step in numbers:
+            localgrad.backward(network, inputs, targets, step)
+
+
+@pytest.mark.parametrize(
+    ("task", "targets"),
+    [
+        (localgrad.tasks.classification(4, class_weights=(1.0, 2.0, 3.0, 4.0)), torch.arange(8) % 4),
+        (localgrad.tasks.classification(4), torch.full((8, 4), 0.25)),
+        (localgrad.tasks.multilabel(4), torch.ones(8, 4)),
+        (localgrad.tasks.regression(4), torch.ones(8, 4)),
+    ],
+    ids=["weighted", "mixed", "multilabel", "regression"],
+)
+def test_a_loss_in_parts_copies_no_numbers_to_the_device(task: localgrad.task.Task, targets: torch.Tensor) -> None:
+    network = build("residual", localgrad.methods.accumulation(localgrad.methods.dgl(task), parts=2), 4)
+    localgrad.backward(network, batch()[0], targets)
+    with FromTheHost():
+        localgrad.backward(network, batch()[0], targets)
+
+
 class Copies(TorchDispatchMode):
     """Counts tensors that are moved to another device."""
 

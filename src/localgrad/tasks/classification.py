@@ -102,7 +102,7 @@ class Classification:
     def counted(self, targets: Tensor) -> Tensor:
         """What the loss divides by: labels that are not ignored, each by the weight of its class."""
         if targets.is_floating_point():
-            return torch.tensor(len(targets), device=targets.device)
+            return torch.full((), len(targets), device=targets.device)
         return weight_of(targets, IGNORED, self.class_weights)
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:

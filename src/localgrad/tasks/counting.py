@@ -11,13 +11,14 @@ from torch.nn import functional as F
 
 from localgrad.errors import ConfigError
 from localgrad.task import Batch
+from localgrad.tasks.normalisation import constant
 
 
 def cross_entropy(
     logits: Tensor, targets: Tensor, ignored: int, class_weights: tuple[float, ...] | None, smoothing: float
 ) -> Tensor:
     """The mean over entries that are not ``ignored``, by the weights of their classes; 0 where nothing counts."""
-    weights = None if class_weights is None else logits.new_tensor(class_weights)
+    weights = None if class_weights is None else constant(class_weights, logits.dtype, logits.device)
     counts = weight_of(targets, ignored, class_weights) > 0
     # Else the gradient of nothing would be 0 / 0.
     targets = targets.where(counts, ignored)
@@ -47,7 +48,7 @@ def weight_of(targets: Tensor, ignored: int, class_weights: tuple[float, ...] | 
     counted = targets != ignored
     if class_weights is None:
         return counted.sum()
-    weights = torch.tensor(class_weights, dtype=torch.float64, device=targets.device)
+    weights = constant(class_weights, torch.float64, targets.device)
     return (weights[targets.where(counted, 0)] * counted).sum()
 
 

@@ -135,7 +135,7 @@ class Captured:
 
     def __str__(self) -> str:
         graphs = sum(kind.replay is not None for kind in self.kinds.values())
-        said = f"{graphs} CUDA graph{'s' * (graphs != 1)}, {self.replayed} of {self.steps} steps replayed"
+        said = f"{graphs} CUDA graph{'s' * (graphs != 1)}, {self.replayed:,} of {self.steps:,} steps replayed"
         return f"{said}; others run as they are, as a step {self.reason}" if self.reason else said
 
     def __call__(self, number: int, *batch: Any) -> Any:
