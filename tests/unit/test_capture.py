@@ -183,6 +183,8 @@ def test_a_loss_that_changes_from_step_to_step_is_no_graph() -> None:
         captured = Captured(run, stepping(run), warm_up=0, record=pytest.fail)
         captured(0, X, Y)
         assert captured.reason == capture.unfit(method)
+        with pytest.raises(TrainingError, match=r"a loss that reads batch\.step"):
+            Captured(run, stepping(run), insist=True, record=pytest.fail)
     assert capture.unfit(localgrad.methods.dgl(TASK)) == ""
 
 

@@ -77,10 +77,12 @@ class Captured:
     overwritten by the next one. Draws keyed by `localgrad.keyed_randomness` are those of steps that run as they are.
 
     Steps of a kind that cannot be recorded go on as they are: those that wait for the device (``.item()``), draw on the
-    host, or put other tensors where a module keeps its own. ``reason`` tells the first such cause. What no check finds:
-    a loss, rule or context of your own that does other arithmetic at other steps than `Method.work` tells, and
-    counters that Python keeps elsewhere than in modules. Learning rates must be tensors on the device, and a step must
-    end with ``zero_grad(set_to_none=True)``. Elsewhere than on CUDA a warning says so, and every call runs as it is.
+    host, put another value where a module keeps its own, or have a loss whose code reads ``batch.step``. ``reason``
+    tells the first such cause. What no check finds: a rule or context of your own, or what a loss calls, that computes
+    in Python from the number of the step what `Method.work` does not tell, and counters elsewhere than in modules.
+
+    Learning rates must be tensors on the device, and a step must end with ``zero_grad(set_to_none=True)``. Elsewhere
+    than on CUDA a warning says so, and every call runs as it is.
 
     Args:
         network: what the step trains.
@@ -122,7 +124,8 @@ class Captured:
         self.network, self.step, self.insist, self.warm_up, self.meter = network, step, insist, warm_up, meter
         self.kinds: dict[Hashable, _Kind] = {}
         self.steps = self.replayed = 0
-        self.reason = unfit(network.method)
+        self.reason = ""
+        self.unfit = self._heeded(unfit(network.method))
         device = network.device
         if record is None and device.type == "cuda":
             record = CudaRecord(device)
@@ -168,7 +171,7 @@ class Captured:
             return None
         name = self.network.method.work(self.network.num_blocks, number), structure, *map(_form, leaves)
         if name not in self.kinds and len(self.kinds) < MOST_GRAPHS:
-            self.kinds[name] = _Kind(Draws(self.network.device), unfit(self.network.method))
+            self.kinds[name] = _Kind(Draws(self.network.device), self.unfit)
         return self.kinds.get(name)
 
     def _watched(self, kind: _Kind, number: int, batch: tuple[Any, ...]) -> Any:
@@ -180,7 +183,7 @@ class Captured:
         before = dict(places(self.network))
         with _synchronisations(device) as waited, _side_stream(device), kind.draws.watched():
             result = self.step(number, *batch)
-        self._refuse(kind, _why_not(kind.draws, waited, before, dict(places(self.network))))
+        kind.reason = self._heeded(_why_not(kind.draws, waited, before, dict(places(self.network))))
         return result
 
     def _recorded(self, kind: _Kind, number: int, leaves: list[Any], structure: TreeSpec) -> bool:
@@ -198,14 +201,18 @@ class Captured:
             kind.static = []
             if self.meter is not None and before is not None:
                 self.meter.recount(before)  # the same step runs once more, as it is
-            self._refuse(kind, f"cannot be recorded: {next(iter(str(error).splitlines()), type(error).__name__)}")
+            kind.reason = self._heeded(
+                f"cannot be recorded: {next(iter(str(error).splitlines()), type(error).__name__)}"
+            )
         kind.counted = before, None if self.meter is None else self.meter.counts()
         return kind.replay is not None
 
-    def _refuse(self, kind: _Kind, reason: str) -> None:
+    def _heeded(self, reason: str) -> str:
+        """Note why steps run as they are; an error where that is not wanted."""
         if reason and self.insist:
             raise TrainingError(f"train.capture=true, but a step {reason}; write train.capture=auto or false")
-        kind.reason, self.reason = reason, self.reason or reason
+        self.reason = self.reason or reason
+        return reason
 
 
 def unfit(method: Method) -> str:
