@@ -67,9 +67,9 @@ tested() { limited "$1" "$2" "$python" -m pytest -q -ra -o addopts= -p no:cachep
 
 if wants tests && ! grep -qs "^passed" "$out/tests.status"; then
   files=tests/cuda
-  [ "$device" = cpu ] || files="tests/cuda tests/unit/test_capture.py tests/unit/test_sealed.py::test_cuda"
+  [ "$device" = cpu ] || files="$files tests/unit/test_capture.py tests/contract/test_captured_steps.py tests/unit/test_sealed.py::test_cuda"
   # shellcheck disable=SC2086
-  tested tests.txt 120 $files
+  tested tests.txt 200 $files
   status=$?
   [ $status = 0 ] && echo passed >"$out/tests.status" || echo "failed ($status)" >"$out/tests.status"
   note "tests on $device: $(cat "$out/tests.status"): $(tail -n 1 "$out/tests.txt")"

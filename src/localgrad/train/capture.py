@@ -127,8 +127,10 @@ class Captured:
         self.reason = ""
         self.unfit = self._heeded(unfit(network.method))
         device = network.device
+        self.stream: torch.cuda.Stream | None = None
         if record is None and device.type == "cuda":
-            record = CudaRecord(device)
+            record = cuda = CudaRecord(device)
+            self.stream = cuda.stream
         elif record is None:
             warnings.warn(
                 f"a step is captured as a CUDA graph on a CUDA device only; on the {device} it runs as it is",
@@ -175,13 +177,13 @@ class Captured:
         return self.kinds.get(name)
 
     def _watched(self, kind: _Kind, number: int, batch: tuple[Any, ...]) -> Any:
-        """Run as it is, on another stream than the default one, as recordings want it; the last time look closely."""
+        """Run as it is, on the stream that is to be recorded, which keeps its memory; the last time look closely."""
         device = self.network.device
         if kind.calls < self.warm_up:
-            with _side_stream(device), kind.draws.watched():
+            with _inside(self.stream), kind.draws.watched():
                 return self.step(number, *batch)
         before = dict(places(self.network))
-        with _synchronisations(device) as waited, _side_stream(device), kind.draws.watched():
+        with _synchronisations(device) as waited, _inside(self.stream), kind.draws.watched():
             result = self.step(number, *batch)
         kind.reason = self._heeded(_why_not(kind.draws, waited, before, dict(places(self.network))))
         return result
@@ -269,15 +271,15 @@ def _same(old: Any, new: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    if device.type != "cuda":
+def _inside(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    if stream is None:
         yield
         return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    outside = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(outside)
     with torch.cuda.stream(stream):
         yield
-    torch.cuda.current_stream(device).wait_stream(stream)
+    outside.wait_stream(stream)
 
 
 @contextlib.contextmanager
