@@ -185,7 +185,16 @@ def test_a_loss_that_changes_from_step_to_step_is_no_graph() -> None:
         assert captured.reason == capture.unfit(method)
         with pytest.raises(TrainingError, match=r"a loss that reads batch\.step"):
             Captured(run, stepping(run), insist=True, record=pytest.fail)
-    assert capture.unfit(localgrad.methods.dgl(TASK)) == ""
+    for task in (
+        TASK,
+        localgrad.tasks.segmentation(3),
+        localgrad.tasks.multilabel(3),
+        localgrad.tasks.regression(3),
+        localgrad.tasks.custom(nn.functional.mse_loss, 3),
+    ):
+        assert capture.unfit(localgrad.methods.dgl(task)) == ""
+    waiting = localgrad.methods.accumulation(dgl, parts=2, wait="host")
+    assert capture.unfit(waiting) == "lets features wait on the host"
 
 
 @pytest.mark.parametrize("changes", [{}, {"optim": {"name": "adamw", "lr": 0.002}}, {"optim": {"per_block": True}}])
