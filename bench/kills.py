@@ -6,8 +6,8 @@ Each line is one run and what happened to it. An act hits one process from outsi
 ``SIGSTOP``, ``connections`` (its sockets are shut), ``launcher`` (torchrun itself is killed). Or a process kills itself
 between two random operations on files of the run (``at a file``): within a save, or between two files. Torchrun may
 restart the job, or else a command resumes the run, maybe in another layout that must give the same bits. Right is:
-``equal`` (weights, scores, best epoch and metrics, to the last bit), and no process left. The exit code is 1 if anything
-else happened.
+``equal`` (weights, scores, best epoch and metrics, to the last bit), and no process left. The exit code is 1 if
+anything else happened.
 """
 
 from __future__ import annotations
