@@ -242,19 +242,23 @@ def main() -> int:
             assert ended(started(layout, folder)) == 0, log_of(folder).read_text()
             operations = [int(Path(f"{folder}.count{rank}").read_text()) for rank in range(ranks)]
             known[layout] = {"folder": folder, "seconds": time.monotonic() - start, "counts": operations}
-        for number in range(asked.number):
+        number = 0
+        while sum(counts.values()) < asked.number:
             layout = list(LAYOUTS)[number % len(LAYOUTS)]
             acts = ["SIGKILL", "SIGKILL", "at a file", "at a file", "at a file"]
             acts += {"one process": ["SIGSTOP"], "compare": []}.get(layout, ["SIGSTOP", "connections", "launcher"])
             folder = Path(top) / f"run{number}"
+            number += 1
             row = disturbed(layout, draw.choice(acts), folder, draw, known[layout])
+            shutil.rmtree(folder, ignore_errors=True)
+            if row["hit"].startswith("none"):
+                continue
             outcome = row["outcome"] if not row["left"] else f"{row['outcome']}, {row['left']} processes left"
             counts[row["layout"], row["act"], outcome] += 1
             lines.write(json.dumps(row) + "\n")
             lines.flush()
             if outcome not in RIGHT:
                 print(json.dumps(row, indent=1), file=sys.stderr)
-            shutil.rmtree(folder, ignore_errors=True)
     print("| layout | act | outcome | runs |\n|---|---|---|---|")
     for (layout, act, outcome), count in sorted(counts.items()):
         print(f"| {layout} | {act} | {outcome} | {count} |")
