@@ -63,7 +63,7 @@ def reading(name: str, seconds: float = 20.0) -> tuple[str, list[dict[str, str]]
     remarks = []
     for workers in (0, os.cpu_count() or 1):
         start = time.perf_counter()
-        found = load_data(Config(method=["e2e"], data=DataConfig(name=name, workers=workers)), device)
+        found = load_data(Config(method=["e2e"], data=DataConfig(name=name, workers=workers, validation=0)), device)
         opened = time.perf_counter() - start
         first, _ = _epoch(found.train, device, seconds)
         later, share = _epoch(found.train, device, seconds)
