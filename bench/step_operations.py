@@ -17,7 +17,6 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ class Operations(TorchDispatchMode):
     """Counts what torch dispatches, by purpose; ``launches`` are those that compute something."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.purposes: Counter[str] = Counter()
         self.launches = 0
 

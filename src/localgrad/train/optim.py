@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor 
     device = parameters[0].device.type
     # On the CPU fused kernels would round otherwise than one parameter after the other.
     plain = device == "cpu" and rate is None and all(type(parameter) is nn.Parameter for parameter in parameters)
-    at_once = {"fused": device == "cuda" or None, "foreach": plain or None}
+    at_once: dict[str, Any] = {"fused": device == "cuda" or None, "foreach": plain or None}
     if config.name == "adamw":
         return torch.optim.AdamW(
             parameters,
