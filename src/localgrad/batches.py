@@ -24,6 +24,8 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in a nest: of what pytree knows, of mappings of any kind, and of dataclasses."""
+    if isinstance(value, Tensor):
+        return [value]
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:

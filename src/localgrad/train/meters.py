@@ -29,7 +29,8 @@ class Meter:
         self.num_blocks = network.num_blocks
         self.device = network.device
         patterns = network.method.spans.patterns(self.num_blocks)
-        self.names = list(dict.fromkeys(self.name(span) for pattern in patterns for span in pattern))
+        spans = sorted({s for pattern in patterns for s in pattern}, key=lambda span: (span.stop, -span.start))
+        self.names = list(dict.fromkeys(map(self.name, spans)))
         # Sums of single-precision losses are exact in double precision: the same ones in any order, on any ranks.
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self.losses, self.scores = (torch.zeros(len(self.names), dtype=self.dtype, device=self.device) for _ in "ab")
