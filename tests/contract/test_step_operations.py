@@ -1,9 +1,8 @@
-"""What a whole training step dispatches, counted: what the engine adds to heads and blocks is a few operations a block."""
+"""What a whole training step dispatches: what the engine adds to heads and blocks is a few operations a block."""
 
 from __future__ import annotations
 
 import pytest
-
 from bench.step_operations import Operations, counted, experiment, stepping, stepping_by_hand
 
 SIDE, BLOCKS = 8, 16

@@ -14,6 +14,7 @@ from localgrad.errors import ConfigError
 from localgrad.network import LocalNetwork
 from localgrad.spans import groups
 
+SMALL = 2**22  # parameters, 16 MiB
 MILESTONES = (2 / 3, 8 / 9)  # shares of a run at which the rate of ``step`` falls to a tenth
 
 
@@ -49,7 +50,7 @@ def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int)
 
 
 def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor | None = None) -> torch.optim.Optimizer:
-    """SGD or AdamW over ``parameters``, for all of them at once; on CUDA in one kernel.
+    """SGD or AdamW over ``parameters``; for all of them at once in small networks, on CUDA in one kernel.
 
     Args:
         config: which, and its settings.
@@ -58,9 +59,11 @@ def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor 
     """
     lr = config.lr if rate is None else rate
     device = parameters[0].device.type
-    # On the CPU fused kernels would round otherwise than one parameter after the other.
-    plain = device == "cpu" and rate is None and all(type(parameter) is nn.Parameter for parameter in parameters)
-    at_once: dict[str, Any] = {"fused": device == "cuda" or None, "foreach": plain or None}
+    # On the CPU fused kernels would round otherwise than one parameter after the other, and ``foreach`` needs as much
+    # memory again as the gradients: for small networks, where starting operations is what costs.
+    small = device == "cpu" and not config.per_block and sum(parameter.numel() for parameter in parameters) <= SMALL
+    plain = rate is None and all(type(parameter) is nn.Parameter for parameter in parameters)
+    at_once: dict[str, Any] = {"fused": device == "cuda" or None, "foreach": (small and plain) or None}
     if config.name == "adamw":
         return torch.optim.AdamW(
             parameters,
