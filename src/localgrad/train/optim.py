@@ -14,7 +14,7 @@ from localgrad.errors import ConfigError
 from localgrad.network import LocalNetwork
 from localgrad.spans import groups
 
-SMALL = 2**22  # parameters, 16 MiB
+SMALL = 2**23  # parameters, 32 MiB
 MILESTONES = (2 / 3, 8 / 9)  # shares of a run at which the rate of ``step`` falls to a tenth
 
 
