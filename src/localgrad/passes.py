@@ -254,7 +254,7 @@ class Pass:
             self.training
             and self.spans
             and self.network.stage is None
-            and tuple(self.network.spans(self.batch.step)) not in self.network.checked
+            and tuple(self.spans) not in self.network.checked
         ):
             check_isolation(self.network, span, loss, self.graphs[span.stop - 1])
         yield span, loss

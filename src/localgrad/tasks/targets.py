@@ -1,7 +1,7 @@
 """Whether targets are what a task expects.
 
-Shape and dtype are looked at in every loss. Values are read in every loss on the CPU. On another device a task reads
-those of its first batch alone, since that waits for the device.
+Shape, dtype and values are looked at once for all losses of a batch. On another device than the CPU a task reads the
+values of its first batch alone, since that waits for the device.
 """
 
 from __future__ import annotations
