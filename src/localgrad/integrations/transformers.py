@@ -56,7 +56,7 @@ class LocalTrainerMixin:
 
     def __init__(self, model: LocalNetwork, *args: Any, **kwargs: Any) -> None:
         require_network(model, type(self).__name__)
-        super().__init__(model, *args, **kwargs)
+        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
         if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:  # type: ignore[attr-defined]
             raise ConfigError(
                 "a local step runs in one process per device, without FSDP and DeepSpeed: start one process per device "
