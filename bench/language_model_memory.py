@@ -41,7 +41,7 @@ def main() -> None:
         cells = []
         for vocabulary in vocabularies:
             chunk = 256 if chunks else 10**9
-            task = localgrad.tasks.language_model(vocabulary, chunk=chunk, read_out=read_out)  # type: ignore[arg-type]
+            task = localgrad.tasks.language_model(vocabulary, chunk=chunk, read_out=read_out)
             model = llama(vocabulary)
             if "checkpointing" in name:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
