@@ -75,6 +75,15 @@ class LocalNetwork(nn.Module):
         """What is suspended in training: the same, or separate blocks one after the other."""
         return self.running if self._separate[0] is None else self._separate[0]
 
+    def __getattr__(self, name: str) -> Any:
+        """What the network has not, such as ``config``, ``generate`` or ``save_pretrained``, is the model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The model's own forward."""
         return self.model(*inputs, **named)

@@ -16,7 +16,7 @@ from localgrad.site import HeadBuilder
 from localgrad.task import Batch
 from localgrad.tasks.counting import balanced, check_weights, cross_entropy, weight_of
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
-from localgrad.tasks.targets import CLASSES, check_classes, require, values_of
+from localgrad.tasks.targets import CLASSES, check_classes, logits_of, require, values_of
 
 IGNORED = -100  # PyTorch's default
 TOLERANCE = 1e-2  # of probabilities, which may be in half precision
@@ -85,6 +85,7 @@ class Classification:
         Raises:
             TrainingError: it is none.
         """
+        output = logits_of(output)
         if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] != self.num_classes:
             form = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise TrainingError(
@@ -112,7 +113,7 @@ class Classification:
         1 where the label is ignored.
         """
         labels = hard_labels(targets)
-        return ((output.argmax(1) == labels) | (labels == IGNORED)).float()
+        return ((self.logits(output).argmax(1) == labels) | (labels == IGNORED)).float()
 
     def metric(self) -> Accuracy:
         """Accuracy over all images."""

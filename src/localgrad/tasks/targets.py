@@ -17,6 +17,11 @@ from localgrad.errors import TrainingError
 CLASSES = "write targets.long() for whole numbers, targets.squeeze(1) for (B, 1)"
 
 
+def logits_of(output: Any) -> Any:
+    """What a model of transformers answers, of all that it returns; any other output as it is."""
+    return output if isinstance(output, Tensor) else getattr(output, "logits", output)
+
+
 def require(holds: bool, task: str, targets: Any, allowed: str, write: str) -> None:
     """Raise `TrainingError` about the form of ``targets`` unless it is one that ``task`` takes."""
     if not holds:
