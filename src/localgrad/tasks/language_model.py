@@ -51,6 +51,8 @@ class LanguageModel:
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """The mean cross-entropy of the tokens that count; 0 for a batch of nothing else."""
+        shape = tuple(self._read_out(output)[0].shape[:2])
+        batch.of_targets((self._check, shape), lambda targets: self._check(targets, shape))
         tokens, _, loss = self._sums(output, batch.targets, keep=True)
         return balanced(loss / tokens.clamp(min=1), batch, self.counted)
 
@@ -64,7 +66,6 @@ class LanguageModel:
     def _sums(self, output: Any, targets: Any, keep: bool = False) -> Sums:
         """`Sums` of a batch, chunk by chunk; with ``keep`` for a gradient, for which a chunk is computed again."""
         features, weight = self._read_out(output)
-        self._check(targets, tuple(features.shape[:2]))
         features = (features[:, :-1] if self.shift else features).flatten(0, 1)
         targets = self._answers(targets).flatten()
         total = Sums(*(torch.zeros((), device=features.device) for _ in Sums._fields))
@@ -153,6 +154,7 @@ class PerToken:
     @torch.no_grad()
     def update(self, output: Any, targets: Tensor) -> None:
         """Count one batch."""
+        self.task._check(targets, tuple(self.task._read_out(output)[0].shape[:2]))
         found = self.task._sums(output, targets)
         self.tokens += float(found.tokens)
         self.right += float(found.right)
