@@ -12,26 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from localgrad import LocalNetwork, localize, methods, models, separate_blocks, tasks
+from localgrad import localize, methods, models, separate_blocks, tasks
 from localgrad.costs import run_step
 from localgrad.study.contest import Way, contest
+from step_operations import by_hand
 
 TASK = tasks.classification(10)
-
-
-def by_hand(network: LocalNetwork, blocks: Sequence[nn.Module], inputs: Tensor, targets: Tensor) -> None:
-    """A DGL step over the same blocks and heads, as short as it can be written."""
-    features = inputs
-    for index, block in enumerate(blocks, start=1):
-        (output,) = block(features)
-        for _, auxiliary in network.auxiliaries_at(index):
-            F.cross_entropy(auxiliary.heads[0](output), targets).backward()
-        if index == len(blocks):
-            F.cross_entropy(output, targets).backward()
-        features = output.detach()
 
 
 def alternate(runs: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:

@@ -2,11 +2,12 @@
 
 python bench/kills.py --number 60 --out results/reliability-2026-11-28/kills.jsonl
 
-Each line is one run and what happened to it. An act hits one process from outside at a random time (``SIGKILL``,
-``SIGSTOP``, ``launcher`` for torchrun itself), or a process kills itself between two random operations on files of the
-run (``at a file``): within a save, or between two files. Torchrun may restart the job, or else a command resumes the
-run, maybe in another layout that must give the same bits. Right is: ``equal`` (weights, scores, best epoch and metrics,
-to the last bit), and no process left. The exit code is 1 if anything else happened.
+Each line is one run and what happened to it. An act hits one process from outside at a random time: ``SIGKILL``,
+``SIGSTOP``, ``connections`` (its sockets are shut), ``launcher`` (torchrun itself is killed). Or a process kills itself
+between two random operations on files of the run (``at a file``): within a save, or between two files. Torchrun may
+restart the job, or else a command resumes the run, maybe in another layout that must give the same bits. Right is:
+``equal`` (weights, scores, best epoch and metrics, to the last bit), and no process left. The exit code is 1 if
+anything else happened.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import ctypes
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,7 +39,7 @@ RUN = ["digits", "data.limit=400", "data.augment=true", "train.batch_size=32", "
 RUN += ["train.checkpoint_every=4", "model.name=resnet8", "blocks.num_blocks=4", "--method", "dgl+man"]
 LAYOUTS = {"one process": 1, "block=2": 2, "data=2": 2, "block=2,data=2": 4, "compare": 1}
 ALIKE = [{"one process", "block=2"}, {"data=2", "block=2,data=2"}, {"compare"}]  # layouts that give the same bits
-TIMEOUT = 8  # seconds a rank waits for another one
+TIMEOUT = 15  # seconds a rank waits for another one
 PATIENCE = 180.0
 RIGHT = ("equal",)
 TOKEN, KILL = "LOCALGRAD_KILLS_RUN", "LOCALGRAD_KILLS_AT"
@@ -119,7 +122,10 @@ def hit_from_outside(
     if process.poll() is not None or not targets:
         return "none: ended before" if process.poll() is not None else "none: not yet begun", None
     victim = draw.choice(targets)
-    os.kill(victim, signal.SIGSTOP if act == "SIGSTOP" else signal.SIGKILL)
+    if act == "connections":
+        close_connections(victim)
+    else:
+        os.kill(victim, signal.SIGSTOP if act == "SIGSTOP" else signal.SIGKILL)
     if act == "SIGSTOP" and LAYOUTS[layout] == 1:  # it holds the directory as long as it lives
         second = started(layout, folder, resume=True)
         code = ended(second)
@@ -128,6 +134,21 @@ def hit_from_outside(
         if RunFolder(folder).holds_run and (code != 2 or f"is in use by process {victim} on" not in said):
             return f"wrong: a second process ended with {code}", victim
     return f"process {1 + targets.index(victim)} of {len(targets)} after {after:.1f} s", victim
+
+
+def close_connections(pid: int) -> None:
+    """Shut the sockets of another process, as a network that fails would."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    handle = os.pidfd_open(pid)
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+            descriptor = libc.syscall(438, handle, int(entry.name), 0)  # pidfd_getfd
+            if descriptor >= 0:
+                with socket.socket(fileno=descriptor) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)
+    os.close(handle)
 
 
 def ended(process: Any, patience: float = PATIENCE) -> int | None:
@@ -221,19 +242,23 @@ def main() -> int:
             assert ended(started(layout, folder)) == 0, log_of(folder).read_text()
             operations = [int(Path(f"{folder}.count{rank}").read_text()) for rank in range(ranks)]
             known[layout] = {"folder": folder, "seconds": time.monotonic() - start, "counts": operations}
-        for number in range(asked.number):
+        number = 0
+        while sum(counts.values()) < asked.number:
             layout = list(LAYOUTS)[number % len(LAYOUTS)]
             acts = ["SIGKILL", "SIGKILL", "at a file", "at a file", "at a file"]
-            acts += {"one process": ["SIGSTOP"], "compare": []}.get(layout, ["SIGSTOP", "SIGSTOP", "launcher"])
+            acts += {"one process": ["SIGSTOP"], "compare": []}.get(layout, ["SIGSTOP", "connections", "launcher"])
             folder = Path(top) / f"run{number}"
+            number += 1
             row = disturbed(layout, draw.choice(acts), folder, draw, known[layout])
+            shutil.rmtree(folder, ignore_errors=True)
+            if row["hit"].startswith("none"):
+                continue
             outcome = row["outcome"] if not row["left"] else f"{row['outcome']}, {row['left']} processes left"
             counts[row["layout"], row["act"], outcome] += 1
             lines.write(json.dumps(row) + "\n")
             lines.flush()
             if outcome not in RIGHT:
                 print(json.dumps(row, indent=1), file=sys.stderr)
-            shutil.rmtree(folder, ignore_errors=True)
     print("| layout | act | outcome | runs |\n|---|---|---|---|")
     for (layout, act, outcome), count in sorted(counts.items()):
         print(f"| {layout} | {act} | {outcome} | {count} |")

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from localgrad.network import exchange as exchange
     from localgrad.planning import plan as plan
     from localgrad.randomness import keyed_randomness as keyed_randomness
+    from localgrad.single_loss import loss as loss
     from localgrad.site import Ramp as Ramp
     from localgrad.site import Site as Site
     from localgrad.task import Batch as Batch
@@ -61,6 +62,7 @@ _HOME = {
     **dict.fromkeys(("LocalNetwork", "exchange"), "localgrad.network"),
     **dict.fromkeys(("localize", "separate_blocks"), "localgrad.localization"),
     "keyed_randomness": "localgrad.randomness",
+    "loss": "localgrad.single_loss",
     "plan": "localgrad.planning",
 }
 _MODULES = ("cuts", "data", "heads", "losses", "methods", "models", "spans", "tasks", "testing")

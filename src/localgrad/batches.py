@@ -24,6 +24,8 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in a nest: of what pytree knows, of mappings of any kind, and of dataclasses."""
+    if isinstance(value, Tensor):
+        return [value]
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -96,6 +98,8 @@ def parts_of(inputs: Any, targets: Any, parts: int) -> list[tuple[Any, Any, floa
 
 def rows(values: Any, start: int, stop: int) -> Any:
     """Samples ``start`` to ``stop`` of such a batch, in the same form; what has no samples stays as it is."""
+    if start == 0 and stop == num_samples(values):
+        return values
     if isinstance(values, list) or (isinstance(values, Tensor) and values.dim()):
         return values[start:stop]
     if isinstance(values, Mapping):

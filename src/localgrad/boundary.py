@@ -71,7 +71,7 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, box: Gradients, *outputs: Tensor) -> Tensor:
         ctx.box = box
-        return torch.zeros((), device=outputs[0].device)
+        return torch.empty((), device=outputs[0].device)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,17 +80,23 @@ class _Inject(torch.autograd.Function):
         return gradients
 
 
+# What has no graph of its own gets one by it; no gradient reaches it.
+_ANCHOR = torch.zeros((), requires_grad=True)
+
+
 class _Capture(torch.autograd.Function):
-    """The same features; their gradient is added to ``gradients[index]`` as it is, and goes no further.
+    """The features in ``held``; their gradient is added to ``gradients[index]`` as it is, and goes no further.
+
+    They come in a tuple, where autograd does not look for the graph that they have.
 
     A leaf's ``.grad`` would do but for its strides: autograd may copy a gradient to lay it out like the leaf, after
     which the blocks before it sum in another order than end-to-end training does.
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, leaf: Tensor, gradients: Gradients, index: int) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, held: tuple[Tensor], gradients: Gradients, index: int) -> Tensor:
         ctx.gradients, ctx.index = gradients, index
-        return leaf.detach()
+        return held[0].detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
@@ -100,15 +106,15 @@ class _Capture(torch.autograd.Function):
 
 
 class _Stop(torch.autograd.Function):
-    """The same features, differentiable; their gradient goes nowhere.
+    """The features in ``held``, differentiable; their gradient goes nowhere.
 
     Where a cut lies inside a region that activation checkpointing runs again, the features must look as if they were
     not cut: a layer saves other tensors when its input carries no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, leaf: Tensor) -> Tensor:
-        return leaf.detach()
+    def forward(ctx: Any, anchor: Tensor, held: tuple[Tensor]) -> Tensor:
+        return held[0].detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
@@ -118,8 +124,7 @@ class _Stop(torch.autograd.Function):
 def stopped(tensor: Tensor, *, differentiable: bool = False) -> Tensor:
     """``tensor`` as the next block may read it when no span crosses."""
     with torch.enable_grad():
-        alone = tensor.detach()
-        return _Stop.apply(torch.zeros((), requires_grad=True), alone) if differentiable else alone
+        return _Stop.apply(_ANCHOR, (tensor,)) if differentiable else tensor.detach()
 
 
 class BlockGraph:
@@ -140,8 +145,7 @@ class BlockGraph:
     def captured(self, tensor: Tensor, slot: int) -> Tensor:
         """``tensor`` without its graph, such that a backward pass from it leaves its gradient here."""
         with torch.enable_grad():
-            anchor = torch.zeros((), requires_grad=True)
-            return _Capture.apply(anchor, tensor.detach(), self.gradients, slot)
+            return _Capture.apply(_ANCHOR, (tensor,), self.gradients, slot)
 
     def passed_on(self, tensor: Tensor, slot: int) -> Tensor:
         """``tensor`` as `captured`, for the blocks behind."""
@@ -180,4 +184,5 @@ class BlockGraph:
         if root is not None and any(gradient is not None for gradient in self._box):
             known = [pair for graph in earlier for pair in graph.known()]
             roots: Any = [*(edge for edge, _ in known), root]
-            torch.autograd.backward(roots, [*(gradient for _, gradient in known), None], retain_graph=again)
+            # The root stands for a gradient of itself, which nobody reads.
+            torch.autograd.backward(roots, [*(gradient for _, gradient in known), root], retain_graph=again)

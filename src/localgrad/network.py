@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,15 @@ class LocalNetwork(nn.Module):
     def suspended(self) -> nn.Module:
         """What is suspended in training: the same, or separate blocks one after the other."""
         return self.running if self._separate[0] is None else self._separate[0]
+
+    def __getattr__(self, name: str) -> Any:
+        """What the network has not, such as ``config``, ``generate`` or ``save_pretrained``, is the model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The model's own forward."""
@@ -164,12 +173,12 @@ class LocalNetwork(nn.Module):
 
     def twins_at(self, boundary: int) -> list[Twin]:
         """The twins in the auxiliary networks on one boundary."""
-        return [twin for _, auxiliary in self.auxiliaries_at(boundary) for twin in _twins(auxiliary)]
+        return _twins(auxiliary for _, auxiliary in self.auxiliaries_at(boundary))
 
     @property
     def twins(self) -> list[Twin]:
         """What `localgrad.exchange` moves: the ``twins`` of every bridge that has some."""
-        return _twins(self.auxiliary)
+        return _twins(self.auxiliary.values())
 
     def exchange_before_step(self, boundary: int) -> None:
         """Move the twins on one boundary that move before the optimizer step."""
@@ -217,7 +226,7 @@ def _between(module: nn.Module, path: str, cut: set[str]) -> Iterator[nn.Module]
 @contextlib.contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """Inside it, a transformers model fills no key-value cache while it trains: that would keep every layer's alive."""
-    known: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    known: dict[int, Any] = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
     filling = [c for c in known.values() if torch.is_grad_enabled() and getattr(c, "use_cache", False) is True]
     for config in filling:
         config.use_cache = False
@@ -250,8 +259,9 @@ def exchange(network: LocalNetwork) -> None:
             twin.update()
 
 
-def _twins(module: nn.Module) -> list[Twin]:
-    return [twin for part in module.modules() for twin in getattr(part, "twins", ())]
+def _twins(auxiliaries: Iterable[Any]) -> list[Twin]:
+    bridges = [auxiliary.bridge for auxiliary in auxiliaries if auxiliary.bridge is not None]
+    return [twin for bridge in bridges for part in bridge.modules() for twin in getattr(part, "twins", ())]
 
 
 def span_key(span: Span) -> str:

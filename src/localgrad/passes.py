@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from localgrad.batches import map_tensors, only_read, tensors_in
 from localgrad.boundary import BlockGraph, Gradients, Released, becomes, stopped
-from localgrad.errors import TrainingError
+from localgrad.errors import PartitionError, TrainingError
 from localgrad.isolation import check_isolation
 from localgrad.method import Term
 from localgrad.network import LocalNetwork
@@ -172,6 +172,11 @@ class Pass:
 
         def read(tensor: Tensor) -> Tensor:
             held = slots.get(id(tensor))
+            if held is None and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                raise PartitionError(
+                    f"the model returns a parameter of shape {tuple(tensor.shape)} as it is, and no block would train "
+                    "it by what a loss makes of it; return parameter.view_as(parameter)"
+                )
             if held is None or held.maker < start or held.maker not in self.graphs:
                 return stopped(tensor)
             return self.graphs[held.maker].captured(tensor, held.slot)
@@ -254,7 +259,7 @@ class Pass:
             self.training
             and self.spans
             and self.network.stage is None
-            and tuple(self.network.spans(self.batch.step)) not in self.network.checked
+            and tuple(self.spans) not in self.network.checked
         ):
             check_isolation(self.network, span, loss, self.graphs[span.stop - 1])
         yield span, loss

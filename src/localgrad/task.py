@@ -32,6 +32,7 @@ class Batch:
         context: what each of the method's `localgrad.method.Context` made of this batch, by the context itself.
         balance: what a loss that is no mean over samples has to be multiplied by, so that micro-batches and replicas
             add up to the loss of the whole batch, see `localgrad.balance`.
+        known: what `of_targets` has made.
         joined: the rows (B, ...) of all replicas that share this batch, in order; the gradient reaches those of this
             one. A loss that compares samples with one another calls it on what it compares.
     """
@@ -43,6 +44,14 @@ class Batch:
     context: Mapping[Hashable, Any] = field(default_factory=dict)
     joined: Callable[[Tensor], Tensor] = alone
     balance: BalanceOf = whole
+    known: dict[Hashable, tuple[Any, Any]] = field(default_factory=dict, compare=False, repr=False)
+
+    def of_targets(self, key: Hashable, make: Callable[[Any], Any]) -> Any:
+        """``make(targets)``, called once for all losses of these targets that ask under the same ``key``."""
+        found = self.known.get(key)
+        if found is None or found[0] is not self.targets:
+            found = self.known[key] = (self.targets, make(self.targets))
+        return found[1]
 
 
 class Metric(Protocol):
@@ -62,7 +71,8 @@ class Task(Protocol):
     Those that need more ask for a method that a task may have: ``counted(targets)``, what the loss divides by;
     ``logits(output)``, (B, C, ...) of distributions over classes, for soft targets; ``onehot(targets)``, (B, C), NaN
     for samples without a label, for similarity matching; ``blank(samples, shape)``, targets of no particular value for
-    inputs (samples, *shape), for planning.
+    inputs (samples, *shape), for planning; ``rowwise``, True if an answer is a tensor (B, C) of which each row is
+    scored by itself, so that those of all heads can be scored in one call.
 
     An output is what the model, or an auxiliary head, answers to a batch: a tensor, or a nest of them.
     """

@@ -47,6 +47,7 @@ def test_a_step_reads_nothing_back(name: str, per_block: bool) -> None:
             for span, loss in losses:
                 loss.backward()
                 meter.add_loss(span, loss)
+            meter.add_up()
             stepper.finish(step)
             localgrad.exchange(network)
             meter.end_batch()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -171,50 +170,27 @@ def texts() -> list[dict[str, Tensor]]:
 
 
 def trainer_of(model: Any, folder: Path, **options: Any) -> Any:
-    """A Trainer whose step is local, with heads in its optimizer and its checkpoints."""
-    from transformers import Trainer, TrainingArguments
+    """A Trainer whose step is local, and that keeps its losses."""
+    from transformers import TrainingArguments
 
-    task = localgrad.tasks.classification(2)
-    method = replace(methods.dgl(task), final_loss=lambda output, batch: task.loss(output.logits, batch))
+    from localgrad.integrations.transformers import LocalTrainer
 
-    class LocalTrainer(Trainer):
-        def __init__(self, model: Any, args: Any, train_dataset: Any) -> None:
-            torch.manual_seed(1)
-            names = ("bert.encoder.layer.1", "bert.encoder.layer.3")
-            example = {name: torch.stack([s[name] for s in train_dataset[:2]]) for name in train_dataset[0]}
-            del example["labels"]
-            self.network = localize(model, method, names, example=example)
-            self.last: list[float] = []
-            super().__init__(model, args, train_dataset=train_dataset)
+    class Recorded(LocalTrainer):
+        last: list[float] = []  # noqa: RUF012
 
-        def create_optimizer(self, model: Any = None) -> Any:
-            self.optimizer = torch.optim.AdamW(self.network.parameters(), self.args.learning_rate)
-            # After a step a Trainer forgets the gradients of its model only.
-            self.optimizer.register_step_post_hook(lambda *_: self.network.auxiliary.zero_grad())
-            return self.optimizer
-
-        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-            self.network.train()
-            inputs = self._prepare_inputs(inputs)
-            labels = inputs.pop("labels")
-            for _, loss in local_losses(self.network, inputs, labels, self.state.global_step):
-                assert not torch.is_autocast_enabled("cpu")
-                self.accelerator.backward(loss)
-                total = loss.detach()
-            self.last.append(float(total))
-            return total
-
-        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-            super().save_model(output_dir, _internal_call)
-            torch.save(self.network.auxiliary.state_dict(), Path(output_dir or self.args.output_dir) / "heads.pt")
-
-        def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
-            super()._load_from_checkpoint(folder, model)
-            self.network.auxiliary.load_state_dict(torch.load(Path(folder) / "heads.pt", weights_only=True))
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            value: Tensor = super().training_step(*args, **kwargs)
+            self.last = [*self.last, float(value)]
+            return value
 
     given = {"max_steps": 16, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "save_steps": 8, **options}
     quiet = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True}
-    return LocalTrainer(model, TrainingArguments(str(folder), **given, **quiet), texts())
+    samples = texts()
+    example = {name: torch.stack([s[name] for s in samples[:2]]) for name in ("input_ids", "attention_mask")}
+    torch.manual_seed(1)
+    names = ("bert.encoder.layer.1", "bert.encoder.layer.3")
+    network = localize(model, methods.dgl(localgrad.tasks.classification(2)), names, example=example)
+    return Recorded(network, TrainingArguments(str(folder), **given, **quiet), train_dataset=samples)
 
 
 # transformers has renamed its option; the old name is the one that all of its version 5 know.
@@ -225,14 +201,14 @@ OLD_NAME = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is depr
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}])
 def test_a_transformers_trainer_takes_local_steps(options: dict[str, Any], tmp_path: Path) -> None:
     trainer = trainer_of(bert(), tmp_path, **options, save_strategy="no")
-    layers = trainer.model.bert.encoder.layer
+    layers = trainer.model.model.bert.encoder.layer
     inside = [dtypes_of(layer.attention.self.query) for layer in layers]
     trainer.train()
     runs = trainer.state.max_steps * (2 if "gradient_checkpointing" in options else 1)
     assert inside == [[BF16 if "bf16" in options else torch.float32] * runs] * len(layers)
     first, last = trainer.last[:4], trainer.last[-4:]
     assert sum(last) < 0.9 * sum(first)
-    assert all(p.grad is None or p.grad.isfinite().all() for p in trainer.network.parameters())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in trainer.model.parameters())
 
 
 @OLD_NAME
@@ -245,8 +221,8 @@ def test_a_transformers_trainer_gives_the_gradients_of_no_trainer(tmp_path: Path
         trainer.train()
         torch.manual_seed(2)
         trainer.training_step(trainer.model_wrapped, dict(batch))
-        found.append(gradients(trainer.network))
-    network = trainer_of(bert(), tmp_path).network
+        found.append(gradients(trainer.model))
+    network = trainer_of(bert(), tmp_path).model
     torch.manual_seed(2)
     labels = batch.pop("labels")
     localgrad.backward(network.train(), batch, labels)
@@ -265,17 +241,17 @@ def test_a_reentrant_checkpoint_in_a_trainer_loses_no_gradient_in_silence(tmp_pa
         assert "use_reentrant=False" in str(error)
     else:
         after = trainer.model.state_dict()
-        assert [name for name in before if torch.equal(before[name], after[name])] == ["bert.embeddings.position_ids"]
+        assert [k for k in before if torch.equal(before[k], after[k])] == ["model.bert.embeddings.position_ids"]
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_checkpoints_of_a_transformers_trainer(bf16: bool, tmp_path: Path) -> None:
     whole = trainer_of(bert(), tmp_path, bf16=bf16)
     whole.train()
-    expected = {name: value.clone() for name, value in whole.network.state_dict().items()}
+    expected = {name: value.clone() for name, value in whole.model.state_dict().items()}
 
-    loaded = type(whole.model).from_pretrained(tmp_path / "checkpoint-16")
-    assert_same(loaded.state_dict(), whole.model.state_dict())
+    loaded = type(whole.model.model).from_pretrained(tmp_path / "checkpoint-16")
+    assert_same(loaded.state_dict(), whole.model.model.state_dict())
 
     other = bert()
     nn.init.normal_(other.classifier.weight)
@@ -283,7 +259,7 @@ def test_checkpoints_of_a_transformers_trainer(bf16: bool, tmp_path: Path) -> No
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert again.state.global_step == 16 and len(again.last) == 8
     assert again.last == whole.last[8:]
-    assert_same(again.network.state_dict(), expected)
+    assert_same(again.model.state_dict(), expected)
 
 
 # Lightning

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import ctypes
 import dataclasses
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -84,28 +79,6 @@ def workers(launcher: subprocess.Popen[bytes]) -> list[int]:
     return found
 
 
-def close_connections(pid: int) -> None:
-    """Shut the sockets of another process, as a network that fails would."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    handle = os.pidfd_open(pid)
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            if not os.readlink(entry).startswith("socket:"):
-                continue
-            descriptor = libc.syscall(438, handle, int(entry.name), 0)  # pidfd_getfd
-            if descriptor >= 0:
-                with socket.socket(fileno=descriptor) as connection:
-                    connection.shutdown(socket.SHUT_RDWR)
-    os.close(handle)
-
-
-ACTS = {
-    "SIGKILL": lambda pid: os.kill(pid, signal.SIGKILL),
-    "SIGSTOP": lambda pid: os.kill(pid, signal.SIGSTOP),
-    "closed connections": close_connections,
-}
-
-
 def steps_saved(folder: Path) -> set[str]:
     found = (folder / "checkpoints").glob("step????????")  # not .partial
     return {path.name for path in found if (path / "complete.json").is_file()}
@@ -119,87 +92,9 @@ def end(launcher: subprocess.Popen[bytes]) -> None:
     launcher.wait()
 
 
-LONG = ["--parallel", "block=2", "--epochs", "20", "train.checkpoint_every=2"]
-
-
-@dataclass
-class Hit:
-    """What was done to one rank, the newest checkpoint then, and the seconds until all ranks of that attempt had gone
-    and until there was a newer checkpoint."""
-
-    act: str
-    rank: int
-    moment: str
-    step: int
-    gone: float = float("nan")
-    back: float = float("nan")
-
-
 def newest(folder: Path) -> int:
     """The step of the newest complete checkpoint, 0 if there is none."""
     return max((int(name.removeprefix("step")) for name in steps_saved(folder)), default=0)
-
-
-def disturbed(folder: Path, acts: list[str], seed: int) -> list[Hit]:
-    """A run in which one rank after the other is hit: four of five up to 3 s after a new checkpoint, the fifth within
-    5 s of starting."""
-    draw = random.Random(seed)
-    launcher = launched(folder, *LONG, restarts=len(acts) + 5)
-    hits: list[Hit] = []
-    old: list[int] = []  # the ranks of attempts that were hit
-    began = time.monotonic()
-
-    def waited(what: str, true: Callable[[], bool]) -> float:
-        """Seconds until it is true."""
-        start = time.monotonic()
-        while not true():
-            assert launcher.poll() is None, f"ended while waiting for {what}\n{log_of(folder).read_text()[-4000:]}"
-            assert time.monotonic() - start < PATIENCE, f"no {what}\n{log_of(folder).read_text()[-4000:]}"
-            time.sleep(0.02)
-        return time.monotonic() - start
-
-    def alive() -> list[int]:
-        return [pid for pid in workers(launcher) if pid not in old]
-
-    try:
-        for act in acts:
-            waited("two ranks", lambda: len(alive()) == 2)
-            early = draw.random() < 0.2
-            if not early:
-                step = newest(folder)
-                waited("checkpoint", lambda step=step: newest(folder) > step)
-            time.sleep(draw.uniform(0, 5 if early else 3))
-            ranks = sorted(alive())
-            if len(ranks) != 2:  # an attempt failed by itself: its addresses were taken, or a rank was too slow
-                waited("two ranks", lambda: len(alive()) == 2)
-                ranks = sorted(alive())
-            rank = draw.randrange(2)
-            hit = Hit(act, rank, "start" if early else "training", newest(folder))
-            ACTS[act](ranks[rank])
-            start = time.monotonic()
-            old += ranks
-            hit.gone = waited("end of the ranks", lambda ranks=ranks: not set(ranks) & set(workers(launcher)))
-            waited("newer checkpoint", lambda hit=hit: newest(folder) > hit.step)
-            hit.back = time.monotonic() - start
-            hits.append(hit)
-        launcher.wait(PATIENCE)
-        assert launcher.returncode == 0, log_of(folder).read_text()[-4000:]
-        assert not family(launcher.pid)
-    finally:
-        end(launcher)
-        for hit in hits:
-            print(f"| {hit.act} | {hit.rank} | {hit.moment} | {hit.step} | {hit.gone:.1f} | {hit.back:.1f} |")
-        print(f"{len(hits)} hits in {time.monotonic() - began:.0f} s at load {os.getloadavg()[0]:.0f}", flush=True)
-    return hits
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    launcher = launched(folder, *LONG)
-    output = ended(launcher, folder, PATIENCE)
-    assert launcher.returncode == 0, output
-    return folder
 
 
 def check_same(folder: Path, other: Path) -> None:
@@ -213,19 +108,6 @@ def check_same(folder: Path, other: Path) -> None:
     for row in (*rows[0], *rows[1]):
         del row["seconds"]
     assert rows[0] == rows[1]
-
-
-@pytest.mark.slow_distributed
-@pytest.mark.timeout(4 * PATIENCE)
-@pytest.mark.parametrize("run", range(5))
-def test_hits_change_nothing(run: int, undisturbed: Path, tmp_path: Path) -> None:
-    """Thirty hits in all, six a run."""
-    order = ["SIGKILL"] * 12 + ["SIGSTOP"] * 8 + ["closed connections"] * 10
-    random.Random(0).shuffle(order)
-    hits = disturbed(tmp_path / "run", order[6 * run : 6 * run + 6], seed=run)
-    check_same(tmp_path / "run", undisturbed)
-    print("weights, scores and metrics equal", flush=True)
-    assert max(hit.gone for hit in hits) < BOUND
 
 
 @pytest.mark.slow_distributed

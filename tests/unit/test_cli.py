@@ -481,6 +481,33 @@ def test_doctor(call: Call) -> None:
     assert " found " in rows["data digits"] and "not found" not in rows["data digits"]
 
 
+def pictures(root: Path) -> Path:
+    for name in ("train/a/1", "train/a/2", "train/b/1", "train/b/2", "train/b/3", "val/a/1", "val/b/1"):
+        path = root / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8)).save(path)
+    return root
+
+
+def test_doctor_reads_data(call: Call, tmp_path: Path) -> None:
+    digits = call("doctor", "--data", "digits").out
+    assert "1437 images to train on" in digits and "all images are one tensor on" in digits
+    said = " ".join(call("doctor", "--data", str(pictures(tmp_path / "pictures"))).out.split())
+    rows = re.findall(r"^(?:.* )?0 \d+\.\d\d (\d+\.\d\d) (\d+\.\d\d) (\d+) ", said)
+    assert len(rows) == 1 and "5 images to train on" in said
+    assert "0 workers: pictures are decoded once and kept in memory: 5 in 0.00 GiB so far" in said
+    refused(call("doctor", "--data", "digit"), "unknown data set 'digit'", "'digits'")
+
+
+def test_a_run_says_where_its_pictures_come_from(call: Call, tmp_path: Path) -> None:
+    said = call(
+        "train", "--model", "resnet8", "--method", "dgl", "--num-blocks", "2", "--epochs", "1", "--data",
+        str(pictures(tmp_path / "pictures")), "data.image_size=16", "data.validation=0.4", "train.batch_size=3",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    assert "pictures are decoded once and kept in memory: 0 in 0.00 GiB so far, of at most" in said.out + said.err
+
+
 def test_summary_command(call: Call) -> None:
     found = json.loads(call("summary", "digits", "--json").out)
     assert sum(row["parameters"] for row in found["blocks"]) == found["total"]["parameters"]

@@ -16,7 +16,8 @@ from localgrad.config import OptimConfig
 from localgrad.errors import ConfigError
 from localgrad.measure.memory import measure
 from localgrad.methods import dgl, e2e, windows
-from localgrad.train.optim import Stepper, build, learning_rate
+from localgrad.train import optim
+from localgrad.train.optim import Stepper, build, clip, learning_rate
 
 TASK = localgrad.tasks.classification(10)
 
@@ -133,6 +134,41 @@ def test_stepping_block_by_block_frees_gradients(method: Any) -> None:
         assert all(p.grad is None for p in parameters)
         peaks[per_block] = measure(lambda n=network, s=stepper: train(n, s, 1), parameters).peak_total
     assert peaks[True] < peaks[False]
+
+
+def test_groups_are_clipped_as_torch_clips_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [[(3, 4), (5,)], [], [(2, 2)], [(7,)]]
+    groups = [[torch.nn.Parameter(torch.zeros(shape)) for shape in group] for group in shapes]
+    for scale, group in zip((10.0, 1.0, 0.1, 3.0), groups, strict=True):
+        for parameter in group:
+            parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+    groups[3].append(torch.nn.Parameter(torch.zeros(2)))  # which got none
+    unclipped = [[None if p.grad is None else p.grad.clone() for p in group] for group in groups]
+    clip(groups, 1.0)
+    for group, gradients in zip(groups, unclipped, strict=True):
+        ours = [p.grad for p in group]
+        for parameter, gradient in zip(group, gradients, strict=True):
+            parameter.grad = gradient
+        torch.nn.utils.clip_grad_norm_(group, 1.0)
+        for a, b in zip(ours, group, strict=True):
+            assert b.grad is None if a is None else torch.equal(a, b.grad)
+    assert ours[0].norm() == pytest.approx(1.0)  # of the last group, which was longer
+    clip([[torch.nn.Parameter(torch.zeros(2))]], 1.0)  # nothing to clip
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_stepping_small_networks_at_once_gives_the_same_weights(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    once, one_by_one = network_of(dgl(TASK)), network_of(dgl(TASK))
+    at_once = stepper_of(once, name=name, lr=0.05, clip_grad=1.0)
+    monkeypatch.setattr(optim, "SMALL", 0)
+    alone = stepper_of(one_by_one, name=name, lr=0.05, clip_grad=1.0)
+    assert [s.optimizers[0].defaults["foreach"] for s in (at_once, alone)] == [True, None]
+    assert build(OptimConfig(per_block=True), [torch.nn.Parameter(torch.ones(2))]).defaults["foreach"] is None
+    train(once, at_once)
+    train(one_by_one, alone)
+    for (key, a), b in zip(once.state_dict().items(), one_by_one.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
 
 
 def gradients(method: Any) -> list[list[Tensor]]:

@@ -99,7 +99,7 @@ for turned in range(1, 9):
     )
     FILES[f"turned{turned}.png"] = (lambda p, k=turned: saved(p, GREY.astype(np.uint16) * 257, None, k), GREY)
 READERS = {
-    "folder": lambda path: np.asarray(folders.read((str(path), 0))[0]),
+    "folder": lambda path: np.asarray(folders.read_fitted(lambda picture: picture, str(path))),
     "mask": lambda path: masks.read_pair((str(path), str(mask_for(path))), masks.class_ids({0: 0}))[0].permute(1, 2, 0),
     "boxes": lambda path: boxes.read_boxed(boxes.boxed(path, []))[0].permute(1, 2, 0),
     "picture": lambda path: np.asarray(read_picture(path)),

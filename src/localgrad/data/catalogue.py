@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from localgrad import named, randomness
 from localgrad.data import boxes, folders, masks, own
 from localgrad.data.augment import Normalise, resize
 from localgrad.data.dataset import Data, Found, hold_out, root_of
+from localgrad.data.kept import Kept, room_for
 from localgrad.data.loaders import Files, OnDamage, Order, Resident
 from localgrad.data.paths import full_name
+from localgrad.data.pictures import read_picture
 from localgrad.data.sources import SOURCES, Layout, Source
 from localgrad.errors import ConfigError, DataError, nearest
 
@@ -76,7 +79,8 @@ def load(
             class, the first of a fixed keyed permutation.
         seed: keys the order and the augmentation of training batches.
         augment: whether training images are augmented; without it folders are read as for evaluation.
-        workers: processes that decode image files; resident sets need none.
+        workers: processes that read image files; resident sets need none. Pictures of class folders are decoded once
+            and kept in memory as far as there is room (`localgrad.data.kept`), which changes no bit of a batch.
         drop_last: leave out the last, partial training batch.
         device: where batches are given; resident sets are held there.
         on_damage: ``raise`` for an image file that cannot be used, or ``skip`` it; see `localgrad.data.loaders.Files`.
@@ -131,19 +135,22 @@ def load(
     layout, place = source.locate(name, base)
     size, device = image_size or source.shape[1], torch.device(device)
     train: Resident | Files
+    still: Resident | Files
     test: Resident | Files
     validating: Files | None = None
     scored = "test"
     if layout.unpack is None:
         train, test = _resident(source, layout, place, size, limit, device)
-        train, classes = (train if augment else replace(train, crop=None)), source.classes
+        still, classes = replace(train, crop=None), source.classes
+        train = train if augment else still
     else:
         folder = layout.unpack(place)
         scored = "test" if (folder / "test").is_dir() else "val"
         train, validating, test, classes = _files(source, folder, size, limit, workers, device, on_damage)
-        train = train if augment else replace(train, augment=train.fit)
+        still = _still(train, size)  # its pictures as evaluation sees them
+        train = train if augment else still
     held, kept = hold_out(train.order.indices, 0.0 if validating else validation)
-    kept_out: Resident | Files | None = replace(train, order=Order(held, eval_batch_size)) if len(held) else None
+    kept_out: Resident | Files | None = replace(still, order=Order(held, eval_batch_size)) if len(held) else None
     if validating and validation > 0:
         kept_out = replace(validating, order=Order(validating.order.indices, eval_batch_size))
     return Data(
@@ -190,19 +197,26 @@ def _files(
     source: Source, folder: Path, size: int, limit: int | None, workers: int, device: torch.device, on_damage: OnDamage
 ) -> tuple[Files, Files | None, Files, tuple[str, ...]]:
     """Train, validation (if it has one of its own) and test split of a set of image files, and its classes' names."""
-    augment, fit = folders.transforms(size)
+    (augment, fit), room = folders.transforms(size), room_for(workers)
 
     def split(found: folders.Folder, limit: int | None) -> Files:
-        order = torch.randperm(len(found.samples), generator=randomness.generator("limit"))[:limit].sort().values
-        normalise = Normalise(source.mean, source.std)
+        items = [(path, target, number) for number, (path, target) in enumerate(found.samples)]
+        order = torch.randperm(len(items), generator=randomness.generator("limit"))[:limit].sort().values
+        normalise, read = Normalise(source.mean, source.std), Kept(room, len(items), read_picture)
         return Files(
-            Order(order, len(order)), found.samples, folders.read, augment, fit, folders.stacked, normalise, workers,
-            device, on_damage,
+            Order(order, len(order)), items, read, augment, fit, folders.stacked, normalise, workers, device, on_damage,
+            room=room,
         )  # fmt: skip
 
     train, own, test = folders.scan(folder)
-    kept = None if own is None else split(own, None)
-    return split(train, limit), kept, split(test, None), source.classes or train.classes
+    kept = None if own is None else _still(split(own, None), size)
+    return split(train, limit), kept, _still(split(test, None), size), source.classes or train.classes
+
+
+def _still(files: Files, size: int) -> Files:
+    """The same pictures without augmentation: as they no longer change, they are kept as they leave the transform."""
+    read = Kept(files.room, len(files.items), partial(folders.read_fitted, folders.fitting(size)))
+    return replace(files, read=read, augment=folders.pixels, fit=folders.pixels)
 
 
 def _check_whole(name: str, value: object, least: int, most: int | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localgrad.data.pictures import SUFFIXES, read_picture
+from localgrad.data.pictures import SUFFIXES, read_picture, unusable
 from localgrad.data.readers import torchvision
 from localgrad.errors import DataError
 
@@ -93,22 +93,34 @@ def _pictures(folder: Path, seen: dict[Path, Path], left_out: list[Path]) -> lis
 def transforms(size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """For training and for evaluation: PIL image -> uint8 (3, size, size), with its class.
 
-    Training takes a random resized crop and mirrors half of the images; evaluation resizes the shorter edge to
-    size * 256 / 224 and crops the centre.
+    Training takes a random resized crop and mirrors half of the images; evaluation does what `fitting` does.
 
     Source: the ImageNet recipe of He et al., Deep Residual Learning, CVPR 2016, as in torchvision's references.
     Differs: nothing known.
     """
     v2 = torchvision("transforms.v2")
     train = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), v2.ToImage()])
-    evaluate = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size), v2.ToImage()])
-    return partial(_both, train), partial(_both, evaluate)
+    return partial(_both, train), partial(_both, v2.Compose([fitting(size), v2.ToImage()]))
 
 
-def read(sample: tuple[str, int]) -> tuple[Any, int]:
-    """The picture at a path, as a PIL image, and its class; see `localgrad.data.pictures.read_picture`."""
-    path, target = sample
-    return read_picture(path), target
+def fitting(size: int) -> Callable[[Any], Any]:
+    """PIL image -> PIL image: resizes the shorter edge to size * 256 / 224 and crops the centre."""
+    v2 = torchvision("transforms.v2")
+    return v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
+
+
+def read_fitted(fit: Callable[[Any], Any], path: str) -> Any:
+    """The picture at a path, as ``fit`` makes it; `DataError` where either fails."""
+    picture = read_picture(path)
+    try:
+        return fit(picture)
+    except Exception as error:  # a picture of one pixel may fail in any transform
+        raise unusable(path, " ".join(str(error).split())) from error
+
+
+def pixels(image: Any, target: int) -> tuple[Tensor, int]:
+    """A PIL image as uint8 (3, H, W), with its class."""
+    return torchvision("transforms.v2.functional").to_image(image), target
 
 
 def stacked(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:

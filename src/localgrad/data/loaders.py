@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from localgrad import randomness
 from localgrad.data.augment import Crop, Normalise
+from localgrad.data.kept import Room
 from localgrad.errors import ConfigError, DataError
 
 Batch = tuple[Tensor, Any]
@@ -26,6 +27,10 @@ class Loader(Protocol):
     @property
     def num_images(self) -> int:
         """Images in the split, over all replicas."""
+
+    @property
+    def how(self) -> str:
+        """Where the images of an epoch come from, and why from there."""
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -109,6 +114,11 @@ class Resident:
         """Images in the split, over all replicas."""
         return len(self.order.indices)
 
+    @property
+    def how(self) -> str:
+        """See `Loader.how`."""
+        return f"all images are one tensor on {self.images.device}"
+
     def __len__(self) -> int:
         return len(self.order)
 
@@ -146,6 +156,7 @@ class Files:
         device: where batches are given.
         on_damage: ``raise`` for an image that cannot be used, or ``skip`` it; ``skipped`` then says why, by its path.
         watch: told the targets of every batch, and None at the end of an epoch that was read whole.
+        room: where ``read`` keeps what it has read, or why files are read again in every epoch.
     """
 
     order: Order
@@ -160,11 +171,17 @@ class Files:
     on_damage: OnDamage = "raise"
     watch: Callable[[Any], None] | None = None
     skipped: dict[str, str] = field(default_factory=dict, repr=False)
+    room: Room | str = "only pictures of class folders are kept in memory"
 
     @property
     def num_images(self) -> int:
         """Images in the split, over all replicas."""
         return len(self.order.indices)
+
+    @property
+    def how(self) -> str:
+        """See `Loader.how`."""
+        return f"files are read in every epoch: {self.room}" if isinstance(self.room, str) else str(self.room)
 
     def __len__(self) -> int:
         return len(self.order)

@@ -31,7 +31,7 @@ def read_picture(path: str | Path, mode: Literal["RGB", "L"] = "RGB") -> Any:
         picture = _scaled(picture)
     elif picture.mode in ("I", "F"):
         values = "32-bit integers" if picture.mode == "I" else "floats"
-        raise _unusable(path, f"it holds {values}, whose range no file tells; write 8 or 16 bits a channel")
+        raise unusable(path, f"it holds {values}, whose range no file tells; write 8 or 16 bits a channel")
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")
     return ImageOps.exif_transpose(picture.convert(mode))
@@ -64,7 +64,7 @@ def _decoded(path: str | Path) -> tuple[Any, str]:
             picture.load()
             return picture.copy(), str(picture.format)
     except Exception as error:  # the decoders of damaged files raise nearly anything
-        raise _unusable(path, " ".join(str(error).split()) or type(error).__name__) from error
+        raise unusable(path, " ".join(str(error).split()) or type(error).__name__) from error
 
 
 def _scaled(picture: Any) -> Any:
@@ -77,7 +77,8 @@ def _scaled(picture: Any) -> Any:
     return made
 
 
-def _unusable(path: str | Path, reason: str) -> DataError:
+def unusable(path: str | Path, reason: str) -> DataError:
+    """The error that names a picture and why it is of no use."""
     return DataError(
         f"cannot read picture {path}: {reason}. Replace or remove it; in training data.on_damage=skip leaves it out."
     )

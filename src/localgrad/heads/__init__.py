@@ -16,6 +16,7 @@ from localgrad.heads.named import Spec, named
 from localgrad.heads.patches import Patches
 from localgrad.heads.projection import Projection
 from localgrad.heads.remaining import Remaining
+from localgrad.heads.token_read_out import TokenReadOut
 
 __all__ = [
     "FCN",
@@ -31,5 +32,6 @@ __all__ = [
     "Projection",
     "Remaining",
     "Spec",
+    "TokenReadOut",
     "named",
 ]

@@ -8,4 +8,4 @@ from torch import Tensor
 
 def widened(values: Tensor) -> Tensor:
     """``values`` in float32 if they are half precision (autocast), else as they are."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

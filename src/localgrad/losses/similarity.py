@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +51,13 @@ class Similarity:
             raise TrainingError(
                 "similarity matching needs one class for each image, not masks, boxes or numbers; use another method"
             )
-        values, rows = batch.joined(widened(output)), batch.joined(onehot(batch.targets))
-        wanted = similarity_matrix(rows.to(values.dtype))
-        known = ~wanted.isnan()
-        ours = similarity_matrix(values).where(known, 0.0)
-        return F.mse_loss(ours, wanted.where(known, 0.0)) * (known.numel() / known.sum().clamp(min=1))
+        values = batch.joined(widened(output))
+
+        def wanted_of(targets: Any) -> tuple[Tensor, Tensor, Tensor]:
+            """The labels' matrix, 0 where it is not known, where it is, and the inverse share of that."""
+            wanted = similarity_matrix(batch.joined(onehot(targets)).to(values.dtype))
+            known = ~wanted.isnan()
+            return wanted.where(known, 0.0), known, known.numel() / known.sum().clamp(min=1)
+
+        wanted, known, entries = batch.of_targets((Similarity, id(self.task), values.dtype), wanted_of)
+        return F.mse_loss(similarity_matrix(values).where(known, 0.0), wanted) * entries

@@ -65,5 +65,43 @@ def resident_growth(step: Callable[[], None]) -> int | None:
 
 def _status(name: str) -> int:
     """A line of this process's ``status`` under Linux, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+    return 1024 * _number(Path("/proc/self/status"), f"{name}:")
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process can still take: of the machine, and of the control groups it is in (a container, a job).
+
+    What the system holds of files, to give it up when asked, is free. 0 where the system does not tell.
+
+    Args:
+        root: where ``proc`` and ``sys`` lie.
+    """
+    try:
+        free = [1024 * _number(root / "proc/meminfo", "MemAvailable:")]
+        groups = [line.split(":", 2)[1:] for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except (OSError, StopIteration):
+        return 0
+    top = root / "sys/fs/cgroup"
+    for kind, path in groups:
+        if kind not in _GROUP_FILES:
+            continue
+        limit, used, files = _GROUP_FILES[kind]
+        place = top / kind / path.lstrip("/")
+        for group in (place, *place.parents):  # a limit of any of them holds; in a container only the top may be there
+            if group.is_relative_to(top):
+                with contextlib.suppress(OSError, ValueError, StopIteration):  # "max" is no number
+                    most = int((group / limit).read_text())
+                    free.append(most - int((group / used).read_text()) + _number(group / "memory.stat", files))
+    return max(0, min(free))
+
+
+# Controllers of a line of /proc/self/cgroup (none in version 2) -> files of the limit and of the use, entry of files.
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _number(path: Path, name: str) -> int:
+    """The number after ``name`` at the beginning of a line."""
+    return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[:1] == [name])

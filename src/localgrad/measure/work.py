@@ -88,12 +88,17 @@ class Work(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not func.is_view and func._overloadpacket not in _FREE:
+        if not is_free(func):
             flops = _flops(func, args, kwargs, result)
             traffic = sum(_bytes(value) for value in tree_leaves((args, kwargs, result)))
             self.flops += flops
             self.seconds += self.rates.start + max(flops / self.rates.flops, traffic / self.rates.bytes)
         return result
+
+
+def is_free(operation: Any) -> bool:
+    """Whether an operation of torch computes nothing: a view, or memory that is only allocated."""
+    return operation.is_view or operation._overloadpacket in _FREE
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:

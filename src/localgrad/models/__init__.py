@@ -12,11 +12,13 @@ from torch import nn
 from localgrad import named
 from localgrad.errors import ConfigError, nearest
 from localgrad.models.batchnorm import freeze_batchnorm
+from localgrad.models.chunked_lm import ChunkedLM
 from localgrad.models.detection import Detector, fcos, retinanet
 from localgrad.models.pretrained import load_pretrained
 from localgrad.models.resnet_cifar import CifarResNet, resnet8, resnet20, resnet32, resnet56, resnet110
 
 __all__ = [
+    "ChunkedLM",
     "CifarResNet",
     "Detector",
     "available",

@@ -6,11 +6,15 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import time
 from pathlib import Path
 
 import torch
 
 from localgrad import __version__, data
+from localgrad.config import Config, DataConfig
+from localgrad.data.loaders import Files, Loader
+from localgrad.train.experiment import device_of, load_data
 
 OPTIONAL = {
     "timm": "pip install localgrad[timm]",
@@ -42,6 +46,47 @@ def findings() -> list[dict[str, str]]:
     for found in data.available():
         rows.append(_row(f"data {found.name}", "found" if found.found else "not found", str(found.where)))
     return rows
+
+
+def reading(name: str, seconds: float = 20.0) -> tuple[str, list[dict[str, str]], list[str]]:
+    """How long an epoch of the training images of ``name`` takes without training, in the settings of a run.
+
+    The first epoch decodes; a later one finds in memory what was kept. A measurement ends after ``seconds``, and is
+    then scaled up to an epoch by the share of batches that were read.
+
+    Returns:
+        a title; rows of ``workers``, ``opened``, ``first epoch``, ``later epoch`` (seconds) and ``images/s``, for this
+        process alone and, where files are read, for as many workers as there are cores; remarks on them.
+    """
+    device = device_of("auto")
+    rows: list[dict[str, str]] = []
+    remarks = []
+    for workers in (0, os.cpu_count() or 1):
+        start = time.perf_counter()
+        found = load_data(Config(method=["e2e"], data=DataConfig(name=name, workers=workers, validation=0)), device)
+        opened = time.perf_counter() - start
+        first, _ = _epoch(found.train, device, seconds)
+        later, share = _epoch(found.train, device, seconds)
+        row = [str(workers), f"{opened:.2f}", f"{first:.2f}", f"{later:.2f}", f"{found.train.num_images / later:.0f}"]
+        rows.append(dict(zip(("workers", "opened", "first epoch", "later epoch", "images/s"), row, strict=True)))
+        remarks.append(f"{workers} workers: {found.train.how}.")
+        if share < 1:
+            remarks.append(f"{workers} workers: scaled up from {share:.1%} of the batches of an epoch.")
+        if not isinstance(found.train, Files):
+            break
+    return f"{found.title}, {found.train.num_images} images to train on, batches on {device}", rows, remarks
+
+
+def _epoch(loader: Loader, device: torch.device, seconds: float) -> tuple[float, float]:
+    """Seconds of an epoch, and which share of it was read to know."""
+    start = time.perf_counter()
+    for number, _ in enumerate(loader.epoch(0), 1):  # noqa: B007
+        if time.perf_counter() - start > seconds:
+            break
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    share = number / len(loader)
+    return (time.perf_counter() - start) / share, share
 
 
 def _row(what: str, found: str, remark: str = "") -> dict[str, str]:

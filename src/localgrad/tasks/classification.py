@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from localgrad.site import HeadBuilder
 from localgrad.task import Batch
 from localgrad.tasks.counting import balanced, check_weights, cross_entropy, weight_of
 from localgrad.tasks.normalisation import check_normalisation, pixels_of
-from localgrad.tasks.targets import CLASSES, check_classes, require, values_of
+from localgrad.tasks.targets import CLASSES, check_classes, logits_of, require, values_of
 
 IGNORED = -100  # PyTorch's default
 TOLERANCE = 1e-2  # of probabilities, which may be in half precision
@@ -32,6 +32,7 @@ class Classification:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     read: set[torch.device] = field(default_factory=set, compare=False, repr=False)
+    rowwise: ClassVar[bool] = True
 
     @property
     def num_outputs(self) -> int:
@@ -48,11 +49,11 @@ class Classification:
         Labels of -100 are ignored; 0 for a batch of nothing else.
         """
         logits, targets = widened(self.logits(output)), batch.targets
-        self.check(targets, len(logits))
+        batch.of_targets((self.check, len(logits)), lambda targets: self.check(targets, len(logits)))
         if targets.is_floating_point():  # a mean over samples
             weights = None if self.class_weights is None else logits.new_tensor(self.class_weights)
             return F.cross_entropy(logits, targets, weights, label_smoothing=self.label_smoothing)
-        loss = cross_entropy(logits, targets, IGNORED, self.class_weights, self.label_smoothing)
+        loss = cross_entropy(logits, batch, IGNORED, self.class_weights, self.label_smoothing)
         return balanced(loss, batch, self.counted)
 
     def check(self, targets: Any, samples: int) -> None:
@@ -84,6 +85,7 @@ class Classification:
         Raises:
             TrainingError: it is none.
         """
+        output = logits_of(output)
         if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] != self.num_classes:
             form = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise TrainingError(
@@ -111,7 +113,7 @@ class Classification:
         1 where the label is ignored.
         """
         labels = hard_labels(targets)
-        return ((output.argmax(1) == labels) | (labels == IGNORED)).float()
+        return ((self.logits(output).argmax(1) == labels) | (labels == IGNORED)).float()
 
     def metric(self) -> Accuracy:
         """Accuracy over all images."""

@@ -15,15 +15,17 @@ from localgrad.tasks.normalisation import constant
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, ignored: int, class_weights: tuple[float, ...] | None, smoothing: float
+    logits: Tensor, batch: Batch, ignored: int, class_weights: tuple[float, ...] | None, smoothing: float
 ) -> Tensor:
-    """The mean over entries that are not ``ignored``, by the weights of their classes; 0 where nothing counts."""
-    weights = None if class_weights is None else constant(class_weights, logits.dtype, logits.device)
-    counts = weight_of(targets, ignored, class_weights) > 0
-    # Else the gradient of nothing would be 0 / 0.
-    targets = targets.where(counts, ignored)
+    """The mean over targets that are not ``ignored``, by the weights of their classes; 0 where nothing counts."""
+    key = (cross_entropy, ignored, class_weights)
+    nothing = batch.of_targets(key, lambda targets: weight_of(targets, ignored, class_weights) <= 0)
+    weights, targets = None, batch.targets
+    if class_weights is not None:
+        weights = constant(class_weights, logits.dtype, logits.device)
+        targets = targets.masked_fill(nothing, ignored)  # else the gradient of nothing would be 0 / 0
     loss = F.cross_entropy(logits, targets, weights, ignore_index=ignored, label_smoothing=smoothing)
-    return torch.where(counts, loss, torch.zeros_like(loss))
+    return loss.masked_fill(nothing, 0.0)
 
 
 def check_weights(class_weights: tuple[float, ...] | None, num_classes: int, smoothing: float) -> None:

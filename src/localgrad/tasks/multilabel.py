@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Multilabel:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     read: set[torch.device] = field(default_factory=set, compare=False, repr=False)
+    rowwise: ClassVar[bool] = True
 
     @property
     def num_outputs(self) -> int:
@@ -47,7 +48,7 @@ class Multilabel:
         0 for a batch of nothing else.
         """
         logits, targets = widened(self._checked(output)), batch.targets
-        self.check(targets, len(logits))
+        batch.of_targets((self.check, len(logits)), lambda targets: self.check(targets, len(logits)))
         counts, weight = targets != IGNORED, self.pos_weight
         entries = F.binary_cross_entropy_with_logits(
             logits,

@@ -74,10 +74,11 @@ class Segmentation:
         torchvision's models return it; 0 for a batch in which every pixel is ignored. With one class this is the binary
         cross-entropy of its logit.
         """
-        self.check(batch.targets, self.logits(output))
-        loss = self._cross_entropy(self.logits(output), batch.targets)
+        logits = self.logits(output)
+        batch.of_targets((self.check, logits.dim(), len(logits)), lambda masks: self.check(masks, logits))
+        loss = self._cross_entropy(logits, batch)
         if isinstance(output, Mapping) and "aux" in output:
-            loss = loss + self.auxiliary * self._cross_entropy(self.logits(output["aux"]), batch.targets)
+            loss = loss + self.auxiliary * self._cross_entropy(self.logits(output["aux"]), batch)
         return balanced(loss, batch, self.counted)
 
     def check(self, masks: Any, logits: Tensor) -> None:
@@ -94,9 +95,9 @@ class Segmentation:
         """What the loss divides by: pixels that are not ignored, each by the weight of its class."""
         return weight_of(targets, self.ignore_index, self.class_weights)
 
-    def _cross_entropy(self, logits: Tensor, masks: Tensor) -> Tensor:
-        logits = resized(widened(logits), masks.shape[1:])
-        return cross_entropy(logits, masks, self.ignore_index, self.class_weights, self.label_smoothing)
+    def _cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
+        logits = resized(widened(logits), batch.targets.shape[1:])
+        return cross_entropy(logits, batch, self.ignore_index, self.class_weights, self.label_smoothing)
 
     def score(self, output: Any, targets: Tensor) -> Tensor:
         """The share of each image's pixels that are classified rightly, (B,) float32; 1 where all are ignored.

@@ -1,7 +1,7 @@
 """Whether targets are what a task expects.
 
-Shape and dtype are looked at in every loss. Values are read in every loss on the CPU. On another device a task reads
-those of its first batch alone, since that waits for the device.
+Shape, dtype and values are looked at once for all losses of a batch. On another device than the CPU a task reads the
+values of its first batch alone, since that waits for the device.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from torch import Tensor
 from localgrad.errors import TrainingError
 
 CLASSES = "write targets.long() for whole numbers, targets.squeeze(1) for (B, 1)"
+
+
+def logits_of(output: Any) -> Any:
+    """What a model of transformers answers, of all that it returns; any other output as it is."""
+    return output if isinstance(output, Tensor) else getattr(output, "logits", output)
 
 
 def require(holds: bool, task: str, targets: Any, allowed: str, write: str) -> None:

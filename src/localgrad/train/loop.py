@@ -89,6 +89,7 @@ def step(run: Experiment, inputs: Tensor, targets: Any) -> None:
         for span, loss in losses:
             run.stepper.scaler.scale(loss).backward()
             run.meter.add_loss(span, loss)
+    run.meter.add_up()
     run.stepper.finish(run.step)
     exchange(run.network)
     if run.average is not None:

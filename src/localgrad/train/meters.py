@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -27,14 +28,21 @@ class Meter:
         self.task: Task = network.method.task
         self.num_blocks = network.num_blocks
         self.device = network.device
+        patterns = network.method.spans.patterns(self.num_blocks)
+        spans = sorted({s for pattern in patterns for s in pattern}, key=lambda span: (span.stop, -span.start))
+        self.names = list(dict.fromkeys(map(self.name, spans)))
         # Sums of single-precision losses are exact in double precision: the same ones in any order, on any ranks.
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        self.losses: dict[str, Tensor] = {}
-        self.scores: dict[str, Tensor] = {}
+        self.losses, self.scores = (torch.zeros(len(self.names), dtype=self.dtype, device=self.device) for _ in "ab")
         # A head need not answer at every step, so each is averaged over the batches and samples it has seen.
         self.batches: dict[str, int] = {}
         self.samples: dict[str, int] = {}
         self._answered: set[str] = set()
+        # Of the step at hand.
+        self._losses: list[tuple[str, Tensor]] = []
+        self._scores: list[tuple[str, Tensor]] = []
+        self._outputs: list[tuple[str, Tensor, Tensor]] = []
+        self._places: dict[tuple[tuple[str, int], ...], Tensor] = {}
 
     def name(self, span: Span) -> str:
         """``block 3`` for the loss after block 3 (counted from 1), ``blocks 3-4`` for one over two, ``model`` last."""
@@ -46,30 +54,55 @@ class Meter:
         """Add the loss of one span of one micro-batch."""
         name = self.name(span)
         self._answered.add(name)
-        self._sum(self.losses, name, loss)
+        self._losses.append((name, loss.detach()))
 
     def add_output(self, span: Span, term: Term | None, output: Any, targets: Any) -> None:
         """Add the scores of one head on one batch."""
         if term is not None and not term.scored:
             return
         name = self.name(span)
-        scores = self.task.score(output, targets)
-        self._sum(self.scores, name, scores.sum())
-        self.samples[name] = self.samples.get(name, 0) + len(scores)
+        if getattr(self.task, "rowwise", False):
+            self._outputs.append((name, output, targets))
+            samples = len(output)
+        else:
+            scores = self.task.score(output, targets)
+            self._scores.append((name, scores))
+            samples = len(scores)
+        self.samples[name] = self.samples.get(name, 0) + samples
 
-    def _sum(self, sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-        # In place, so that a captured step adds to the same tensors at each replay.
-        if name not in sums:
-            sums[name] = torch.zeros((), dtype=self.dtype, device=self.device)
-        sums[name] += value.detach()
+    def add_up(self) -> None:
+        """Add what heads have told since the last call to the sums: a few operations on the device, of all heads."""
+        if self._outputs:
+            names, outputs, targets = zip(*self._outputs, strict=True)
+            scores = self.task.score(torch.cat(outputs), torch.cat(targets))
+            self._add(self.scores, tuple(zip(names, map(len, outputs), strict=True)), scores)
+        if self._scores:
+            names, several = zip(*self._scores, strict=True)
+            self._add(self.scores, tuple(zip(names, map(len, several), strict=True)), torch.cat(several))
+        if self._losses:
+            names, losses = zip(*self._losses, strict=True)
+            self._add(self.losses, tuple((name, 1) for name in names), torch.stack(losses))
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        for told in (self._outputs, self._scores, self._losses):
+            told.clear()
+
+    def _add(self, sums: Tensor, heads: tuple[tuple[str, int], ...], values: Tensor) -> None:
+        """Add ``values``, so many of each head, in place: a captured step adds to the same tensors at each replay."""
+        if heads not in self._places:  # moved to the device once, which a captured step could not do
+            places = [self.names.index(name) for name, length in heads for _ in range(length)]
+            self._places[heads] = torch.tensor(places, device=self.device)
+        sums.index_add_(0, self._places[heads], values.to(self.dtype))
 
     def counts(self) -> tuple[dict[str, int], set[str]]:
         """Samples that each head has answered so far, and the heads that had a loss in this batch."""
         return dict(self.samples), set(self._answered)
 
     def recount(self, counts: tuple[dict[str, int], set[str]]) -> None:
-        """Forget what was counted after ``counts``."""
+        """Forget what was counted after ``counts``, and what heads have told since."""
         self.samples, self._answered = dict(counts[0]), set(counts[1])
+        self._forget_step()
 
     def count_again(self, before: tuple[dict[str, int], set[str]], after: tuple[dict[str, int], set[str]]) -> None:
         """Count what one step counted between ``before`` and ``after``, for a replay that only the device has run."""
@@ -79,8 +112,8 @@ class Meter:
 
     def reset(self) -> None:
         """Begin anew, in the same tensors."""
-        for total in (*self.losses.values(), *self.scores.values()):
-            total.zero_()
+        self.losses.zero_()
+        self.scores.zero_()
         self.batches.clear()
         self.samples.clear()
 
@@ -92,40 +125,39 @@ class Meter:
 
     def check_finite(self, step: int) -> None:
         """Raise `TrainingError` if a loss was NaN or infinite."""
-        for name, loss in self.losses.items():
-            if not torch.isfinite(loss):
+        for name, loss in zip(self.names, self.losses.tolist(), strict=True):
+            if not math.isfinite(loss):
                 raise TrainingError(
-                    f"the loss of {name} is {loss.item()} at step {step}; training stopped and the last checkpoint is "
+                    f"the loss of {name} is {loss} at step {step}; training stopped and the last checkpoint is "
                     "untouched. Lower optim.lr, set optim.clip_grad=1.0 or use train.precision=fp32"
                 )
 
     def read(self) -> dict[str, dict[str, float]]:
         """``{"loss": {head: mean}, "score": {head: mean}}``; waits for the device."""
+        sums = self.state_dict()
         return {
-            "loss": _means(self.losses, self.batches),
-            "score": _means(self.scores, self.samples),
+            "loss": _means(sums["losses"], self.batches),
+            "score": _means(sums["scores"], self.samples),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Sums so far as numbers, for a checkpoint in mid-epoch or other ranks; waits for the device."""
         return {
-            "losses": {name: total.item() for name, total in self.losses.items()},
-            "scores": {name: total.item() for name, total in self.scores.items()},
+            "losses": dict(zip(self.names, self.losses.tolist(), strict=True)),
+            "scores": dict(zip(self.names, self.scores.tolist(), strict=True)),
             "batches": dict(self.batches),
             "samples": dict(self.samples),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put `state_dict` back."""
-        self.losses, self.scores = (
-            {name: torch.as_tensor(total, dtype=self.dtype, device=self.device) for name, total in state[kind].items()}
-            for kind in ("losses", "scores")
-        )
+        for sums, kind in ((self.losses, "losses"), (self.scores, "scores")):
+            sums.copy_(torch.tensor([state[kind].get(name, 0.0) for name in self.names], dtype=self.dtype))
         self.batches, self.samples = dict(state["batches"]), dict(state["samples"])
 
 
-def _means(sums: dict[str, Tensor], counts: dict[str, int]) -> dict[str, float]:
-    return {name: total.item() / counts[name] for name, total in sums.items() if counts.get(name)}
+def _means(sums: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
+    return {name: total / counts[name] for name, total in sums.items() if counts.get(name)}
 
 
 @torch.no_grad()

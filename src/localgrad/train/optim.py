@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from localgrad.errors import ConfigError
 from localgrad.network import LocalNetwork
 from localgrad.spans import groups
 
+SMALL = 2**23  # parameters, 32 MiB
 MILESTONES = (2 / 3, 8 / 9)  # shares of a run at which the rate of ``step`` falls to a tenth
 
 
@@ -48,7 +50,7 @@ def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int)
 
 
 def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor | None = None) -> torch.optim.Optimizer:
-    """SGD or AdamW over ``parameters``; on CUDA, and where ``rate`` is given, in one kernel for all of them.
+    """SGD or AdamW over ``parameters``; for all of them at once in small networks, on CUDA in one kernel.
 
     Args:
         config: which, and its settings.
@@ -56,23 +58,44 @@ def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor 
         rate: the learning rate as a scalar on that device, for steps that are captured; None for ``config.lr``.
     """
     lr = config.lr if rate is None else rate
-    fused = parameters[0].device.type == "cuda" or rate is not None or None
+    device = parameters[0].device.type
+    # On the CPU fused kernels would round otherwise than one parameter after the other, and ``foreach`` needs as much
+    # memory again as the gradients: for small networks, where starting operations is what costs.
+    small = device == "cpu" and not config.per_block and sum(parameter.numel() for parameter in parameters) <= SMALL
+    plain = rate is None and all(type(parameter) is nn.Parameter for parameter in parameters)
+    at_once: dict[str, Any] = {
+        "fused": device == "cuda" or rate is not None or None,
+        "foreach": (small and plain) or None,
+    }
     if config.name == "adamw":
         return torch.optim.AdamW(
             parameters,
             lr,
             weight_decay=config.weight_decay,
-            fused=fused,
+            **at_once,
             capturable=rate is not None and rate.device.type == "cuda",
         )
     nesterov = config.nesterov and config.momentum > 0
     optimizer = torch.optim.SGD(
-        parameters, lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay, fused=fused
+        parameters, lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay, **at_once
     )
-    if fused and config.momentum:  # the kernel takes no buffers that come later, as of heads that rest at first
+    if at_once["fused"] and config.momentum:
+        # Its kernel takes all buffers or none: those of heads that rest in the first step would come later.
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def clip(groups: Sequence[Sequence[nn.Parameter]], limit: float) -> None:
+    """``torch.nn.utils.clip_grad_norm_`` of each group, the factors of all groups at once."""
+    gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
+    gradients = [group for group in gradients if group]
+    if not gradients:
+        return
+    norms = torch.stack([torch.nn.utils.get_total_norm(group) for group in gradients])
+    factors = (limit / (norms + 1e-6)).clamp(max=1.0)
+    for group, factor in zip(gradients, factors.unbind(), strict=True):
+        torch._foreach_mul_(group, factor)
 
 
 class Stepper:
@@ -92,8 +115,9 @@ class Stepper:
     ) -> None:
         self.network, self.config, self.scaler = network, config, scaler
         self.blocks = range(network.num_blocks) if network.stage is None else network.stage.blocks
+        self.of_block = {k: network.block_parameters(k) for k in self.blocks}
         if config.per_block:
-            self.parameters = [network.block_parameters(k) for k in self.blocks]
+            self.parameters = list(self.of_block.values())
         else:
             self.parameters = [[p for p in network.parameters() if p.requires_grad]]
         if not all(self.parameters):
@@ -138,8 +162,7 @@ class Stepper:
     def _step(self, optimizer: torch.optim.Optimizer, clipped_together: list[list[nn.Parameter]]) -> None:
         if self.config.clip_grad is not None:
             self.scaler.unscale_(optimizer)
-            for parameters in clipped_together:
-                torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_grad)
+            clip(clipped_together, self.config.clip_grad)
         self.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
 
@@ -147,7 +170,5 @@ class Stepper:
         """Step what has not stepped yet, and adapt the loss scale."""
         if not self.config.per_block:
             runs = groups(self.network.spans(step), self.network.num_blocks)
-            together = [[p for k in run if k in self.blocks for p in self.network.block_parameters(k)] for run in runs]
-            together = [parameters for parameters in together if parameters]
-            self._step(self.optimizers[0], together if self.config.clip_grad is not None else [])
+            self._step(self.optimizers[0], [[p for k in run for p in self.of_block.get(k, ())] for run in runs])
         self.scaler.update()

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
 from localgrad.config import Config, dump
+from localgrad.data.loaders import Files
 from localgrad.distributed.agreement import agree, everyone, explained, gather_text
 from localgrad.distributed.block_parallel import block_parallel
 from localgrad.distributed.compression import Wire
@@ -182,6 +183,8 @@ def run(
         experiment.stepper = Stepper(network, config.optim, experiment.stepper.scaler)
         with contextlib.closing(folder):
             folder.open(experiment, timedelta(seconds=layout.timeout))
+            if first and isinstance(data.train, Files):
+                console.print(f"{data.title}: {data.train.how}", style="dim", soft_wrap=True)
             _train(experiment, folder, console if first else Console(quiet=True))
             return _finished(experiment, folder, {"block": layout.block, "data": layout.data, "wire": wire})
 

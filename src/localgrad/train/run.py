@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from localgrad.config import Config, dump, folder_name, run_names
+from localgrad.data.loaders import Files
 from localgrad.errors import CheckpointError, ConfigError, LocalgradError
 from localgrad.measure.plots import comparison_picture, curves_picture
 from localgrad.spec import method_name
@@ -87,6 +88,8 @@ def run(
     remark = folder.open(experiment)
     if remark:
         console.print(remark, style="dim", soft_wrap=True)
+    if isinstance(experiment.data.train, Files):
+        console.print(f"{experiment.data.title}: {experiment.data.train.how}", style="dim", soft_wrap=True)
     every = config.train.checkpoint_every
     traced = tracing(config, folder.path, experiment)
     with Progress(console, title) as progress, stop_requests() as stop_requested, traced as next_step:

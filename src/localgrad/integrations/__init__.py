@@ -1,0 +1,1 @@
+"""Local learning in the trainers of others; each module imports the library it is named after."""
