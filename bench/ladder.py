@@ -5,9 +5,9 @@ python bench/ladder.py resnet50 --batch-size 8 --no-compile          # on a CPU
 python bench/ladder.py resnet8 --image-size 32 --batch-size 16 --out runs/ladder
 
 One table a network, on CUDA where there is one. The upper rows keep the gradients of back-propagation, the lower ones
-train blocks locally. An exact row is bold where it needs neither more memory nor more time than one of ours, and less of
-one; ours then says which. Peak: live tensors above weights and optimizer state, gradients included; and what
-the allocator (on a CPU the process) grew by, by which ways are compared where one of them is compiled.
+train blocks locally. An exact row is bold where it needs neither more memory nor more time than one of ours, and less
+of one; ours then says which. Peak: live tensors above weights and optimizer state, gradients included; and what the
+allocator (on a CPU the process) grew by, by which ways are compared where one of them is compiled.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def variant(text: str) -> Callable[[Way], Way]:
 
 def by_method(plugin: Callable[[Method], Method], **changes: object) -> Callable[[Way], Way]:
     """A plug-in around the method."""
-    return lambda way: replace(way, method=plugin(way.method), **changes)  # type: ignore[arg-type]
+    return lambda way: replace(way, method=plugin(way.method), **changes)
 
 
 def ladder(local: Method, name: str, num_blocks: int, parts: int, compiled: bool) -> list[Way]:
@@ -93,7 +93,7 @@ def ladder(local: Method, name: str, num_blocks: int, parts: int, compiled: bool
 
 
 def dominates(one: Row, other: Row) -> bool:
-    """Whether ``one`` needs neither more memory nor more time, and less of one; both by live tensors if both are known."""
+    """Whether ``one`` needs neither more memory nor more time, and less of one: live tensors, where known of both."""
     pairs = [(one.total_bytes, other.total_bytes), (one.peak_bytes, other.peak_bytes)]
     for a, b in pairs:
         if a is not None and b is not None:
@@ -124,12 +124,13 @@ def table(found: Contest) -> str:
         )
     lines = markdown(cells, text=(0, 4, 5))
     head = f"{found.model}, batch {found.batch_size} of {found.image_shape[1]} pixels, {found.device}, {found.threads} "
-    head += f"thread{'s' * (found.threads > 1)}, torch {found.torch}; {found.clock}, median of {len(found.rows[0].rounds)} rounds"
+    head += f"thread{'s' * (found.threads > 1)}, torch {found.torch}; {found.clock}, "
+    head += f"median of {len(found.rows[0].rounds)} rounds"
     return "\n".join([head, "", *lines, *(f"\nLeft out: {reason}" for reason in found.skipped)])
 
 
-def main(words: list[str] | None = None) -> None:
-    """The command."""
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Those of the command line, or ``words``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), help="names as above, or as for localgrad bench")
     parser.add_argument("--method", "-m", default="[{dgl: {head: linear}}]", help="of the local rows")
@@ -140,7 +141,12 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-compile", action="store_true", help="leave the compiler out")
     parser.add_argument("--out", type=Path, help="folder for NETWORK.json and NETWORK.md")
-    asked = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> None:
+    """The command."""
+    asked = arguments(words)
     torch.set_num_threads(1)
     for network in asked.networks:
         model = NETWORKS.get(network, network)

@@ -27,11 +27,11 @@ class Experiment:
     Args:
         name: of its folder of results.
         priority: smaller ones first, equal ones in the order of the list.
-        seconds: on an H200, start included; what is larger than what is left of a stay waits for the next one, unless it
-            trains.
+        seconds: on an H200, start included; one that is larger than what is left of a call waits for the next call,
+            unless it trains.
         decides: what is known afterwards.
-        command: arguments of Python. ``{out}`` is a folder for its results; one with ``{run}`` in it trains, so it can be
-            stopped at any step and goes on in the next stay.
+        command: arguments of Python. ``{out}`` is a folder for its results; one with ``{run}`` in it trains, so it can
+            be stopped at any step and goes on in the next call.
         alone: times are measured, so nothing runs beside it.
     """
 
@@ -105,7 +105,7 @@ def _on_a_gpu() -> list[Experiment]:
                    benched("resnet32", 1024, 32, 4, "--no-combinations", "--variant", "bf16+channels_last",
                            "-m", f"[{LINEAR}]", "-m", f"[{LINEAR}, {{accumulation: {{parts: 4, wait: host}}}}]",
                            "-m", f"[{LINEAR}, {{accumulation: {{parts: 4, wait: bf16}}}}]"), alone=True),
-        Experiment("never-combinations", 1, 120, "what per-block steps, units recomputed and micro-batches save on CUDA",
+        Experiment("never-combinations", 1, 120, "what steps by block, units recomputed and micro-batches save on CUDA",
                    benched("resnet32", 1024, 32, 4, "--variant", "bf16+channels_last", "-m", f"[{LINEAR}]"),
                    alone=True),
         Experiment("never-floors", 1, 90, "how far this card's rates are from its specification",

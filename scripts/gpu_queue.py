@@ -3,7 +3,7 @@
 Runs from the source tree with nothing installed and no network: it needs Python >= 3.11 with torch, and finds the other
 libraries on the machine or in a folder of wheels.
 
-    scripts/gpu_check.sh                        # the most urgent ones that fit; again: goes on where the last call stopped
+    scripts/gpu_check.sh                        # the most urgent ones that fit; again: goes on where it stopped
     scripts/gpu_check.sh tests accuracy-dgl     # only those whose names begin so, also if they failed before
     scripts/gpu_check.sh --list                 # what there is, what it decides, and how it stands
     GPU_CHECK_DEVICE=cpu scripts/gpu_check.sh   # dry run at tiny sizes on the CPU
@@ -41,6 +41,7 @@ import tempfile
 import time
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,9 +99,9 @@ def commit_of(environment: dict[str, str]) -> tuple[str, str]:
     for path in sorted(p for top in ("src", "tests", "bench", "scripts") for p in (ROOT / top).rglob("*.py")):
         digest.update(path.read_bytes())
     try:
-        run = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run).stdout.strip()
-        commit += "+" * bool(subprocess.run(["git", "status", "--short"], **run).stdout.strip())
+        git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
+        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        commit += "+" * bool(git(["git", "status", "--short"]).stdout.strip())
     except (OSError, subprocess.CalledProcessError):
         commit = environment.get("GPU_CHECK_COMMIT", "unknown")
     return commit, digest.hexdigest()[:12]
@@ -220,7 +221,7 @@ class Queue:
         """Begin it, or go on with it."""
         out, run = self.out / one.name, self.run_of(one)
         out.mkdir(exist_ok=True)
-        words = tuple(word.format(run=run) if "{run}" in word else word.replace("{out}", str(out)) for word in one.command)
+        words = tuple(word.replace("{run}", str(run)).replace("{out}", str(out)) for word in one.command)
         if one.trains and any(run.glob("checkpoints/step*")):
             words = ("-m", "localgrad", "train", "--resume", str(run))
         elif one.trains:
@@ -255,7 +256,8 @@ class Queue:
             results=self.out.name, **({"tried": round(seconds)} if status == "stopped" else {}),
         )  # fmt: skip
         self.ended.append(status)
-        self.note(f"{one.name}: {status} after {seconds:.0f} s" + (f": {lines[-1][:160]}" if lines and not ended else ""))
+        why = f": {lines[-1][:160]}" if lines and not ended else ""
+        self.note(f"{one.name}: {status} after {seconds:.0f} s{why}")
 
     def stop(self) -> None:
         """Tell everything to stop, and wait until it has; what does not is killed, with all that it started."""
@@ -305,8 +307,8 @@ class Queue:
         stays = json.loads((self.out / "machine.json").read_text())
         lines = [
             f"# {stays[0]['gpu']}, {stays[0]['began'][:10]}", "",
-            "Written by `scripts/gpu_check.sh`; one seed each, once. `machine.json` has hardware, versions and commit of "
-            "every call.", "Epochs of what did not run alone are no measure of speed.", "",
+            "Written by `scripts/gpu_check.sh`; one seed each, once. `machine.json` has hardware, versions and commit.",
+            "Epochs of what did not run alone are no measure of speed.", "",
             "| experiment | decides | commit | seconds | ended | test score | seconds an epoch | alone |",
             "|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
@@ -366,8 +368,9 @@ def main() -> int:
         results.mkdir(parents=True, exist_ok=True)
         if archive and Path(archive).is_file():
             with tarfile.open(archive) as tar:
-                tar.extractall(state, [m for m in tar if m.name.startswith(("queue.json", "runs"))], filter="data")
-                tar.extractall(results, [m for m in tar if not m.name.startswith(("queue.json", "runs"))], filter="data")
+                for member in tar:
+                    ours = member.name.partition("/")[0] in ("queue.json", "runs")
+                    tar.extract(member, state if ours else results, filter="data")
         queue = Queue(device, state, results, environment, deadline)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, queue.ask)
