@@ -134,6 +134,25 @@ def test_what_the_gradients_are(found: Contest) -> None:
     assert (row(found, "end-to-end, bf16+channels_last").total_bytes or 0) < 0.7 * (reference.total_bytes or 0)
 
 
+def test_a_compiled_way_leaves_the_others_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
+    e2e = Way("end-to-end", "end-to-end", methods.e2e(TASK))
+    local = Way("dgl K=3", "local", methods.dgl(TASK), 3)
+    networks: list[nn.Module] = []
+
+    def kept(*values: Any, **named: Any) -> Any:
+        networks.append(localgrad.localize(*values, **named))
+        return networks[-1]
+
+    monkeypatch.setattr("localgrad.study.contest.localize", kept)
+    ways = [e2e, replace(e2e, variant="fp32+compile"), replace(local, variant="fp32+compile"), local]
+    contest("resnet8", ways, **SETTINGS, rounds=1)
+    plain = {module for network in (networks[0], networks[3]) for module in network.modules()}
+    assert compiled and not plain & set(compiled)
+    assert not set(networks[1].modules()) & set(networks[2].modules()), "each way is cut, and compiled, elsewhere"
+
+
 def test_batchnorm_is_looked_for() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10), nn.ReLU(), nn.Linear(10, 10))
     ways = [Way("a", "accumulation", methods.accumulation(methods.e2e(TASK), parts=2))]

@@ -17,8 +17,11 @@ from localgrad.errors import ConfigError
 from localgrad.measure.timing import in_turns
 
 aten = torch.ops.aten
-# Memory is only allocated, or a result already there is handed on.
-_FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten._unsafe_view, aten._reshape_alias}
+# Memory is only allocated, a result already there is handed on, or a fake tensor is asked where it is.
+_FREE = {
+    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten._unsafe_view, aten._reshape_alias,
+    torch.ops.prim.device,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -450,7 +450,10 @@ def contest(
                 laid_out[last] = other, inputs.contiguous(memory_format=torch.channels_last)
             progress(f"memory of {way.name}, {way.variant}")
             try:
-                contestant = _Contestant(way, laid_out[last][0], laid_out[last][1], targets, balance)
+                laid, images = laid_out[last]
+                # Modules are compiled in place: another way would run them compiled too, and cut elsewhere.
+                laid = copy.deepcopy(laid) if way.has("compile") else laid
+                contestant = _Contestant(way, laid, images, targets, balance)
                 with explained(inputs):
                     row = contestant.row(timeline)
             except (MethodError, PartitionError, TrainingError) as error:
