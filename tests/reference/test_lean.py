@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad
-from localgrad import methods
+from localgrad import bridges, methods
 
 TASK = localgrad.tasks.classification(5)
 WIDTHS = (3, 4, 6, 7, 8, 8)
@@ -64,7 +65,7 @@ def test_a_joint_tail_is_one_span_without_heads_inside(tail: int) -> None:
     ("factor", "least", "side"), [(2, 1, 4), (4, 4, 4), (4, 3, 4), (8, 2, 2), (4, 16, 8), (9, 1, 1)]
 )
 def test_pooling_leaves_a_least_grid(factor: int, least: int, side: int) -> None:
-    method = methods.pooled(methods.dgl(TASK, head="linear"), factor=factor, least=least)
+    method = replace(methods.dgl(TASK, head="linear"), bridge=bridges.Pool(factor, least))
     network = localgrad.localize(chain(), method, 5, example=batch()[0])
     bridge = network.auxiliary["0-1"].bridge
     features = torch.randn(2, 4, 8, 8, dtype=torch.float64)
@@ -83,4 +84,4 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(localgrad.MethodError, match="tail needs a local base like dgl"):
         methods.tail(methods.windows(dgl))
     with pytest.raises(localgrad.MethodError, match="least=0"):
-        methods.pooled(dgl, least=0)
+        methods.lean(TASK, least=0)

@@ -15,7 +15,6 @@ def survey(
         str, typer.Argument(help="timm, torchvision, or module:name of your own; see localgrad.study.survey.Candidate.")
     ],
     pattern: Annotated[str, typer.Option("--filter", help="Shell pattern of names, for instance 'vit_*'.")] = "*",
-    workers: Annotated[int, typer.Option(min=1, help="Models at a time, one process and thread each.")] = 2,
     out: Annotated[
         Path | None, typer.Option(help="Rows are appended here; default survey-LIBRARY.jsonl.", show_default=False)
     ] = None,
@@ -24,7 +23,8 @@ def survey(
 
     [bold]localgrad survey torchvision --filter 'resnet*'[/bold]
 
-    Models whose rows in the file say that all went well are not run again.
+    Two models at a time, in a process and thread each. Those whose rows in the file say that all went well are not run
+    again.
     """
     from localgrad.study import survey
 
@@ -32,7 +32,7 @@ def survey(
     out = out or Path(f"survey-{library.replace(':', '-')}.jsonl")
     selection = survey.select(library, pattern, cache=out.with_suffix(".families.json"))
     rows = []
-    for row, new in survey.survey(library, selection, out, workers=workers):
+    for row, new in survey.survey(library, selection, out):
         rows.append(row)
         if new:
             state = "ok" if row["ok"] else "FAILED: " + ", ".join(row["reasons"])

@@ -15,7 +15,7 @@ from localgrad.task import Task
 def lean(task: Task, *, depth: int = 2, tail: int = 1, factor: int = 2, least: int = 4) -> Method:
     """AugLocal whose heads read pooled features, but for the first one: most of its accuracy for less of its cost.
 
-    ``pooled(auglocal(task, depth=depth, tail=tail), factor=factor, least=least)`` but for the first boundary. Later
+    ``auglocal(task, depth=depth, tail=tail)`` behind `localgrad.bridges.Pool` but for the first boundary. Later
     blocks hardly become better than what the first block and its head can do, so that one keeps all positions; the
     others keep what there is at a quarter of the cost. ``docs/lean.md`` has the measurements. Cut into as few blocks as
     memory allows, by bytes: ``cuts.fits("2GiB")`` or ``cuts.by_bytes(8)``.

@@ -10,7 +10,7 @@ from localgrad.methods.composition import plugin
 
 
 @plugin
-def pooled(base: Method, *, factor: int = 2, least: int = 1) -> Method:
+def pooled(base: Method, *, factor: int = 2) -> Method:
     """Average-pool the features before bridge and heads; ``factor ** 2`` times fewer positions to compute on.
 
     Plug-ins that follow add their bridges behind the pooling: ``man(pooled(dgl(task)))`` mixes pooled features.
@@ -18,11 +18,9 @@ def pooled(base: Method, *, factor: int = 2, least: int = 1) -> Method:
     Args:
         base: a method with auxiliary heads.
         factor: sides of the pooling; less where the grid is smaller.
-        least: positions per side that pooling leaves at least, as long as there were so many: late features, whose grid
-            is small already, are pooled less.
 
     Raises:
-        MethodError: if the base has no auxiliary heads, or for a factor or ``least`` below 1.
+        MethodError: if the base has no auxiliary heads, or for a factor below 1.
 
     Example:
         >>> import localgrad
@@ -32,4 +30,4 @@ def pooled(base: Method, *, factor: int = 2, least: int = 1) -> Method:
     Source: ours.
     """
     base.require_heads("pooled")
-    return replace(base, name=f"pooled({base.name})", bridge=bridges.chain(base.bridge, bridges.Pool(factor, least)))
+    return replace(base, name=f"pooled({base.name})", bridge=bridges.chain(base.bridge, bridges.Pool(factor)))

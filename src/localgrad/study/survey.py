@@ -497,7 +497,7 @@ def _alone(context: Any, running: set[BaseProcess], name: str, job: Callable[[],
     except EOFError:
         process.join()
         reason = f"its process ended with code {process.exitcode}"
-        reason += "; it was killed, most likely for memory: run fewer --workers" * (process.exitcode == -9)
+        reason += "; it was killed, most likely for memory: call it with fewer workers" * (process.exitcode == -9)
     finally:
         process.kill()
         process.join()
