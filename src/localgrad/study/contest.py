@@ -33,6 +33,7 @@ from localgrad.partition import Partition
 from localgrad.planning import EXACT, LOCAL, MICRO
 from localgrad.planning.planner import PRECISIONS, several_units
 from localgrad.spec import MethodSpec, build_method, described, method_name
+from localgrad.study.opponents import BUDGETS, offloaded, selective, step_in_backward, within
 from localgrad.train.experiment import explained
 
 Balance = Literal["count", "bytes"]
@@ -52,6 +53,9 @@ class Way:
         num_blocks: K; None for as many as the model has units. ``cuts``, paths of modules, say where instead.
         per_block: whether each block steps, and frees its gradients, as soon as its backward pass is done.
         inside: recompute the units inside a block in its backward pass, all but the last.
+        prepare: changes a copy of the model, given an example, before it is cut.
+        in_backward: each parameter steps as soon as it has its gradient.
+        budget: share of activations that the compiler keeps; of compiled ways.
         variant: ``fp32`` or ``bf16`` (autocast), then any of ``channels_last`` and ``compile``, joined by ``+``.
     """
 
@@ -63,6 +67,9 @@ class Way:
     inside: bool = False
     variant: str = "fp32"
     cuts: tuple[str, ...] = ()
+    prepare: Callable[[nn.Module, Tensor], None] | None = None
+    in_backward: bool = False
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         precision, *options = self.variant.split("+")
@@ -232,6 +239,9 @@ def standard_ways(
 ) -> list[Way]:
     """End-to-end training, checkpointing and accumulation, then each method with and without them.
 
+    Exact ways are also: checkpointing that keeps products, checkpointing whose tensors wait on the host, and the
+    optimizer in the backward pass; in compiled variants the compiler's own recomputation by a budget of memory.
+
     Args:
         task: from `localgrad.tasks`.
         specs: methods as recipes write them, ``["dgl", "man"]``.
@@ -249,7 +259,11 @@ def standard_ways(
         *(Way(f"checkpointing K={k}", "checkpointing", recomputing, k) for k in num_blocks if k > 1),
         Way(f"accumulation x{parts}", "accumulation", methods.accumulation(e2e, parts=parts)),
         Way(f"{UNITS}, x{parts}", "checkpointing", methods.accumulation(recomputing, parts=parts), None),
+        Way(f"{UNITS}, products kept", "checkpointing", e2e, prepare=selective),
+        Way(f"{UNITS}, on the host", "checkpointing", e2e, prepare=offloaded),
+        Way("optimizer in the backward pass", REFERENCE, e2e, in_backward=True),
     ]
+    budgets = [Way(f"memory budget {share:g}", "checkpointing", e2e, budget=share) for share in BUDGETS]
     for spec in specs:
         method = build_method(spec, task)
         if not method.terms:
@@ -269,7 +283,11 @@ def standard_ways(
                 accumulated = replace(stepping, name=f"{stepping.name}, x{parts}", method=several)
                 inside = f"{stepping.name}, checkpointing inside, x{parts}"
                 ways += [accumulated, replace(accumulated, name=inside, inside=True)]
-    return [replace(way, variant=variant) for variant in variants for way in ways]
+    return [
+        replace(way, variant=variant)
+        for variant in variants
+        for way in (*ways, *(budgets if "compile" in variant.split("+") else ()))
+    ]
 
 
 class _Contestant:
@@ -277,6 +295,8 @@ class _Contestant:
 
     def __init__(self, way: Way, model: nn.Module, inputs: Tensor, targets: Tensor, balance: Balance) -> None:
         self.way, self.inputs, self.targets = way, inputs, targets
+        if way.prepare is not None:
+            way.prepare(model, inputs[:2])
         self.network = network = _cut(way, model, inputs[:2], balance, len(inputs)).train()
         if way.has("channels_last"):
             network.to(memory_format=torch.channels_last)
@@ -284,10 +304,12 @@ class _Contestant:
             network.compile_blocks()
         groups = [network.block_parameters(k) for k in range(network.num_blocks)]
         self.trained = [p for p in network.parameters() if p.requires_grad]
+        if way.in_backward:
+            step_in_backward(self.trained)
         self.per_block = way.per_block
         self.optimizers = [
             torch.optim.SGD(parameters, lr=1e-3, momentum=0.9) if parameters else None
-            for parameters in (groups if way.per_block else [self.trained])
+            for parameters in (groups if way.per_block else [[] if way.in_backward else self.trained])
         ]
 
     def step(self) -> None:
@@ -323,7 +345,8 @@ class _Contestant:
 
     def row(self, timeline: bool) -> Row:
         """Everything but the times, from the second step: in the first the optimizer makes its state."""
-        self.step()
+        with within(self.way.budget):
+            self.step()
         cost: Cost | None = None
         ops: tuple[tuple[float, int, int], ...] = ()
         if self.way.has("compile"):
@@ -452,7 +475,7 @@ def contest(
             try:
                 laid, images = laid_out[last]
                 # Modules are compiled in place: another way would run them compiled too, and cut elsewhere.
-                laid = copy.deepcopy(laid) if way.has("compile") else laid
+                laid = copy.deepcopy(laid) if way.has("compile") or way.prepare or way.in_backward else laid
                 contestant = _Contestant(way, laid, images, targets, balance)
                 with explained(inputs):
                     row = contestant.row(timeline)
