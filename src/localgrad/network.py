@@ -203,10 +203,12 @@ class LocalNetwork(nn.Module):
                 f"{self.method.name} recomputes pointwise operations one by one, and torch.compile does so by itself: "
                 "leave out either checkpointing(where='pointwise') or the compiler"
             )
-        for module in self.between_cuts():
+        modules = [*self.between_cuts(), *self.auxiliary.values()]
+        # Modules share code, and past this limit torch runs what is new as it is, with no more than a line in a log.
+        compiler = torch._dynamo.config
+        compiler.recompile_limit = max(compiler.recompile_limit, 8 * len(modules))
+        for module in modules:
             module.compile(**options)
-        for auxiliary in self.auxiliary.values():
-            auxiliary.compile(**options)
 
     def __str__(self) -> str:
         names = ["the input", *(cut.name for cut in self.cuts)]

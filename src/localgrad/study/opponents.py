@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
     offload_wrapper,
 )
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from localgrad.errors import MethodError
 from localgrad.partition import Partition
@@ -35,8 +35,10 @@ def selective(model: nn.Module, example: Tensor) -> None:
     Source: `torch.utils.checkpoint.create_selective_checkpoint_contexts`; the policy is that of torchtitan, with every
     product kept.
     """
-    wrap = partial(checkpoint_wrapper, context_fn=partial(create_selective_checkpoint_contexts, KEPT))
-    _wrap_units(model, example, wrap)
+    options: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)}
+    if "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters:  # later versions of torch ask
+        options["respect_saved_tensors_hooks"] = False
+    _wrap_units(model, example, partial(checkpoint_wrapper, **options))
 
 
 def offloaded(model: nn.Module, example: Tensor) -> None:
@@ -76,11 +78,18 @@ def step_in_backward(parameters: list[nn.Parameter]) -> None:
         parameter.register_post_accumulate_grad_hook(step)
 
 
-def within(budget: float | None) -> contextlib.AbstractContextManager[Any]:
-    """What the compiler compiles inside it keeps this share of the activations that it would keep."""
-    if budget is None:
-        return contextlib.nullcontext()
-    from torch._functorch import config
+def compiler(budget: float | None) -> Any:
+    """A backend of torch.compile of its own, which keeps a share of the activations that inductor would keep.
 
-    patched: contextlib.AbstractContextManager[Any] = config.patch(activation_memory_budget=budget)
-    return patched
+    Torch would hand what it compiled for one contestant, with that one's budget, to the next one with modules alike. It
+    tells them apart by their backends.
+    """
+
+    def compiled(graph: Any, inputs: Any) -> Any:
+        from torch._functorch import config
+        from torch._inductor.compile_fx import compile_fx
+
+        with config.patch(activation_memory_budget=1.0 if budget is None else budget):
+            return compile_fx(graph, inputs)
+
+    return compiled
