@@ -96,6 +96,36 @@ def test_optimizers_are_as_configured() -> None:
     assert isinstance(adamw, torch.optim.AdamW) and adamw.defaults["betas"] == (0.9, 0.999)
 
 
+@pytest.mark.parametrize("name", ["NAdam", "torch.optim:NAdam"])
+def test_any_optimizer_by_name_steps_as_torch_does(name: str) -> None:
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 5, dtype=torch.float64)) for _ in range(2))
+    built = build(OptimConfig(name=name, lr=0.1, weight_decay=0.02, options={"betas": (0.5, 0.8)}), [ours])
+    literal = torch.optim.NAdam([theirs], lr=0.1, weight_decay=0.02, betas=(0.5, 0.8))
+    for _ in range(3):
+        for weight, optimizer in ((ours, built), (theirs, literal)):
+            optimizer.zero_grad()
+            (weight**4).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "NAdm"}, "NAdam"),
+        ({"name": "torch.optim:Nothing"}, "has no 'Nothing'"),
+        ({"name": "torch.nn:Linear"}, "it is no optimizer"),
+        ({"name": "LBFGS"}, "runs the model again"),
+        ({"name": "NAdam", "options": {"beta": 1}}, "its arguments are"),
+        ({"name": "NAdam", "options": {"lr": 1}}, "write optim.lr"),
+        ({"options": {"dampening": 0.1}}, "SGD or AdamW"),
+    ],
+)
+def test_optimizers_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(OptimConfig(**options), [torch.nn.Parameter(torch.ones(2))])
+
+
 @pytest.mark.parametrize(
     "method",
     [

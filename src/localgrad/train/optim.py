@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.config import OptimConfig
-from localgrad.errors import ConfigError
+from localgrad.errors import ConfigError, nearest
+from localgrad.named import imported, is_named
 from localgrad.network import LocalNetwork
 from localgrad.spans import groups
 
 SMALL = 2**23  # parameters, 32 MiB
+BUILT_IN = ("sgd", "adamw")
 MILESTONES = (2 / 3, 8 / 9)  # shares of a run at which the rate of ``step`` falls to a tenth
 
 
@@ -56,7 +59,14 @@ def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor 
         config: which, and its settings.
         parameters: on one device.
         rate: the learning rate as a scalar on that device, for steps that are captured; None for ``config.lr``.
+
+    Raises:
+        ConfigError: no such optimizer, or options that it does not take.
     """
+    if config.name not in BUILT_IN:
+        return _named(config, parameters, rate)
+    if config.options:
+        raise ConfigError(f"optim.options={config.options} with optim.name={config.name}; write a class, SGD or AdamW")
     lr = config.lr if rate is None else rate
     device = parameters[0].device.type
     # On the CPU fused kernels would round otherwise than one parameter after the other, and ``foreach`` needs as much
@@ -84,6 +94,38 @@ def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor 
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _named(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor | None) -> torch.optim.Optimizer:
+    """An optimizer by its name in ``torch.optim``, or of another module."""
+    what = f"optim.name={config.name!r}"
+    if is_named(config.name):
+        kind = imported(config.name, "optim.name")
+    else:
+        known = [name for name, kind in vars(torch.optim).items() if inspect.isclass(kind)]
+        if config.name not in known:
+            raise ConfigError(nearest(config.name, [*BUILT_IN, *known], "optim.name") + "; or write module:Class")
+        kind = getattr(torch.optim, config.name)
+    if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)) or kind is torch.optim.Optimizer:
+        raise ConfigError(
+            f"{what}: it is no optimizer; write a class derived from torch.optim.Optimizer, such as NAdam"
+        )
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(f"{what}: it runs the model again in each step; write one that steps without, such as NAdam")
+    if rate is not None:
+        raise ConfigError(f"{what} with train.capture; captured runs take {' and '.join(BUILT_IN)}, or drop capture")
+    settings: dict[str, Any] = {"lr": config.lr}
+    if "weight_decay" in inspect.signature(kind).parameters:
+        settings["weight_decay"] = config.weight_decay
+    if repeated := sorted({"lr", "weight_decay"} & set(config.options)):
+        raise ConfigError(f"optim.options: {repeated[0]} is a setting of its own; write optim.{repeated[0]}")
+    try:
+        return kind(parameters, **settings, **config.options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{what}, optim.options={config.options}: {error}; its arguments are {inspect.signature(kind)}"
+        ) from error
 
 
 def clip(groups: Sequence[Sequence[nn.Parameter]], limit: float) -> None:
