@@ -34,7 +34,7 @@ from localgrad.spec import parse_method
 from localgrad.train import loop
 from localgrad.train.experiment import Experiment, build_network
 from localgrad.train.meters import Meter
-from localgrad.train.optim import Stepper
+from localgrad.train.optim import MOMENTUM, Stepper
 
 WAYS = (
     "e2e:1", "dgl:4", "dgl:8", "dgl:16", "[{dgl: {head: linear}}]:16", "infopro:16", "predsim:16", "auglocal:16",
@@ -125,7 +125,7 @@ def stepping_by_hand(run: Experiment, side: int) -> Callable[[], None]:
     blocks, parameters = separate_blocks(run.network), list(run.network.parameters())
     config = run.config.optim
     optimizer = torch.optim.SGD(
-        parameters, 0.1, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov, foreach=True
+        parameters, 0.1, MOMENTUM, weight_decay=config.weight_decay, nesterov=True, foreach=True
     )
 
     def step() -> None:

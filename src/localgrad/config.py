@@ -85,8 +85,8 @@ class OptimConfig:
     """The optimizer, its schedule, clipping, and when it steps.
 
     ``name`` is ``sgd``, ``adamw``, a class of ``torch.optim`` such as ``NAdam``, or ``module:Class``; ``options`` are
-    further arguments of a class. Classes get ``lr``, and ``weight_decay`` if they take it; ``momentum`` and
-    ``nesterov`` are of ``sgd`` only.
+    further arguments. Classes get ``lr``, and ``weight_decay`` if they take it. ``momentum`` is that of ``sgd``, 0.9 if
+    None, in Nesterov's form unless ``options`` have ``nesterov: false``.
     ``schedule``: ``cosine`` falls to 0 step by step after ``warmup_epochs`` of linear warm-up; ``paper`` is the
     per-epoch cosine of the papers with their warm-up from 0.01; ``poly`` falls to ``min_lr`` as ``(1 - share) ** 0.9``,
     step by step; ``step`` is divided by 10 after 2/3 and 8/9 of the run; ``constant`` stays.
@@ -97,8 +97,7 @@ class OptimConfig:
     name: str = "sgd"
     options: dict[str, Any] = field(default_factory=dict)
     lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
+    momentum: float | None = None
     weight_decay: float = 1e-4
     schedule: Literal["cosine", "paper", "poly", "step", "constant"] = "cosine"
     min_lr: float = 0.0
@@ -108,7 +107,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0 and math.isfinite(self.lr), f"optim.lr={self.lr}; it must be a positive number")
-        _require(0 <= self.momentum < 1, f"optim.momentum={self.momentum}; it must be at least 0 and below 1")
+        if self.momentum is not None:
+            _require(0 <= self.momentum < 1, f"optim.momentum={self.momentum}; it must be at least 0 and below 1")
+            _require(
+                self.name == "sgd",
+                f"optim.momentum={self.momentum} is that of sgd; write optim.options.momentum={self.momentum} if "
+                f"{self.name} takes it",
+            )
         _require(
             self.weight_decay >= 0 and math.isfinite(self.weight_decay),
             f"optim.weight_decay={self.weight_decay}; it must be a number of at least 0",

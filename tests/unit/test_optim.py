@@ -92,6 +92,8 @@ def test_optimizers_are_as_configured() -> None:
         "lr": 0.3, "momentum": 0.8, "nesterov": True, "weight_decay": 0.01,
     }  # fmt: skip
     assert not build(OptimConfig(momentum=0.0), weights).defaults["nesterov"]  # torch refuses it
+    plain = build(OptimConfig(options={"nesterov": False}), weights).defaults
+    assert (plain["momentum"], plain["nesterov"]) == (0.9, False)
     adamw = build(OptimConfig(name="adamw"), weights)
     assert isinstance(adamw, torch.optim.AdamW) and adamw.defaults["betas"] == (0.9, 0.999)
 
@@ -104,7 +106,7 @@ def test_any_optimizer_by_name_steps_as_torch_does(name: str) -> None:
     for _ in range(3):
         for weight, optimizer in ((ours, built), (theirs, literal)):
             optimizer.zero_grad()
-            (weight**4).sum().backward()  # type: ignore[no-untyped-call]
+            (weight**4).sum().backward()
             optimizer.step()
     assert torch.equal(ours, theirs)
 
@@ -118,7 +120,8 @@ def test_any_optimizer_by_name_steps_as_torch_does(name: str) -> None:
         ({"name": "LBFGS"}, "runs the model again"),
         ({"name": "NAdam", "options": {"beta": 1}}, "its arguments are"),
         ({"name": "NAdam", "options": {"lr": 1}}, "write optim.lr"),
-        ({"options": {"dampening": 0.1}}, "SGD or AdamW"),
+        ({"options": {"dampening": 0.1}}, "zero dampening"),
+        ({"name": "NAdam", "momentum": 0.9}, "is that of sgd; write optim.options.momentum=0.9"),
     ],
 )
 def test_optimizers_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:

@@ -32,7 +32,7 @@ from localgrad.task import Task
 from localgrad.train.capture import Captured, unfit
 from localgrad.train.finished import model_of, trained_model
 from localgrad.train.meters import Meter, merged
-from localgrad.train.optim import Stepper
+from localgrad.train.optim import BUILT_IN, Stepper
 
 # Settings that may change in mid-run, since they do not decide what it comes to.
 FREE = (
@@ -424,6 +424,8 @@ def captures(config: Config, network: LocalNetwork) -> tuple[bool, str]:
     reason = unfit(network.method)
     if config.train.precision == "fp16":
         reason = "scales fp16 losses, which reads gradients back; bf16 does not"
+    if config.optim.name not in BUILT_IN:
+        reason = f"is taken by {config.optim.name}, not by {' or '.join(BUILT_IN)}, whose rate can lie on the device"
     if config.train.capture is True and reason:
         raise ConfigError(f"train.capture=true, but a step {reason}; or set train.capture=auto or false")
     auto = config.train.capture == "auto" and network.device.type == "cuda"

@@ -18,6 +18,7 @@ from localgrad.spans import groups
 
 SMALL = 2**23  # parameters, 32 MiB
 BUILT_IN = ("sgd", "adamw")
+MOMENTUM = 0.9  # of sgd
 MILESTONES = (2 / 3, 8 / 9)  # shares of a run at which the rate of ``step`` falls to a tenth
 
 
@@ -65,8 +66,6 @@ def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor 
     """
     if config.name not in BUILT_IN:
         return _named(config, parameters, rate)
-    if config.options:
-        raise ConfigError(f"optim.options={config.options} with optim.name={config.name}; write a class, SGD or AdamW")
     lr = config.lr if rate is None else rate
     device = parameters[0].device.type
     # On the CPU fused kernels would round otherwise than one parameter after the other, and ``foreach`` needs as much
@@ -78,18 +77,11 @@ def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor 
         "foreach": (small and plain) or None,
     }
     if config.name == "adamw":
-        return torch.optim.AdamW(
-            parameters,
-            lr,
-            weight_decay=config.weight_decay,
-            **at_once,
-            capturable=rate is not None and rate.device.type == "cuda",
-        )
-    nesterov = config.nesterov and config.momentum > 0
-    optimizer = torch.optim.SGD(
-        parameters, lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay, **at_once
-    )
-    if at_once["fused"] and config.momentum:
+        capturable = rate is not None and rate.device.type == "cuda"
+        return _made(torch.optim.AdamW, config, parameters, lr=lr, capturable=capturable, **at_once)
+    momentum = MOMENTUM if config.momentum is None else config.momentum
+    optimizer = _made(torch.optim.SGD, config, parameters, lr=lr, momentum=momentum, nesterov=momentum > 0, **at_once)
+    if at_once["fused"] and momentum:
         # Its kernel takes all buffers or none: those of heads that rest in the first step would come later.
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -115,17 +107,23 @@ def _named(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor
         raise ConfigError(f"{what}: it runs the model again in each step; write one that steps without, such as NAdam")
     if rate is not None:
         raise ConfigError(f"{what} with train.capture; captured runs take {' and '.join(BUILT_IN)}, or drop capture")
-    settings: dict[str, Any] = {"lr": config.lr}
+    return _made(kind, config, parameters, lr=config.lr)
+
+
+def _made(kind: Any, config: OptimConfig, parameters: Sequence[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """An optimizer of a class with ``settings``, of which ``optim.options`` may be others."""
     if "weight_decay" in inspect.signature(kind).parameters:
         settings["weight_decay"] = config.weight_decay
     if repeated := sorted({"lr", "weight_decay"} & set(config.options)):
         raise ConfigError(f"optim.options: {repeated[0]} is a setting of its own; write optim.{repeated[0]}")
     try:
-        return kind(parameters, **settings, **config.options)
+        made: torch.optim.Optimizer = kind(parameters, **{**settings, **config.options})
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"{what}, optim.options={config.options}: {error}; its arguments are {inspect.signature(kind)}"
+            f"optim.name={config.name!r}, optim.options={config.options}: {error}; its arguments are "
+            f"{inspect.signature(kind)}"
         ) from error
+    return made
 
 
 def clip(groups: Sequence[Sequence[nn.Parameter]], limit: float) -> None:
