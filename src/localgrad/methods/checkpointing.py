@@ -28,8 +28,8 @@ def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = 
     Blocks that run again are separate modules, made by torch.fx: `localgrad.localize` says where a model does not allow
     it. Where the model checkpoints by itself (timm's ``set_grad_checkpointing``) nothing of this is needed.
 
-    ``selective`` is ``blocks`` by operation: what convolutions, products and attention return is kept, and only the rest
-    of these blocks runs again.
+    ``selective`` is ``blocks`` by operation: what convolutions, products and attention return is kept, and only the
+    rest of these blocks runs again.
 
     In auxiliary networks each copied unit of a bridge and each head is a part: only one of them is alive at a time.
 
@@ -64,5 +64,5 @@ def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = 
     if first is not None and (where != "pointwise" or first < 1):
         raise MethodError(f"first={first} with where={where!r}: write where='pointwise' and first=1 or more, or None")
     value: Any = (first or math.inf) if where == "pointwise" else True
-    changes = {"blocks": True, "selective": True} if where == "selective" else {where: value}
+    changes: dict[str, Any] = {"blocks": True, "selective": True} if where == "selective" else {where: value}
     return replace(base, name=f"checkpointing({base.name})", recompute=replace(base.recompute, **changes))

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from localgrad.state import State, StateKept
 
-
 _ATEN = torch.ops.aten
 PRODUCTS = [
     _ATEN.mm.default,
@@ -46,9 +45,7 @@ class Recompute:
     pointwise: float = 0
 
 
-def recomputed(
-    module: nn.Module, *arguments: Any, owner: nn.Module | None = None, selective: bool = False
-) -> Any:
+def recomputed(module: nn.Module, *arguments: Any, owner: nn.Module | None = None, selective: bool = False) -> Any:
     """``module(*arguments)``, run again in the backward pass instead of kept; draws are repeated.
 
     The second time it starts from the `localgrad.state.State` that it had before the first, with buffers of ``owner``
