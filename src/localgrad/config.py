@@ -84,6 +84,8 @@ class BlocksConfig:
 class OptimConfig:
     """The optimizer, its schedule, clipping, and when it steps.
 
+    ``name``: ``sgd``, ``adamw``, a class of ``torch.optim`` (``RAdam``) or ``module:Class``. ``options`` are those of
+    such a class, by keyword, besides ``lr`` and ``weight_decay``.
     ``schedule``: ``cosine`` falls to 0 step by step after ``warmup_epochs`` of linear warm-up; ``paper`` is the
     per-epoch cosine of the papers with their warm-up from 0.01; ``poly`` falls to ``min_lr`` as ``(1 - share) ** 0.9``,
     step by step; ``step`` is divided by 10 after 2/3 and 8/9 of the run; ``constant`` stays.
@@ -91,7 +93,8 @@ class OptimConfig:
     of them in end-to-end training. ``per_block`` steps a block as soon as its last span ran and frees its gradients.
     """
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: str = "sgd"
+    options: dict[str, Any] = field(default_factory=dict)
     lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = True

@@ -227,3 +227,41 @@ def test_a_block_with_nothing_to_train_is_refused_block_by_block() -> None:
     with pytest.raises(ConfigError, match="block 3 has nothing to train"):
         stepper_of(network, per_block=True)
     stepper_of(network)
+
+
+@pytest.mark.parametrize("per_block", [False, True])
+@pytest.mark.parametrize("name", ["RAdam", "torch.optim:Adagrad"])
+def test_a_class_by_name_steps_as_that_class_does(name: str, per_block: bool) -> None:
+    ours, plain = network_of(dgl(TASK)), network_of(dgl(TASK))
+    options = {"eps": 1e-6}
+    train(ours, stepper_of(ours, name=name, options=options, lr=0.01, weight_decay=0.1, per_block=per_block), 2)
+    kind = getattr(torch.optim, name.rpartition(":")[2])
+    optimizer = kind([p for p in plain.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1, **options)
+    for step, (x, y) in enumerate(batches(2)):
+        localgrad.backward(plain, x, y, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        localgrad.exchange(plain)
+    for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "RAdm"}, "RAdam.*module:Class"),
+        ({"name": "LBFGS"}, "optim.name"),
+        ({"name": "RAdam", "options": {"beta": 1}}, "beta"),
+        ({"name": "sgd", "options": {"dampening": 0.1}}, "optim.name=AdamW"),
+        ({"name": "torch.optim:Nothing"}, "has no 'Nothing'"),
+        ({"name": "builtins:dict"}, "optim.name=builtins:dict"),
+    ],
+)
+def test_optimizers_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(OptimConfig(**options), [torch.nn.Parameter(torch.ones(2))])
+
+
+def test_a_captured_step_takes_no_class_by_name() -> None:
+    with pytest.raises(ConfigError, match="captured steps"):
+        build(OptimConfig(name="RAdam"), [torch.nn.Parameter(torch.ones(2))], torch.tensor(0.1))

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from localgrad.config import OptimConfig
-from localgrad.errors import ConfigError
+from localgrad.errors import ConfigError, nearest
+from localgrad.named import function, is_named
 from localgrad.network import LocalNetwork
 from localgrad.spans import groups
 
+OPTIMIZERS = ("sgd", "adamw")
+UNFIT = ("Optimizer", "LBFGS", "SparseAdam")  # a base, one that calls the model again, one for sparse gradients
 SMALL = 2**23  # parameters, 32 MiB
 MILESTONES = (2 / 3, 8 / 9)  # shares of a run at which the rate of ``step`` falls to a tenth
 
@@ -50,13 +53,24 @@ def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int)
 
 
 def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor | None = None) -> torch.optim.Optimizer:
-    """SGD or AdamW over ``parameters``; for all of them at once in small networks, on CUDA in one kernel.
+    """The optimizer over ``parameters``; SGD and AdamW step all of them at once in small networks, and on CUDA.
 
     Args:
         config: which, and its settings.
         parameters: on one device.
         rate: the learning rate as a scalar on that device, for steps that are captured; None for ``config.lr``.
+
+    Raises:
+        ConfigError: no such optimizer, options that it does not take, or a captured step with a class that keeps no
+            promise for captured steps.
     """
+    if config.name not in OPTIMIZERS:
+        return _by_name(config, parameters, captured=rate is not None)
+    if config.options:
+        raise ConfigError(
+            f"optim.options={config.options} with optim.name={config.name}, which is set by optim.momentum, "
+            "optim.nesterov and optim.weight_decay; write a class, such as optim.name=AdamW, to hand it options"
+        )
     lr = config.lr if rate is None else rate
     device = parameters[0].device.type
     # On the CPU fused kernels would round otherwise than one parameter after the other, and ``foreach`` needs as much
@@ -76,6 +90,29 @@ def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor 
     return torch.optim.SGD(
         parameters, lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay, **at_once
     )
+
+
+def _by_name(config: OptimConfig, parameters: Sequence[nn.Parameter], captured: bool) -> torch.optim.Optimizer:
+    """A class of ``torch.optim``, or ``module:Class``, with ``lr``, ``weight_decay`` and ``optim.options``."""
+    if is_named(config.name):
+        kind = function(config.name, "optim.name")
+    else:
+        known = [name for name, one in vars(torch.optim).items() if isinstance(one, type) and name not in UNFIT]
+        if config.name not in known:
+            raise ConfigError(nearest(config.name, [*OPTIMIZERS, *known], "optim.name") + "; or write module:Class")
+        kind = getattr(torch.optim, config.name)
+    if captured:
+        raise ConfigError(
+            f"optim.name={config.name} with captured steps, which are checked for {' and '.join(OPTIMIZERS)} only; "
+            "write train.capture=false or one of these"
+        )
+    try:
+        made = kind(parameters, **{"lr": config.lr, "weight_decay": config.weight_decay, **config.options})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"optim.name={config.name} with optim.options={config.options}: {error}") from error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(f"optim.name={config.name} makes a {type(made).__name__}; write a torch.optim.Optimizer")
+    return made
 
 
 def clip(groups: Sequence[Sequence[nn.Parameter]], limit: float) -> None:
