@@ -98,6 +98,7 @@ class LocalNetwork(nn.Module):
         if blocks is not None:
             waits = [k for k in range(self.num_blocks) if any(s.covers(k) and s.stop > k + 1 for s in spans)]
             blocks.again = waits if self.method.recompute.blocks else ()
+            blocks.selective = self.method.recompute.selective
             opened = OpenModel(blocks, blocks, blocks.points, self.watch, device)
         else:
             # Through the network, so that what a trainer wraps around its forward holds.

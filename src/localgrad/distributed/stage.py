@@ -223,6 +223,7 @@ class Stage:
         waits = [k for k in self.blocks if any(s.covers(k) and s.stop > k + 1 for s in spans)]
         again = waits if self.network.method.recompute.blocks else []
         self.model.again = [k - self.blocks.start for k in again]
+        self.model.selective = self.network.method.recompute.selective
         watch, device = Watch(frames=True), self.network.device.type
         with OpenModel(self.model, self.model, self.model.points, watch, device) as opened:
             yield opened

@@ -10,7 +10,7 @@ from localgrad.errors import MethodError, nearest
 from localgrad.method import Method
 from localgrad.methods.composition import repeatable
 
-Where = Literal["blocks", "auxiliary", "pointwise"]
+Where = Literal["blocks", "selective", "auxiliary", "pointwise"]
 
 
 @repeatable
@@ -28,6 +28,9 @@ def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = 
     Blocks that run again are separate modules, made by torch.fx: `localgrad.localize` says where a model does not allow
     it. Where the model checkpoints by itself (timm's ``set_grad_checkpointing``) nothing of this is needed.
 
+    ``selective`` is ``blocks`` by operation: what convolutions, products and attention return is kept, and only the
+    rest of these blocks runs again.
+
     In auxiliary networks each copied unit of a bridge and each head is a part: only one of them is alive at a time.
 
     ``pointwise`` keeps convolutions, products and attention, and computes again what normalisations and activation
@@ -36,7 +39,8 @@ def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = 
 
     Args:
         base: a method with spans wider than one block for ``blocks``, with auxiliary heads for ``auxiliary``.
-        where: what is recomputed: ``blocks``, parts of ``auxiliary`` networks, or ``pointwise`` operations.
+        where: what is recomputed: ``blocks``, ``selective`` (blocks, but for their products), parts of ``auxiliary``
+            networks, or ``pointwise`` operations.
         first: with ``pointwise``, only so many blocks at the beginning and their heads, for a method that needs the
             most memory there; None for all.
 
@@ -49,7 +53,8 @@ def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = 
         >>> localgrad.methods.checkpointing(localgrad.methods.e2e(localgrad.tasks.classification(10))).name
         'checkpointing(e2e)'
 
-    Source: Chen et al., 2016, arXiv:1604.06174, through ``torch.utils.checkpoint``; ``pointwise`` is what they propose
+    Source: Chen et al., 2016, arXiv:1604.06174, through ``torch.utils.checkpoint``; ``selective`` is its
+    ``create_selective_checkpoint_contexts``; ``pointwise`` is what they propose
     for convolution, BatchNorm and activation, done tensor by tensor (`localgrad.recompute.pointwise`).
     """
     if where not in get_args(Where):
@@ -59,4 +64,5 @@ def checkpointing(base: Method, *, where: Where = "blocks", first: int | None = 
     if first is not None and (where != "pointwise" or first < 1):
         raise MethodError(f"first={first} with where={where!r}: write where='pointwise' and first=1 or more, or None")
     value: Any = (first or math.inf) if where == "pointwise" else True
-    return replace(base, name=f"checkpointing({base.name})", recompute=replace(base.recompute, **{where: value}))
+    changes: dict[str, Any] = {"blocks": True, "selective": True} if where == "selective" else {where: value}
+    return replace(base, name=f"checkpointing({base.name})", recompute=replace(base.recompute, **changes))

@@ -71,6 +71,7 @@ class SeparateBlocks(nn.Module):
 
     Attributes:
         again: indices of blocks to run again in the backward pass; set for each step.
+        selective: whether they keep what convolutions, products and attention return.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class SeparateBlocks(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.doors = nn.ModuleList(_Door() for _ in blocks)
         self.again: Collection[int] = ()
+        self.selective = False
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -106,7 +108,10 @@ class SeparateBlocks(nn.Module):
                 if not any(name in other.inputs for other in later):
                     del values[name]
             again = index in self.again and torch.is_grad_enabled()
-            outputs = recomputed(block, *arguments, owner=block.owner) if again else block(*arguments)
+            if again:
+                outputs = recomputed(block, *arguments, owner=block.owner, selective=self.selective)
+            else:
+                outputs = block(*arguments)
             del arguments
             values |= zip(block.outputs, outputs, strict=True)
             del outputs

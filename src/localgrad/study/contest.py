@@ -6,6 +6,7 @@ above weights and optimizer state.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 import time
@@ -33,13 +34,13 @@ from localgrad.partition import Partition
 from localgrad.planning import EXACT, LOCAL, MICRO
 from localgrad.planning.planner import PRECISIONS, several_units
 from localgrad.spec import MethodSpec, build_method, described, method_name
-from localgrad.study.opponents import BUDGETS, compiler, offloaded, selective, step_in_backward
 from localgrad.train.experiment import explained
 
 Balance = Literal["count", "bytes"]
 OPTIONS = ("channels_last", "compile")
 REFERENCE = "end-to-end"
 UNITS = "checkpointing every unit"
+BUDGETS = (0.1, 0.3, 0.5, 0.7)
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ class Way:
         num_blocks: K; None for as many as the model has units. ``cuts``, paths of modules, say where instead.
         per_block: whether each block steps, and frees its gradients, as soon as its backward pass is done.
         inside: recompute the units inside a block in its backward pass, all but the last.
-        prepare: changes a copy of the model, given an example, before it is cut.
-        in_backward: each parameter steps as soon as it has its gradient.
-        budget: share of activations that the compiler keeps; of compiled ways.
+        in_backward: each parameter steps, and frees its gradient, as soon as the gradient is there.
+        offload: what waits for the backward pass waits on the host (``torch.autograd.graph.save_on_cpu``).
+        budgets: values of ``torch._functorch.config.activation_memory_budget`` to compile with; the leanest counts.
         variant: ``fp32`` or ``bf16`` (autocast), then any of ``channels_last`` and ``compile``, joined by ``+``.
     """
 
@@ -65,11 +66,11 @@ class Way:
     num_blocks: int | None = 1
     per_block: bool = False
     inside: bool = False
+    in_backward: bool = False
+    offload: bool = False
+    budgets: tuple[float, ...] = ()
     variant: str = "fp32"
     cuts: tuple[str, ...] = ()
-    prepare: Callable[[nn.Module, Tensor], None] | None = None
-    in_backward: bool = False
-    budget: float | None = None
 
     def __post_init__(self) -> None:
         precision, *options = self.variant.split("+")
@@ -78,6 +79,13 @@ class Way:
         for option in options:
             if option not in OPTIONS:
                 raise ConfigError(nearest(option, OPTIONS, "option") + f" (in variant {self.variant!r})")
+        if self.budgets and not self.has("compile"):
+            raise ConfigError(f"budgets={self.budgets} with variant {self.variant!r}: they are the compiler's; write "
+                              f"variant='{self.variant}+compile'")  # fmt: skip
+        if self.in_backward and self.method.micro_batches > 1:
+            raise ConfigError(
+                f"in_backward with {self.method.micro_batches} micro-batches: each would step by itself; drop one"
+            )
 
     @property
     def separate(self) -> bool:
@@ -239,9 +247,6 @@ def standard_ways(
 ) -> list[Way]:
     """End-to-end training, checkpointing and accumulation, then each method with and without them.
 
-    Exact ways are also: checkpointing that keeps products, checkpointing whose tensors wait on the host, and the
-    optimizer in the backward pass; in compiled variants the compiler's own recomputation by a budget of memory.
-
     Args:
         task: from `localgrad.tasks`.
         specs: methods as recipes write them, ``["dgl", "man"]``.
@@ -249,21 +254,21 @@ def standard_ways(
         variants: each way is run in each of them; see `Way`.
         parts: micro-batches of accumulation.
         combinations: also run methods with per-block steps, with the units inside a block recomputed, accumulated, and
-            with all of these.
+            with all of these; and end-to-end training compiled, plainly and with the best of `BUDGETS`.
     """
     e2e = methods.e2e(task)
     recomputing = methods.checkpointing(e2e)
+    selective = methods.checkpointing(e2e, where="selective")
     ways = [
         Way(REFERENCE, REFERENCE, e2e),
+        Way(f"{REFERENCE}, optimizer in backward", REFERENCE, e2e, in_backward=True),
         Way(UNITS, "checkpointing", recomputing, None),
+        Way(f"{UNITS}, selective", "checkpointing", selective, None),
+        Way(f"{UNITS}, offloaded", "checkpointing", recomputing, None, offload=True),
         *(Way(f"checkpointing K={k}", "checkpointing", recomputing, k) for k in num_blocks if k > 1),
         Way(f"accumulation x{parts}", "accumulation", methods.accumulation(e2e, parts=parts)),
         Way(f"{UNITS}, x{parts}", "checkpointing", methods.accumulation(recomputing, parts=parts), None),
-        Way(f"{UNITS}, products kept", "checkpointing", e2e, prepare=selective),
-        Way(f"{UNITS}, on the host", "checkpointing", e2e, prepare=offloaded),
-        Way("optimizer in the backward pass", REFERENCE, e2e, in_backward=True),
     ]
-    budgets = [Way(f"memory budget {share:g}", "checkpointing", e2e, budget=share) for share in BUDGETS]
     for spec in specs:
         method = build_method(spec, task)
         if not method.terms:
@@ -283,11 +288,13 @@ def standard_ways(
                 accumulated = replace(stepping, name=f"{stepping.name}, x{parts}", method=several)
                 inside = f"{stepping.name}, checkpointing inside, x{parts}"
                 ways += [accumulated, replace(accumulated, name=inside, inside=True)]
-    return [
-        replace(way, variant=variant)
-        for variant in variants
-        for way in (*ways, *(budgets if "compile" in variant.split("+") else ()))
-    ]
+    found = [replace(way, variant=variant) for variant in variants for way in ways]
+    for variant in variants if combinations else ():
+        if "compile" not in variant.split("+"):
+            compiled = replace(found[0], variant=f"{variant}+compile")
+            found += [compiled] * (compiled not in found)
+            found.append(replace(compiled, name=f"{REFERENCE}, memory budget", budgets=BUDGETS))
+    return found
 
 
 class _Contestant:
@@ -295,21 +302,23 @@ class _Contestant:
 
     def __init__(self, way: Way, model: nn.Module, inputs: Tensor, targets: Tensor, balance: Balance) -> None:
         self.way, self.inputs, self.targets = way, inputs, targets
-        if way.prepare is not None:
-            way.prepare(model, inputs[:2])
+        if way.has("compile"):
+            model = copy.deepcopy(model)  # modules are compiled in place, and other ways run the same ones uncompiled
         self.network = network = _cut(way, model, inputs[:2], balance, len(inputs)).train()
         if way.has("channels_last"):
             network.to(memory_format=torch.channels_last)
         if way.has("compile"):
-            network.compile_blocks(backend=compiler(way.budget))
+            backend = _compiler(*way.budgets)
+            if network.num_blocks == 1:
+                network.running.compile(backend=backend)
+            else:
+                network.compile_blocks(backend=backend)
         groups = [network.block_parameters(k) for k in range(network.num_blocks)]
         self.trained = [p for p in network.parameters() if p.requires_grad]
-        if way.in_backward:
-            step_in_backward(self.trained)
         self.per_block = way.per_block
+        together = [[p] for p in self.trained] if way.in_backward else groups if way.per_block else [self.trained]
         self.optimizers = [
-            torch.optim.SGD(parameters, lr=1e-3, momentum=0.9) if parameters else None
-            for parameters in (groups if way.per_block else [[] if way.in_backward else self.trained])
+            torch.optim.SGD(parameters, lr=1e-3, momentum=0.9) if parameters else None for parameters in together
         ]
 
     def step(self) -> None:
@@ -321,9 +330,16 @@ class _Contestant:
             autocast=self.way.autocast,
             on_block_done=self._update if self.per_block else None,
         )
-        for _, loss in losses:
-            loss.backward()
-        if not self.per_block:
+        with contextlib.ExitStack() as stack:
+            if self.way.offload:
+                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=self.inputs.is_cuda))
+            # Registered anew in each step, so that what measures gradients sees them before they are freed.
+            for index, parameter in enumerate(self.trained if self.way.in_backward else ()):
+                hook = parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._update(index))
+                stack.callback(hook.remove)
+            for _, loss in losses:
+                loss.backward()
+        if not self.per_block and not self.way.in_backward:
             self._update(0)
         exchange(self.network)
 
@@ -345,7 +361,10 @@ class _Contestant:
 
     def row(self, timeline: bool) -> Row:
         """Everything but the times, from the second step: in the first the optimizer makes its state."""
-        self.step()
+        try:
+            self.step()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise TrainingError(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
         cost: Cost | None = None
         ops: tuple[tuple[float, int, int], ...] = ()
         if self.way.has("compile"):
@@ -373,6 +392,16 @@ class _Contestant:
             auxiliary_parameters=sum(p.numel() for p in network.auxiliary.parameters() if p.requires_grad),
             timeline=ops,
         )
+
+
+def _compiler(budget: float | None = None) -> Callable[..., Any]:
+    """Inductor with an activation memory budget. One function each, so that each compiles the same code anew."""
+
+    def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
+        with torch._functorch.config.patch({} if budget is None else {"activation_memory_budget": budget}):
+            return torch._dynamo.lookup_backend("inductor")(graph, inputs, **options)
+
+    return inductor
 
 
 class _Moments(TorchDispatchMode):
@@ -427,7 +456,7 @@ def contest(
 ) -> Contest:
     """Run steps of every way, one after the other in each round, and measure them.
 
-    All ways train the same weights, so that a step of one is as costly whatever the others did.
+    All ways train the same weights, so that a step of one is as costly whatever the others did; compiled ones a copy.
 
     Args:
         model: a name that `localgrad.models.create` knows, or a module, which is copied.
@@ -471,13 +500,16 @@ def contest(
                 other = copy.deepcopy(model).to(memory_format=torch.channels_last)
                 laid_out[last] = other, inputs.contiguous(memory_format=torch.channels_last)
             progress(f"memory of {way.name}, {way.variant}")
+            tried = [replace(way, name=f"{way.name} {b}", budgets=(b,)) for b in way.budgets] or [way]
             try:
-                laid, images = laid_out[last]
-                # Modules are compiled in place: another way would run them compiled too, and cut elsewhere.
-                laid = copy.deepcopy(laid) if way.has("compile") or way.prepare or way.in_backward else laid
-                contestant = _Contestant(way, laid, images, targets, balance)
-                with explained(inputs):
-                    row = contestant.row(timeline)
+                if way.offload and device.type == "cpu":
+                    raise MethodError("on a CPU the host is the device; nothing can be moved off it")
+                measured = []
+                for one in tried:
+                    contestant = _Contestant(one, laid_out[last][0], laid_out[last][1], targets, balance)
+                    with explained(inputs):
+                        measured.append((contestant.row(timeline), contestant))
+                row, contestant = min(measured, key=lambda pair: pair[0].memory or 0)
             except (MethodError, PartitionError, TrainingError) as error:
                 if not contestants or (isinstance(error, PartitionError) and not way.separate):
                     raise
