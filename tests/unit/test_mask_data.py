@@ -56,7 +56,7 @@ def test_the_loss_is_that_of_torch(weights: tuple[float, ...] | None, smoothing:
     assert torch.equal(task.loss(logits, given(targets)), expected)
     assert torch.equal(task.loss({"out": logits}, given(targets)), expected)
     both = task.loss({"out": logits, "aux": logits.flip(0)}, given(targets))
-    assert torch.equal(both, expected + 0.5 * task._cross_entropy(logits.flip(0), targets))
+    assert torch.equal(both, expected + 0.5 * task._cross_entropy(logits.flip(0), given(targets)))
     coarse = F.interpolate(logits, size=(10, 8), mode="bilinear", align_corners=False)
     large = targets.repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert torch.equal(task.loss(logits, given(large)), task.loss(coarse, given(large)))

@@ -28,6 +28,7 @@ def command(words: list[str], folder: str, prepare: Callable[[], object] | None)
     file = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     if prepare is not None:
         prepare()
     from localgrad.cli import main

@@ -78,8 +78,8 @@ def plan(
     Example:
         >>> import localgrad
         >>> ways = localgrad.plan("resnet20", batch_size=128, image_size=32, memory="40MiB", num_classes=10)
-        >>> ways.options[0].fits, ways.recommended.kind
-        (False, 'accumulation')
+        >>> ways.options[0].fits, ways.recommended.fits
+        (False, True)
     """
     budget = None if memory is None else read_memory(memory)
     _check(batch_size, image_size, channels, headroom, optimizer, precision)

@@ -34,7 +34,7 @@ class Interrupted(LocalgradError):
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Turns Ctrl-C, SIGTERM and SIGHUP into a question to ask between steps; a second one stops at once.
 
-    What the process was started to ignore, as ``nohup`` does with SIGHUP, it ignores.
+    A process that was started by ``nohup`` goes on ignoring SIGHUP.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -46,11 +46,10 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.set()
 
-    old = {
-        number: signal.signal(number, ask)
-        for name in ("SIGINT", "SIGTERM", "SIGHUP")  # no system has them all
-        if (number := getattr(signal, name, None)) and signal.getsignal(number) is not signal.SIG_IGN
-    }
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    old = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked.is_set
     finally:
