@@ -1,5 +1,9 @@
+"""Every way of bench that is not compiled: a model and its batch size are given."""
+
 import sys
+
 import torch
+
 from localgrad import tasks
 from localgrad.study.contest import contest, standard_ways
 
