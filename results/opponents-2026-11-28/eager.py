@@ -1,0 +1,13 @@
+"""Every way of bench that is not compiled: a model and its batch size are given."""
+
+import sys
+
+import torch
+
+from localgrad import tasks
+from localgrad.study.contest import contest, standard_ways
+
+torch.set_num_threads(1)
+name, batch_size = sys.argv[1], int(sys.argv[2])
+ways = [way for way in standard_ways(tasks.classification(1000), [["dgl"]], [4]) if not way.has("compile")]
+print(contest(name, ways, batch_size=batch_size, image_size=64, rounds=2))
