@@ -18,8 +18,8 @@ CANDIDATES = 200  # thresholds that are tried
 
 
 def confidence(logits: Tensor, temperature: Tensor) -> Tensor:
-    """``max(softmax(z / T))`` (B,) of logits (B, C)."""
-    return (widened(logits) / temperature).softmax(1).amax(1)
+    """``max(softmax(z / T))`` (B,) float32, as thresholds are, of logits (B, C)."""
+    return (widened(logits) / temperature).softmax(1).amax(1).float()
 
 
 def fitted_temperature(logits: Tensor, targets: Tensor) -> float:
