@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,27 @@ class Together(nn.Module):
         return self.last(self.second(self.first(x) - x.mean(0)))
 
 
+class Drawing(nn.Module):
+    """Draws in eval mode; tracing would freeze one draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.changed(self.first(x)))
+
+    def changed(self, features: Tensor) -> Tensor:
+        return features if self.training else features * random.random()
+
+
+class Branching(Drawing):
+    """Goes another way in eval mode where it is traced."""
+
+    def changed(self, features: Tensor) -> Tensor:
+        return features if self.training or not isinstance(features, Tensor) else 2 * features
+
+
 def test_what_makes_no_sense_is_refused() -> None:
     rows = torch.randn(6, 4)
     layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, CLASSES))
@@ -244,6 +266,13 @@ def test_what_makes_no_sense_is_refused() -> None:
         cut(methods.dgl(tasks.regression(CLASSES))).exits()
     with pytest.raises(PartitionError, match="sample by sample"):
         cut(methods.dgl(TASK), Together()).exits()
+    drawing, branching = cut(methods.dgl(TASK), Drawing()), cut(methods.dgl(TASK), Branching())
+    for refused in (drawing.exits, lambda: drawing.prefix(1)):
+        with pytest.raises(PartitionError, match="draws random numbers"):
+            refused()
+    for refused in (branching.exits, lambda: branching.prefix(1)):
+        with pytest.raises(PartitionError, match=r"not compute what Branching\.forward does in eval mode"):
+            refused()
     network = cut(methods.dgl(TASK))
     for wrong in (0, 2, -1, 1.0, True):
         with pytest.raises(PartitionError, match=r"write 1 to 1, or take network\.model"):
