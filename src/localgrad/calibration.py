@@ -86,23 +86,18 @@ class Answered:
         return Outcome(float(accuracy), flops, tuple(shares.tolist()), tuple(thresholds.tolist()))
 
     def cheapest(self, points: float) -> Tensor:
-        """The thresholds with the least compute that lose at most ``points`` percentage points to the last exit.
+        """The threshold, one for all exits, with the least compute that loses at most ``points`` percentage points.
 
-        One for all exits first, then each by itself, the others held.
+        One for each exit would take up to 0.1 less compute, at accuracies that other samples do not bear out
+        (docs/exits.md).
         """
         least = float(self.right[-1].double().mean()) - points / 100 - 1e-9
         known = self.confidence.flatten().sort().values
-        candidates = known[torch.linspace(0, len(known) - 1, CANDIDATES, device=known.device).long()]
-        best = torch.full_like(self.confidence[:, 0], NEVER)
-        flops = self.outcome(best).flops
-        for place in (None, *range(len(best)), *range(len(best))):
-            for candidate in candidates:
-                tried = best.clone()
-                tried[place if place is not None else slice(None)] = candidate
-                found = self.outcome(tried)
-                if found.accuracy >= least and found.flops < flops:
-                    best, flops = tried, found.flops
-        return best
+        places = torch.linspace(0, len(known) - 1, CANDIDATES, device=known.device).long()
+        tried = [torch.full_like(self.confidence[:, 0], float(one)) for one in (*known[places], NEVER)]
+        return min(
+            (one for one in tried if self.outcome(one).accuracy >= least), key=lambda one: self.outcome(one).flops
+        )
 
 
 @dataclass(frozen=True)

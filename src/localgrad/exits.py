@@ -198,10 +198,10 @@ class Exits(_Inference):
         return kept
 
     def calibrate(self, batches: Iterable[tuple[Any, Tensor]], points: float = 0.0) -> Outcome:
-        """Choose a temperature for each head, and the thresholds with the least compute, on a validation split.
+        """Choose a temperature for each head, and a threshold for all of them, on a validation split.
 
-        A temperature minimises the mean cross-entropy of ``z / T``. Thresholds are those that take the fewest FLOPs
-        of all tried with ``accuracy >= accuracy of the last exit - points / 100`` on this split.
+        A temperature minimises the mean cross-entropy of ``z / T``. The threshold takes the fewest FLOPs of those
+        with ``accuracy >= accuracy of the last exit - points / 100`` on this split.
 
         Args:
             batches: of (inputs, targets), targets class indices (B,) int64: a loader, or ``[(inputs, targets)]``. Not
