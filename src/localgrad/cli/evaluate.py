@@ -62,7 +62,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    title = f"{experiment.data.title}, {split} split, {batches.num_images} images, weights after epoch {epoch}"
+    title = f"{experiment.data.title}, {split} split, {batches.num_samples} images, weights after epoch {epoch}"
     score_name, *others = result["metrics"]
     table = new_table("head", score_name)
     for name, score in result["score"].items():

@@ -9,7 +9,7 @@ Order and augmentation are functions of (seed, epoch, batch or image), so an epo
 """
 
 from localgrad import named
-from localgrad.data import boxes, masks, own
+from localgrad.data import boxes, masks, own, text
 from localgrad.data.catalogue import available, load
 from localgrad.data.dataset import Data, Found, root_of
 from localgrad.data.loaders import Loader
@@ -30,6 +30,7 @@ __all__ = [
     "load",
     "masks",
     "reads_files",
+    "text",
 ]
 
 

@@ -360,7 +360,7 @@ def cutting_of(blocks: BlocksConfig) -> Cutting | tuple[str, ...]:
 def build_network(
     config: Config,
     task: Task,
-    image_shape: tuple[int, int, int],
+    input_shape: tuple[int, int, int],
     device: torch.device,
 ) -> LocalNetwork:
     """Model, method and cuts of a run, with the weights that its seed gives."""
@@ -371,10 +371,10 @@ def build_network(
     method = build_method(
         config.method,
         task,
-        load_model=lambda path: trained_model(Path(path), task, image_shape),
+        load_model=lambda path: trained_model(Path(path), task, input_shape),
     )
     with seeded(config.train.seed, "weights"):
-        model = model_of(config, task.num_outputs, image_shape)
+        model = model_of(config, task.num_outputs, input_shape)
         if config.model.weights is not None:
             said = load_pretrained(model, config.model.weights)
             if "stay random" in said:
@@ -385,7 +385,7 @@ def build_network(
             freeze_batchnorm(model)
         memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-        example = torch.randn(2, *image_shape).to(device)  # a draw of the device would leave others to the CPU
+        example = torch.randn(2, *input_shape).to(device)  # a draw of the device would leave others to the CPU
         network = localize(model, method, cutting, example=example)
     if config.train.channels_last:
         network.to(memory_format=torch.channels_last)
@@ -403,7 +403,7 @@ def build(config: Config, replica: int = 0, num_replicas: int = 1) -> Experiment
     network = build_network(
         config,
         build_task(config, loaded.num_classes, loaded.mean, loaded.std, loaded.kind, loaded.classes),
-        loaded.image_shape,
+        loaded.input_shape,
         device,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")

@@ -44,21 +44,21 @@ def read_config(path: Path) -> Config:
         ) from error
 
 
-def model_of(config: Config, num_classes: int, image_shape: tuple[int, ...]) -> nn.Module:
+def model_of(config: Config, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     """The model of a run for images (C, H, W), as it is before training."""
-    channels, height, _ = image_shape
+    channels, height, _ = input_shape
     return models.create(
         config.model.name, num_classes=num_classes, in_channels=channels, image_size=height, **config.model.options
     )
 
 
-def trained_model(path: Path, task: Task, image_shape: tuple[int, int, int]) -> nn.Module:
+def trained_model(path: Path, task: Task, input_shape: tuple[int, int, int]) -> nn.Module:
     """The model that a finished run left in ``path``, for data of the same form.
 
     Raises:
         CheckpointError: no finished run there, or one for other data.
     """
-    model = model_of(read_config(path), task.num_outputs, image_shape)
+    model = model_of(read_config(path), task.num_outputs, input_shape)
     try:
         model.load_state_dict(sealed.read_tensors(path / WEIGHTS))
     except (CheckpointError, RuntimeError) as error:
