@@ -19,10 +19,11 @@ from localgrad.errors import ConfigError
 class Data:
     """A data set ready to train on.
 
-    ``input_shape`` is that of a training sample, (C, H, W) of images, (T,) of text; ``mean`` and ``std`` (C floats, units
-    of [0, 1]) are what images were normalised by; ``validation`` is None where none was asked for; ``kind`` names the task its targets are for, as
-    `localgrad.tasks` does, or is ``module:function``; ``scored`` is what the split in ``test`` is called where it lies,
-    which is ``val`` where there is no test split.
+    ``input_shape`` is that of a training sample, (C, H, W) of images, (T,) of text; ``mean`` and ``std`` (C floats,
+    units of [0, 1]) are what images were normalised by; ``classes`` of text are its tokens; ``validation`` is None
+    where none was asked for; ``kind`` names the task its targets are for, as `localgrad.tasks` does, or is
+    ``module:function``; ``scored`` is what the split in ``test`` is called where it lies, which is ``val`` where there
+    is no test split.
     """
 
     name: str
