@@ -85,7 +85,7 @@ def network_of(way: Way, weights: dict[str, Tensor], seed: int) -> localgrad.Loc
         model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=names, modules_to_save=["fc"]))
     if way.trains == "classifier":
         model.requires_grad_(False)
-        model.fc.requires_grad_(True)  # type: ignore[union-attr]
+        model.fc.requires_grad_(True)
     return localgrad.localize(
         model, way.method, localgrad.cuts.by_bytes(way.blocks), example=torch.zeros(2, 3, SIDE, SIDE)
     )
@@ -97,7 +97,7 @@ def fit(
     steps: int,
     epochs: int,
     rate: float,
-    modules: list[nn.Module],
+    module: nn.Module,
 ) -> float:
     """SGD with a cosine; processor seconds."""
     trained = [p for p in module.parameters() if p.requires_grad]
