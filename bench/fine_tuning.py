@@ -109,7 +109,6 @@ def fit(
             inputs = images.expand(-1, 3, -1, -1)
             if isinstance(network, localgrad.LocalNetwork):
                 localgrad.backward(network, inputs, targets, step)
-                localgrad.exchange(network)
             else:
                 nn.functional.cross_entropy(network(inputs), targets).backward()
             optimizer.step()
