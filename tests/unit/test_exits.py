@@ -344,7 +344,7 @@ def test_a_run_is_exported_from_the_command_line(
     from localgrad.train.predict import load_trained
 
     trained = load_trained(run_dir, "cpu")
-    inputs = torch.randn(3, *trained.image_shape)
+    inputs = torch.randn(3, *trained.input_shape)
     wanted = trained.model(inputs)
     assert run("export", str(run_dir), "--to", str(tmp_path / "new" / "model.onnx")) == 0
     session = onnxruntime.InferenceSession(tmp_path / "new" / "model.onnx")

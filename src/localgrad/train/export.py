@@ -30,7 +30,7 @@ TOLERANCE = 1e-4  # of what the file answers, to the largest answer
 def export(run_dir: Path, to: Path, form: Format, block: int | None = None) -> str:
     """Write the model of a finished run, or a prefix of it, for images (B, C, H, W) of any B, normalised.
 
-    What the data were is written beside the graph, as JSON under ``trained_on``: classes, ``image_shape``, and the
+    What the data were is written beside the graph, as JSON under ``trained_on``: classes, ``input_shape``, and the
     ``mean`` and ``std`` that inputs are normalised by. The file is run once before it gets its name.
 
     Args:
@@ -52,13 +52,13 @@ def export(run_dir: Path, to: Path, form: Format, block: int | None = None) -> s
     write = {"onnx": _onnx, "torch": _torch}[form]
     trained = load_trained(run_dir, "cpu")
     module: nn.Module = trained.model if block is None else network_of(run_dir, trained).prefix(block)
-    channels, height, width = trained.image_shape
+    channels, height, width = trained.input_shape
     # Drawn on its own: nobody else's draws move. Of four, so that no size is taken for a constant.
     example = torch.randn(4, channels, height, width, generator=torch.Generator().manual_seed(0))
     told = {
         "kind": trained.kind,
         "classes": list(trained.classes),
-        "image_shape": list(trained.image_shape),
+        "input_shape": list(trained.input_shape),
         "mean": list(trained.mean),
         "std": list(trained.std),
         "block": block,
@@ -91,7 +91,7 @@ def network_of(run_dir: Path, trained: Trained) -> LocalNetwork:
     """
     config = dataclasses.replace(trained.config, model=dataclasses.replace(trained.config.model, weights=None))
     task = build_task(config, len(trained.classes), trained.mean, trained.std, trained.kind, trained.classes)
-    network = build_network(config, task, trained.image_shape, torch.device("cpu"))
+    network = build_network(config, task, trained.input_shape, torch.device("cpu"))
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, network, [])
     step = checkpoints.newest()
     if step is None:
