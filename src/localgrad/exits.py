@@ -234,14 +234,15 @@ class Exits(_Inference):
         before = self.temperature.clone(), self.threshold.clone()
         chosen, read = self._logits(validation), self._logits(split)
         outcomes = []
-        for one in points:
-            self._calibrate(*chosen, one)
-            answered = self._answered(*read)
-            outcomes.append(answered.outcome(self.threshold))
-        self.temperature.copy_(before[0])
-        self.threshold.copy_(before[1])
+        try:
+            for one in points:
+                self._calibrate(*chosen, one)
+                outcomes.append(self._answered(*read).outcome(self.threshold))
+        finally:
+            self.temperature.copy_(before[0])
+            self.threshold.copy_(before[1])
+        heads = self._answered(*read).right.double().mean(1).tolist()
         alone = [blocks + head for blocks, head in zip(self.block_flops, self.head_flops, strict=True)]
-        heads = answered.right.double().mean(1).tolist()
         return Curve(self.boundaries, tuple(heads), tuple(alone), tuple(points), tuple(outcomes))
 
     def _calibrate(self, logits: list[Tensor], targets: Tensor, points: float) -> Outcome:
@@ -403,6 +404,7 @@ def exits_of(network: Network, threshold: float) -> Exits:
         )
     logits = network.method.require_logits("exits")
     example = as_by_now(network.partition.model, network.partition.example)
+    example = tuple(example) if isinstance(example, list) else example  # of several inputs, not one for each sample
     with untouched(network.model, training=False), torch.no_grad():
         own = logits(call_model(network.model, example))
     if own.dim() != 2:
