@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -69,6 +70,40 @@ def test_accelerate_in_two_processes() -> None:
     )
     ranks = [ast.literal_eval(found) for found in re.findall(r"\[[^\[\]]+\]", done.stdout)]
     assert [sum(pair) / 2 for pair in zip(*ranks, strict=True)] == pytest.approx(whole, rel=1e-4)
+
+
+# Of two ranks, the first takes the first half of what one process takes at once.
+TWO_RANKS = """
+import sys
+from pathlib import Path
+import hf_trainer, plain_loop, torch
+network = plain_loop.network()
+trainer = hf_trainer.train(network, Path(sys.argv[1]))
+assert trainer.args.world_size == 2 and trainer.state.global_step == 3
+torch.save(network.state_dict(), Path(sys.argv[1]) / f"rank{trainer.args.process_index}.pt")
+"""
+
+
+def test_a_trainer_of_transformers_in_two_processes(tmp_path: Path) -> None:
+    """Replicas have the same bits, and the weights of one process on the joined batches."""
+    pytest.importorskip("transformers")
+    (tmp_path / "script.py").write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    path = os.pathsep.join([str(EXAMPLES), *sys.path])
+    subprocess.run(
+        [*command, "script.py", str(tmp_path)],
+        cwd=tmp_path,
+        check=True,
+        timeout=200,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    plain = importlib.import_module("plain_loop")
+    whole = plain.network()
+    plain.train(whole, [({"input_ids": tokens}, tokens) for tokens in plain.counting().split(16)])
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[key], value) for key, value in second.items())
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
