@@ -89,14 +89,8 @@ def test_a_trainer_of_transformers_in_two_processes(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "script.py").write_text(TWO_RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    path = os.pathsep.join([str(EXAMPLES), *sys.path])
-    subprocess.run(
-        [*command, "script.py", str(tmp_path)],
-        cwd=tmp_path,
-        check=True,
-        timeout=200,
-        env=os.environ | {"PYTHONPATH": path},
-    )
+    seen = os.environ | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])}
+    subprocess.run([*command, "script.py", str(tmp_path)], cwd=tmp_path, check=True, timeout=200, env=seen)
     plain = importlib.import_module("plain_loop")
     whole = plain.network()
     plain.train(whole, [({"input_ids": tokens}, tokens) for tokens in plain.counting().split(16)])

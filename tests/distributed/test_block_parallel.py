@@ -263,9 +263,8 @@ def language_models() -> tuple[str, list[str]]:
             localgrad.exchange(one)
     network.stage.gather()
     ours, theirs = network.state_dict(), alone.state_dict()
-    return str(refused.value), [
-        key for key in theirs if dist.get_rank() == 0 and not torch.equal(ours[key], theirs[key])
-    ]
+    differing = [key for key in theirs if not torch.equal(ours[key], theirs[key])]
+    return str(refused.value), differing if dist.get_rank() == 0 else []  # the first rank gathers
 
 
 def test_language_models_with_heads_of_their_own() -> None:
