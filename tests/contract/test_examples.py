@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -52,12 +53,20 @@ def test_trainers_of_text(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("name", ["timm_loop", "peft_lora"])
-def test_models_of_others(name: str) -> None:
-    pytest.importorskip(name.partition("_")[0])
+@pytest.mark.parametrize(
+    ("name", "package", "batches"),
+    [
+        ("timm_loop", "timm", "timm_loop.image_batches"),
+        ("peft_lora", "peft", "plain_loop.text_batches"),
+        ("text_classification", "transformers", "text_classification.text_batches"),
+        ("masked_lm", "transformers", "masked_lm.text_batches"),
+    ],
+)
+def test_models_of_others(name: str, package: str, batches: str) -> None:
+    pytest.importorskip(package)
     example = importlib.import_module(name)
-    batches = example.image_batches() if name == "timm_loop" else importlib.import_module("plain_loop").text_batches()
-    check(name, example.network(), example.network(), batches)
+    drawn = pkgutil.resolve_name(batches)()
+    check(name, example.network(), example.network(), drawn)
 
 
 def test_accelerate_in_two_processes() -> None:
