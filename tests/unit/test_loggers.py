@@ -7,6 +7,7 @@ import json
 import sqlite3
 import struct
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -170,7 +171,9 @@ def test_a_tracker_holds_each_epoch_once(
     assert len(rows) == 3 and "train/loss/block 1" in rows[0]
     figures = [{n: float(v) for n, v in row.items() if n not in ("epoch", "step")} for row in rows]
     expected = {(n, epoch): [value] for epoch, row in enumerate(figures, 1) for n, value in row.items()}
-    found = globals()[f"of_{name}"](path, key)
+    read, deadline = globals()[f"of_{name}"], time.monotonic() + 20
+    while (found := read(path, key)).keys() != expected.keys() and time.monotonic() < deadline:
+        time.sleep(0.2)  # a service of its own may still be writing
     assert found.keys() == expected.keys()
     assert all(found[at] == pytest.approx(values, rel=1e-6) for at, values in expected.items())
     assert not capfd.readouterr().out  # which is for what a command answers
