@@ -140,7 +140,8 @@ class TrainConfig:
 
     ``capture`` records whole steps as CUDA graphs and replays them: ``auto`` wherever that is possible on CUDA, true or
     else not at all, false never. ``compile`` compiles the modules between the cuts and the auxiliary networks.
-    ``profile`` is a step, from which on three steps are traced.
+    ``profile`` is a step, from which on three steps are traced. ``loggers`` are told of each epoch, see
+    `localgrad.train.loggers`: ``csv``, ``tensorboard``, ``wandb``, ``mlflow``, ``trackio``, or ``module:Class``.
     """
 
     epochs: int = 10
@@ -157,6 +158,7 @@ class TrainConfig:
     threads: int | None = None
     checkpoint_every: int | None = None
     profile: int | None = None
+    loggers: list[str] = field(default_factory=lambda: ["csv"])
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "eval_batch_size", "checkpoint_every"):

@@ -29,6 +29,7 @@ from localgrad.randomness import random_states, seeded, set_random_states
 from localgrad.recipes import safe_yaml
 from localgrad.spec import MethodSpec, build_method
 from localgrad.task import Task
+from localgrad.train import loggers
 from localgrad.train.capture import Captured, unfit
 from localgrad.train.finished import model_of, trained_model
 from localgrad.train.meters import Meter, merged
@@ -37,7 +38,7 @@ from localgrad.train.optim import BUILT_IN, Stepper
 # Settings that may change in mid-run, since they do not decide what it comes to.
 FREE = (
     "beside", "about", "data.root", "data.workers",
-    "train.checkpoint_every", "train.device", "train.threads", "train.profile",
+    "train.checkpoint_every", "train.device", "train.threads", "train.profile", "train.loggers",
 )  # fmt: skip
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -418,6 +419,7 @@ def build(config: Config, replica: int = 0, num_replicas: int = 1) -> Experiment
     Raises:
         ConfigError, DataError, PartitionError, MethodError: what is wrong, in one paragraph.
     """
+    loggers.known(config.train.loggers)
     device = set_up_torch(config)
     loaded = load_data(config, device, replica, num_replicas)
     network = build_network(
