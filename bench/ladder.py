@@ -26,7 +26,9 @@ from localgrad.measure.sizes import size
 from localgrad.measure.tables import markdown
 from localgrad.method import Method
 from localgrad.spec import build_method, described, parse_method
-from localgrad.study.contest import REFERENCE, Contest, Row, Way, contest
+from localgrad.study.contest import contest
+from localgrad.study.contest_report import Contest, Row
+from localgrad.study.ways import REFERENCE, Way
 from localgrad.train.experiment import device_of
 
 NETWORKS = {

@@ -5,7 +5,8 @@ import sys
 import torch
 
 from localgrad import tasks
-from localgrad.study.contest import contest, standard_ways
+from localgrad.study.contest import contest
+from localgrad.study.ways import standard_ways
 
 torch.set_num_threads(1)
 name, batch_size = sys.argv[1], int(sys.argv[2])

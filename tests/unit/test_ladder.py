@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localgrad import methods, tasks
-from localgrad.study.contest import Contest, Row, Way
+from localgrad.study.contest_report import Contest, Row
+from localgrad.study.ways import Way
 
 TASK = tasks.classification(10)
 SAME = Row("", "", "", "fp32", "", 1, (), None, None, None, None, 0, seconds=1.0, rounds=(1.0,))

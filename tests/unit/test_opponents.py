@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import localgrad
 from localgrad import ConfigError, methods
 from localgrad.measure.memory import measure, saved_storages
-from localgrad.study.contest import Way, _Contestant, contest, standard_ways
+from localgrad.study.contest import _Contestant, contest
+from localgrad.study.ways import Way, standard_ways
 
 TASK = localgrad.tasks.classification(10)
 RATE = 1e-3  # of the optimizer of a contest, whose first step is -RATE * gradient

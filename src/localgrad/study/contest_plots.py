@@ -7,7 +7,7 @@ from typing import Any
 
 from localgrad.errors import ConfigError
 from localgrad.measure.plots import REFERENCES, log_scale, new_figure, save_figure
-from localgrad.study.contest import Contest, Row
+from localgrad.study.contest_report import Contest, Row
 
 COLORS = {**REFERENCES, "local": "#d35400"}
 MARKERS = {"": "o", "per-block step": "^", "checkpointing inside": "v", "micro-batches": "P"}
