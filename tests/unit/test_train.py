@@ -99,6 +99,18 @@ def assert_equal(a: Any, b: Any, place: str = "state") -> None:
         assert a == b, (place, a, b)
 
 
+class Numbered(torch.optim.SGD):
+    """Keeps numbers in its state beside tensors, and steps by them."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["step"], state["share"] = state.get("step", 0) + 1, state.get("share", 1.0) / 1.1
+                parameter.grad *= state["share"] / state["step"]
+        return super().step(closure)
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "windows, dropout": {
@@ -107,6 +119,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "data": {"name": "folder"},
     },
     "per block": {"optim": {"per_block": True}, "train": {"ema_decay": 0.9}},
+    "in backward": {"method": ["e2e"], "optim": {"in_backward": True, "clip_grad": None}},
+    "numbers in the state": {"optim": {"name": "unit.test_train:Numbered", "options": {"momentum": 0.5}}},
     "adamw, warm-up": {"optim": {"name": "adamw", "lr": 0.002, "warmup_epochs": 1}},
     "average": {"train": {"ema_decay": 0.8}, "task": {"label_smoothing": 0.1}},
     "bf16": {"train": {"precision": "bf16"}, "data": {"limit": 120}},

@@ -1,7 +1,7 @@
 """Whole training steps of one model by many ways, in turn: memory, time, FLOPs, and which way is worth it.
 
-A step is forward, backward, optimizer and exchange, on random images. Its memory is what lives above weights and
-optimizer state.
+A step is forward, backward, optimizer and exchange, on random images. Its memory is weights, optimizer state and the
+most that lives above them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from localgrad.cutting import as_cutting
 from localgrad.engine import local_losses
 from localgrad.errors import ConfigError, MethodError, PartitionError, TrainingError
 from localgrad.localization import localize
-from localgrad.measure.memory import Memory
+from localgrad.measure.memory import Memory, held_bytes
 from localgrad.measure.process_memory import allocated_growth, resident_growth, storages_mapped
 from localgrad.measure.timing import clock_of, in_turns
+from localgrad.named import is_named
 from localgrad.network import LocalNetwork, exchange
 from localgrad.partition import Partition
 from localgrad.planning import EXACT, LOCAL, MICRO
@@ -34,17 +35,19 @@ from localgrad.planning.planner import several_units
 from localgrad.study.contest_report import Contest, Row
 from localgrad.study.ways import Way
 from localgrad.train.experiment import explained
+from localgrad.train.optim import Stepper
 
 Balance = Literal["count", "bytes"]
 
 
 class _Contestant:
-    """A way with a model, an optimizer and a batch: ready to step."""
+    """A way with a model, optimizers and a batch: ready to step."""
 
     def __init__(self, way: Way, model: nn.Module, inputs: Tensor, targets: Tensor, balance: Balance) -> None:
         self.way, self.inputs, self.targets = way, inputs, targets
-        if way.has("compile"):
-            model = copy.deepcopy(model)  # modules are compiled in place, and other ways run the same ones uncompiled
+        # Modules are compiled in place, and some optimizers leave hooks on parameters, which other ways run without.
+        if way.has("compile") or way.in_backward or is_named(way.optimizer):
+            model = copy.deepcopy(model)
         self.network = network = _cut(way, model, inputs[:2], balance, len(inputs)).train()
         if way.has("channels_last"):
             network.to(memory_format=torch.channels_last)
@@ -54,13 +57,7 @@ class _Contestant:
                 network.running.compile(backend=backend)
             else:
                 network.compile_blocks(backend=backend)
-        groups = [network.block_parameters(k) for k in range(network.num_blocks)]
-        self.trained = [p for p in network.parameters() if p.requires_grad]
-        self.per_block = way.per_block
-        together = [[p] for p in self.trained] if way.in_backward else groups if way.per_block else [self.trained]
-        self.optimizers = [
-            torch.optim.SGD(parameters, lr=1e-3, momentum=0.9) if parameters else None for parameters in together
-        ]
+        self.stepper = Stepper(network, way.optim, torch.amp.GradScaler(inputs.device.type, enabled=False))
 
     def step(self) -> None:
         """One step, after which there are no gradients."""
@@ -69,25 +66,14 @@ class _Contestant:
             self.inputs,
             self.targets,
             autocast=self.way.autocast,
-            on_block_done=self._update if self.per_block else None,
+            on_block_done=self.stepper.block_done,
         )
-        with contextlib.ExitStack() as stack:
-            if self.way.offload:
-                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=self.inputs.is_cuda))
-            # Registered anew in each step, so that what measures gradients sees them before they are freed.
-            for index, parameter in enumerate(self.trained if self.way.in_backward else ()):
-                hook = parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._update(index))
-                stack.callback(hook.remove)
+        away = torch.autograd.graph.save_on_cpu(pin_memory=self.inputs.is_cuda) if self.way.offload else None
+        with away or contextlib.nullcontext():
             for _, loss in losses:
                 loss.backward()
-        if not self.per_block and not self.way.in_backward:
-            self._update(0)
+        self.stepper.finish(0)
         exchange(self.network)
-
-    def _update(self, index: int) -> None:
-        if (optimizer := self.optimizers[index]) is not None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
 
     def gradients(self) -> str:
         """What the gradients of training are, compared with back-propagation through the whole network."""
@@ -117,15 +103,18 @@ class _Contestant:
             ((cost, memory),) = seen
             if timeline:
                 ops = tuple((at, *alive) for at, alive in zip(moments.seconds, memory.timeline, strict=True))
-        network = self.network
+        network, device = self.network, self.inputs.device
         return Row(
             name=self.way.name,
             kind=self.way.kind,
             method=self.way.method.name,
             variant=self.way.variant,
+            optimizer=self.way.optimizer,
             gradients=self.gradients(),
             num_blocks=network.num_blocks,
             cuts=tuple(cut.name for cut in network.cuts),
+            weight_bytes=held_bytes([*network.parameters(), *network.buffers()], device),
+            state_bytes=held_bytes([one.state_dict() for one in self.stepper.optimizers], device),
             activation_bytes=None if cost is None else cost.activation_bytes,
             total_bytes=None if cost is None else cost.total_bytes,
             peak_bytes=peak,
@@ -197,7 +186,8 @@ def contest(
 ) -> Contest:
     """Run steps of every way, one after the other in each round, and measure them.
 
-    All ways train the same weights, so that a step of one is as costly whatever the others did; compiled ones a copy.
+    All ways train the same weights, so that a step of one is as costly whatever the others did; compiled ones, and
+    those by optimizers of other libraries, a copy. A way that cannot be is left out with the reason.
 
     Args:
         model: a name that `localgrad.models.create` knows, or a module, which is copied.
@@ -240,7 +230,7 @@ def contest(
             if last not in laid_out:
                 other = copy.deepcopy(model).to(memory_format=torch.channels_last)
                 laid_out[last] = other, inputs.contiguous(memory_format=torch.channels_last)
-            progress(f"memory of {way.name}, {way.variant}")
+            progress(f"memory of {way.label}")
             tried = [replace(way, name=f"{way.name} {b}", budgets=(b,)) for b in way.budgets] or [way]
             try:
                 if way.offload and device.type == "cpu":
@@ -251,10 +241,10 @@ def contest(
                     with explained(inputs):
                         measured.append((contestant.row(timeline), contestant))
                 row, contestant = min(measured, key=lambda pair: pair[0].memory or 0)
-            except (MethodError, PartitionError, TrainingError) as error:
+            except (ConfigError, MethodError, PartitionError, TrainingError) as error:
                 if not contestants or (isinstance(error, PartitionError) and not way.separate):
                     raise
-                skipped.append(f"{way.name}: {error}")
+                skipped.append(f"{way.label}: {error}")
                 continue
             rows.append(row)
             contestants.append(contestant)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from localgrad.measure.tables import markdown
+from localgrad.study.ways import labelled
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,11 @@ class Row:
     Args:
         gradients: ``exact``, ``exact, BatchNorm over micro-batches`` or ``local``.
         num_blocks: K, and ``cuts`` the paths of the modules that blocks 1 .. K-1 begin with.
+        weight_bytes: of parameters and buffers, those of heads and twins too.
+        state_bytes: of the optimizers' state on the device, scales and tables of 8-bit state too.
         activation_bytes: the most that was alive at once, gradients of parameters left out; ``total_bytes`` with them.
-            Live tensors, above weights and optimizer state; None for compiled ways, whose tensors cannot be seen.
+            Live tensors, above weights and optimizer state; None for compiled ways, whose tensors cannot be seen. Nor
+            is what optimizers of other libraries hold within a step, which is in ``peak_bytes`` only.
         peak_bytes: cross-check: growth of the CUDA allocator's peak, or of the process's resident memory on a CPU; None
             where the system does not tell.
         seconds: median of a step.
@@ -32,9 +36,12 @@ class Row:
     kind: str
     method: str
     variant: str
+    optimizer: str
     gradients: str
     num_blocks: int
     cuts: tuple[str, ...]
+    weight_bytes: int
+    state_bytes: int
     activation_bytes: int | None
     total_bytes: int | None
     peak_bytes: int | None
@@ -47,19 +54,32 @@ class Row:
 
     @property
     def memory(self) -> int | None:
-        """What ways are compared by: ``total_bytes``, or ``peak_bytes`` where there are none."""
-        return self.peak_bytes if self.total_bytes is None else self.total_bytes
+        """Weights, optimizer state and ``total_bytes``, or ``peak_bytes`` where there are none; None without both."""
+        above = self.peak_bytes if self.total_bytes is None else self.total_bytes
+        return None if above is None else self.weight_bytes + self.state_bytes + above
 
     @property
     def label(self) -> str:
-        """Name and, unless it is plain float32, variant."""
-        return self.name if self.variant == "fp32" else f"{self.name}, {self.variant}"
+        """What tables call it."""
+        return labelled(self.name, self.optimizer, self.variant)
+
+    def beside(self, other: Row) -> tuple[int, int] | None:
+        """Memory of both, measured alike: by ``total_bytes`` where both have it, else by ``peak_bytes`` if both do."""
+        for mine, theirs in ((self.total_bytes, other.total_bytes), (self.peak_bytes, other.peak_bytes)):
+            if mine is not None and theirs is not None:
+                return self.weight_bytes + self.state_bytes + mine, other.weight_bytes + other.state_bytes + theirs
+        return None
+
+    def memory_ratio(self, reference: Row) -> float | None:
+        """Memory as a ratio to the reference's, measured alike."""
+        pair = self.beside(reference)
+        return None if pair is None else pair[0] / pair[1]
 
     def dominates(self, other: Row) -> bool:
         """Whether it needs neither more memory nor more time, and less of one."""
-        if self.memory is None or other.memory is None:
+        if (pair := self.beside(other)) is None:
             return False
-        mine, theirs = (self.memory, self.time_ratio), (other.memory, other.time_ratio)
+        mine, theirs = (pair[0], self.time_ratio), (pair[1], other.time_ratio)
         return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
 
 
@@ -103,7 +123,8 @@ class Contest:
     def __str__(self) -> str:
         first, frontier = self.rows[0], self.frontier
         process = "allocator" if self.device != "cpu" else "process"
-        headings = ["way", "activations", "total", process, "time", "FLOPs", "images/s", "auxiliary", "gradients", ""]
+        headings = ["way", "activations", "with gradients", process, "state", "memory"]
+        headings += ["time", "FLOPs", "images/s", "auxiliary", "gradients", ""]
         table = [headings]
         for row in self.rows:
             by = self.dominated_by(row)
@@ -113,6 +134,8 @@ class Contest:
                     _ratio(row.activation_bytes, first.activation_bytes),
                     _ratio(row.total_bytes, first.total_bytes),
                     _ratio(row.peak_bytes, first.peak_bytes),
+                    _ratio(row.state_bytes, first.state_bytes),
+                    _ratio(row.memory_ratio(first), 1.0),
                     f"{row.time_ratio:.2f}",
                     _ratio(row.flops, first.flops),
                     f"{self.batch_size / row.seconds:.3g}",
@@ -126,16 +149,19 @@ class Contest:
         title = f"{self.model}, {self.parameters / 1e6:.2f} M parameters, {self.batch_size} images of {shape} a step, "
         title += f"{self.device}, {self.threads} thread{'s' * (self.threads > 1)}, torch {self.torch}"
         bytes_ = [f"{name} {(b or 0) / 2**20:.1f} MiB" for name, b in (
-            ("activations", first.activation_bytes), ("total", first.total_bytes), (process, first.peak_bytes),
+            ("activations", first.activation_bytes), ("with gradients", first.total_bytes), (process, first.peak_bytes),
+            ("state", first.state_bytes), ("memory", first.memory),
         )]  # fmt: skip
-        notes = (
-            f"Ratios to {first.label}: {', '.join(bytes_)}, {first.seconds * 1e3:.1f} ms. Time: {self.clock}, median "
-        )
-        notes += (
-            f"of {len(first.rounds)} rounds, ways in turn. Auxiliary: parameters trained besides the model's, as a "
-        )
-        notes += "ratio to them. below: a way with exact gradients needs neither more memory nor more time."
-        return "\n".join([title, "", *lines, "", notes, *(f"Left out: {reason}" for reason in self.skipped)])
+        notes = [
+            f"Ratios to {first.label}: {', '.join(bytes_)}, {first.seconds * 1e3:.1f} ms.",
+            f"Time: {self.clock}, median of {len(first.rounds)} rounds, ways in turn.",
+            "Auxiliary: parameters trained besides the model's, as a ratio to them.",
+            "State: of the optimizer, on the device.",
+            "Memory: weights, those of heads too, state, and activations with gradients;",
+            f"where a way is compiled, the growth of the {process} instead of the last, for end-to-end too.",
+            "below: a way with exact gradients needs neither more memory nor more time.",
+        ]
+        return "\n".join([title, "", *lines, "", " ".join(notes), *(f"Left out: {reason}" for reason in self.skipped)])
 
 
 def _ratio(value: float | None, reference: float | None) -> str:

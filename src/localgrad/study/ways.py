@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from localgrad import methods
+from localgrad.config import OptimConfig
 from localgrad.errors import ConfigError, nearest
 from localgrad.method import Method
 from localgrad.planning.planner import PRECISIONS
@@ -18,6 +19,8 @@ OPTIONS = ("channels_last", "compile")
 REFERENCE = "end-to-end"
 UNITS = "checkpointing every unit"
 BUDGETS = (0.1, 0.3, 0.5, 0.7)
+SGD, ADAMW = "SGD", "AdamW"
+EIGHT_BIT, OFFLOADED = "bitsandbytes.optim:AdamW8bit", "torchao.optim:CPUOffloadOptimizer"  # both are AdamW
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Way:
         offload: what waits for the backward pass waits on the host (``torch.autograd.graph.save_on_cpu``).
         budgets: values of ``torch._functorch.config.activation_memory_budget`` to compile with; the leanest counts.
         variant: ``fp32`` or ``bf16`` (autocast), then any of ``channels_last`` and ``compile``, joined by ``+``.
+        optimizer: a class of ``torch.optim`` or ``module:Class``; ``SGD`` has momentum.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Way:
     budgets: tuple[float, ...] = ()
     variant: str = "fp32"
     cuts: tuple[str, ...] = ()
+    optimizer: str = SGD
 
     def __post_init__(self) -> None:
         precision, *options = self.variant.split("+")
@@ -59,10 +64,19 @@ class Way:
         if self.budgets and not self.has("compile"):
             raise ConfigError(f"budgets={self.budgets} with variant {self.variant!r}: they are the compiler's; write "
                               f"variant='{self.variant}+compile'")  # fmt: skip
-        if self.in_backward and self.method.micro_batches > 1:
-            raise ConfigError(
-                f"in_backward with {self.method.micro_batches} micro-batches: each would step by itself; drop one"
-            )
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return labelled(self.name, self.optimizer, self.variant)
+
+    @property
+    def optim(self) -> OptimConfig:
+        """How it steps."""
+        return OptimConfig(
+            name=self.optimizer, options={"momentum": 0.9} if self.optimizer == SGD else {}, lr=1e-3, weight_decay=0.0,
+            per_block=self.per_block, in_backward=self.in_backward,
+        )  # fmt: skip
 
     @property
     def separate(self) -> bool:
@@ -77,6 +91,12 @@ class Way:
     def has(self, option: str) -> bool:
         """Whether the variant names ``option``."""
         return option in self.variant.split("+")
+
+
+def labelled(name: str, optimizer: str, variant: str) -> str:
+    """The name, the optimizer unless it is SGD, and the variant unless it is plain float32."""
+    usual = (SGD, "fp32")
+    return ", ".join([name, *(text for text in (optimizer.rpartition(":")[2], variant) if text not in usual)])
 
 
 def standard_ways(
@@ -97,15 +117,19 @@ def standard_ways(
         variants: each way is run in each of them; see `Way`.
         parts: micro-batches of accumulation.
         combinations: also run methods with per-block steps, with the units inside a block recomputed, accumulated, and
-            with all of these; and end-to-end training compiled, plainly and with the best of `BUDGETS`.
+            with all of these; end-to-end training, and methods with per-block steps, by AdamW with 32-bit, 8-bit and
+            offloaded state; and end-to-end training compiled, plainly and with the best of `BUDGETS`.
     """
     e2e = methods.e2e(task)
     recomputing = methods.checkpointing(e2e)
     selective = methods.checkpointing(e2e, where="selective")
+    plain = Way(REFERENCE, REFERENCE, e2e)
+    early = replace(plain, name=f"{REFERENCE}, optimizer in backward", in_backward=True)
+    in_units = Way(UNITS, "checkpointing", recomputing, None)
     ways = [
-        Way(REFERENCE, REFERENCE, e2e),
-        Way(f"{REFERENCE}, optimizer in backward", REFERENCE, e2e, in_backward=True),
-        Way(UNITS, "checkpointing", recomputing, None),
+        plain,
+        early,
+        in_units,
         Way(f"{UNITS}, selective", "checkpointing", selective, None),
         Way(f"{UNITS}, offloaded", "checkpointing", recomputing, None, offload=True),
         *(Way(f"checkpointing K={k}", "checkpointing", recomputing, k) for k in num_blocks if k > 1),
@@ -131,10 +155,14 @@ def standard_ways(
                 accumulated = replace(stepping, name=f"{stepping.name}, x{parts}", method=several)
                 inside = f"{stepping.name}, checkpointing inside, x{parts}"
                 ways += [accumulated, replace(accumulated, name=inside, inside=True)]
+    if combinations:
+        by_block = [way for way in ways if way.per_block and not way.inside and way.method.micro_batches == 1]
+        ways += [replace(way, optimizer=name) for name in (ADAMW, EIGHT_BIT, OFFLOADED) for way in (plain, *by_block)]
+        ways += [replace(way, optimizer=EIGHT_BIT) for way in (early, in_units)]
     found = [replace(way, variant=variant) for variant in variants for way in ways]
     for variant in variants if combinations else ():
         if "compile" not in variant.split("+"):
-            compiled = replace(found[0], variant=f"{variant}+compile")
+            compiled = replace(plain, variant=f"{variant}+compile")
             found += [compiled] * (compiled not in found)
             found.append(replace(compiled, name=f"{REFERENCE}, memory budget", budgets=BUDGETS))
     return found
