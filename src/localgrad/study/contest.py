@@ -25,7 +25,7 @@ from localgrad.engine import local_losses
 from localgrad.errors import ConfigError, MethodError, PartitionError, TrainingError
 from localgrad.localization import localize
 from localgrad.measure.memory import Memory, held_bytes
-from localgrad.measure.process_memory import allocated_growth, resident_growth, storages_mapped
+from localgrad.measure.process_memory import peak_growth, storages_mapped
 from localgrad.measure.timing import clock_of, in_turns
 from localgrad.named import is_named
 from localgrad.network import LocalNetwork, exchange
@@ -52,11 +52,7 @@ class _Contestant:
         if way.has("channels_last"):
             network.to(memory_format=torch.channels_last)
         if way.has("compile"):
-            backend = _compiler(*way.budgets)
-            if network.num_blocks == 1:
-                network.running.compile(backend=backend)
-            else:
-                network.compile_blocks(backend=backend)
+            network.compile_blocks(backend=_compiler(*way.budgets))
         self.stepper = Stepper(network, way.optim, torch.amp.GradScaler(inputs.device.type, enabled=False))
 
     def step(self) -> None:
@@ -83,27 +79,24 @@ class _Contestant:
         normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
         return MICRO if self.network.method.micro_batches > 1 and normed else EXACT
 
-    def _peak(self, step: Callable[[], None]) -> int | None:
-        return allocated_growth(step) if self.inputs.is_cuda else resident_growth(step)
-
     def row(self, timeline: bool) -> Row:
         """Everything but the times, from the second step: in the first the optimizer makes its state."""
         try:
             self.step()
         except torch._dynamo.exc.TorchDynamoException as error:
             raise TrainingError(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
+        network, device = self.network, self.inputs.device
         cost: Cost | None = None
         ops: tuple[tuple[float, int, int], ...] = ()
         if self.way.has("compile"):
-            peak = self._peak(self.step)
+            peak = peak_growth(self.step, device)
         else:
             seen: list[tuple[Cost, Memory]] = []
             with _Moments() as moments:
-                peak = self._peak(lambda: seen.append(cost_of(self.network, self.step, timeline)))
+                peak = peak_growth(lambda: seen.append(cost_of(network, self.step, timeline)), device)
             ((cost, memory),) = seen
             if timeline:
                 ops = tuple((at, *alive) for at, alive in zip(moments.seconds, memory.timeline, strict=True))
-        network, device = self.network, self.inputs.device
         return Row(
             name=self.way.name,
             kind=self.way.kind,
