@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from localgrad import randomness
+from localgrad.data import cache
 from localgrad.data.loaders import Loader
 from localgrad.errors import ConfigError
 
@@ -19,17 +20,18 @@ from localgrad.errors import ConfigError
 class Data:
     """A data set ready to train on.
 
-    ``image_shape`` is (C, H, W) of a training batch; ``mean`` and ``std`` (C floats, units of [0, 1]) are what inputs
-    were normalised by; ``validation`` is None where none was asked for; ``kind`` names the task its targets are for, as
-    `localgrad.tasks` does, or is ``module:function``; ``scored`` is what the split in ``test`` is called where it lies,
-    which is ``val`` where there is no test split.
+    ``input_shape`` is that of a training sample, (C, H, W) of images, (T,) of text; ``mean`` and ``std`` (C floats,
+    units of [0, 1]) are what images were normalised by; ``classes`` of text are its tokens; ``validation`` is None
+    where none was asked for; ``kind`` names the task its targets are for, as `localgrad.tasks` does, or is
+    ``module:function``; ``scored`` is what the split in ``test`` is called where it lies, which is ``val`` where there
+    is no test split.
     """
 
     name: str
     title: str
     num_classes: int
     classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     train: Loader
@@ -51,9 +53,13 @@ class Found(NamedTuple):
 def root_of(root: str | Path | None = None) -> Path:
     """``root`` with ``~`` as the home of a user, where there is one by that name.
 
-    None is the environment variable ``LOCALGRAD_DATA``, or else ``../shared/data`` from the current folder.
+    None is the environment variable ``LOCALGRAD_DATA``, else ``data`` in the current folder, else ``data`` in the cache
+    folder.
     """
-    return Path(os.path.expanduser(root or os.environ.get("LOCALGRAD_DATA") or "../shared/data"))
+    named = root or os.environ.get("LOCALGRAD_DATA")
+    if not named:
+        return Path("data") if Path("data").is_dir() else cache.folder() / "data"
+    return Path(os.path.expanduser(named))
 
 
 def hold_out(indices: Tensor, fraction: float) -> tuple[Tensor, Tensor]:

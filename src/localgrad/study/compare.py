@@ -426,7 +426,7 @@ def measure_costs(
             config = as_config(base, way)
             progress(f"memory of {described(config.method)}")
             task = build_task(config, loaded.num_classes, loaded.mean, loaded.std, loaded.kind, loaded.classes)
-            network = build_network(config, task, loaded.image_shape, device)
+            network = build_network(config, task, loaded.input_shape, device)
             laid_out = inputs
             if config.train.channels_last:
                 laid_out = inputs.contiguous(memory_format=torch.channels_last)
