@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 import localgrad
 from localgrad.costs import cost
 from localgrad.data.text import load
+from localgrad.measure.plots import new_figure, save_figure
 from localgrad.method import Method
 from localgrad.models import ChunkedLM
 from localgrad.study.rows import add_row, read_rows
@@ -140,6 +142,77 @@ def run(arguments: argparse.Namespace) -> None:
         add_row(path, {"way": key, "seed": arguments.seed, "steps": arguments.steps, **row})
 
 
+def bits_at(curve: list[dict[str, float]], seconds: float) -> float:
+    """The model's bits after so many processor seconds, on a straight line between two points of a curve."""
+    points = [(point["seconds"], point["model"]) for point in curve]
+    for (before, high), (after, low) in pairwise(points):
+        if before <= seconds <= after:
+            return high + (low - high) * (seconds - before) / (after - before)
+    return points[-1][1]
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Tables at equal tokens and at equal processor time, the gap over training, and the curves as a picture."""
+    out = Path(arguments.out)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(out.glob("runs-*.jsonl")):
+        for name, row in read_rows(path, "way").items():
+            rows.setdefault(name, []).append(row)
+    whole = {row["seed"]: row for row in rows["e2e"]}
+    limit = {seed: row["curve"][-1]["seconds"] for seed, row in whole.items()}
+
+    def mean(name: str, of: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.mean(map(of, rows[name]))
+
+    print("| way | bits per byte (seeds) | to end to end | at its processor time | best head | activations | FLOPs |")
+    print("|---|---|---:|---:|---|---:|---:|")
+    for name in (name for name in WAYS if name in rows):
+        last = [row["curve"][-1] for row in rows[name]]
+        heads = [key for key in last[0] if key not in ("step", "seconds")]
+        best = min(heads, key=lambda head: statistics.mean(point[head] for point in last))
+        gap = mean(name, lambda row: row["curve"][-1]["model"] / whole[row["seed"]]["curve"][-1]["model"] - 1)
+        timed = mean(
+            name, lambda row: bits_at(row["curve"], limit[row["seed"]]) / whole[row["seed"]]["curve"][-1]["model"] - 1
+        )
+        each = ", ".join(f"{point['model']:.3f}" for point in last)
+        memory = mean(name, lambda row: row["activation_bytes"] / whole[row["seed"]]["activation_bytes"])
+        flops = mean(name, lambda row: row["flops"] / whole[row["seed"]]["flops"])
+        figures = f"{statistics.mean(point['model'] for point in last):.3f} ({each})"
+        print(
+            f"| {name} | {figures} | {gap:+.1%} | {timed:+.1%} | {best} {statistics.mean(p[best] for p in last):.3f} "
+            f"| {memory:.3f} | {flops:.2f} |"
+        )
+    steps = [point["step"] for point in rows["e2e"][0]["curve"]][1::2]
+    print("\n| gap at step | " + " | ".join(map(str, steps)) + " |\n|---|" + "---:|" * len(steps))
+    for name in (name for name in WAYS if name in rows and name != "e2e"):
+        cells = []
+        for index in (step // EVERY - 1 for step in steps):
+            gaps = [
+                row["curve"][index]["model"] / whole[row["seed"]]["curve"][index]["model"] - 1 for row in rows[name]
+            ]
+            cells.append(f"{statistics.mean(gaps):+.1%}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    draw(rows, out / "curves.png")
+
+
+def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """How far each way is above end to end, in percent of its bits, over the steps."""
+    figure, (axes,) = new_figure(1, height=4, width=7)
+    for name in (name for name in WAYS if name in rows and name != "e2e"):
+        curves = [row["curve"] for row in rows[name]]
+        wholes = [next(w["curve"] for w in rows["e2e"] if w["seed"] == row["seed"]) for row in rows[name]]
+        steps = [point["step"] for point in curves[0]]
+        above = [
+            statistics.mean(100 * (c[k]["model"] / w[k]["model"] - 1) for c, w in zip(curves, wholes, strict=True))
+            for k in range(len(steps))
+        ]
+        axes.plot(steps, above, label=f"{name} ({len(curves)} seeds)" if len(curves) > 1 else name, marker=".")
+    axes.axhline(0, color="black", linewidth=1)
+    axes.set(xlabel="steps of 2,048 bytes", ylabel="bits per byte above end to end, %", ylim=(-1, 12))
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -150,6 +223,9 @@ def main() -> None:
     runs.add_argument("--steps", type=int, default=STEPS)
     runs.add_argument("--only", action="append")
     runs.set_defaults(do=run)
+    reports = commands.add_parser("report")
+    reports.add_argument("--out", required=True)
+    reports.set_defaults(do=report)
     arguments = parser.parse_args()
     arguments.do(arguments)
 
