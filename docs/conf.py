@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "site"))
+os.environ.pop("MPLBACKEND", None)  # else notebooks would not show their figures
 
 import localgrad  # noqa: E402
 import markdown_pages  # noqa: E402
@@ -40,7 +42,7 @@ html_theme_options = {"navigation_with_keys": True}
 
 myst_heading_anchors = 4
 nb_execution_mode = "cache"
-nb_execution_timeout = 120
+nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 

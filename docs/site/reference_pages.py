@@ -34,6 +34,7 @@ PUBLIC = {
     "localgrad.train.capture": "CUDA graphs",
     "localgrad.integrations.transformers": "Trainers of transformers and TRL",
     "localgrad.study.contest": "Costs of ways to train",
+    "localgrad.study.diagnosis": "Looks inside blocks",
     "localgrad.testing": "Promises as asserts",
     "localgrad.errors": "Errors",
 }
