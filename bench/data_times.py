@@ -68,7 +68,7 @@ def main() -> None:
                 before, after = ([min(pair[way][at] for pair in times) for at in (0, 1)] for way in (0, 1))
                 kept = int((loader.read.places[:, 1] * loader.read.places[:, 2]).sum()) * 3
                 row = {
-                    "data": Path(name).name, "split": split, "workers": workers, "images": loader.num_images,
+                    "data": Path(name).name, "split": split, "workers": workers, "images": loader.num_samples,
                     "MiB": kept / 2**20, "first epoch": first, "decoded in every epoch": before, "kept": after,
                 }  # fmt: skip
                 if split == "train" and not workers:

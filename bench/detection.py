@@ -61,7 +61,7 @@ def train_one(asked: argparse.Namespace, method: str, seed: int) -> dict[str, An
     found = evaluate(run.network, run.data.train if asked.split == "train" else run.data.test)
     return {
         "run": key_of(asked, method, seed),
-        "images": run.data.train.num_images,
+        "images": run.data.train.num_samples,
         "steps": run.step,
         "metrics": {name: round(value, 4) for name, value in found["metrics"].items() if not name.startswith("ap/")},
         "heads_map": {name: round(value, 4) for name, value in found["score"].items()},

@@ -3,9 +3,9 @@
 python bench/recipe_costs.py            # all of them, about 20 minutes on one core
 python bench/recipe_costs.py man/ dgl/  # those that begin so; the rest of the file is kept
 
-One training step on 2 random images of the data set's size, on the CPU, beside end-to-end training of the same network.
-Recipes with equal networks, cuts and methods are measured once. FLOPs are per image; a run takes that times images,
-times epochs.
+One training step on 2 random images of the data set's size, or sequences of tokens, on the CPU, beside end-to-end
+training of the same network. Recipes with equal networks, cuts and methods are measured once. FLOPs are per image; a
+run takes that times images, times epochs. Of text a run is a million tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ BATCH = 2
 
 def entry(config: Config) -> dict[str, Any]:
     """One recipe in numbers: FLOPs per image, bytes of 2 images, PFLOPs of the whole run."""
-    if kind_of(config.data.name) != "classification":
+    kind = kind_of(config.data.name)
+    if kind == "language_model":
+        return text_entry(config)
+    if kind != "classification":
         return dense_entry(config)
     source = SOURCES[config.data.name]
     size = (source.shape, len(source.classes) or 1000)
@@ -66,9 +69,23 @@ def dense_entry(config: Config) -> dict[str, Any]:
     return row(config, found[0], *scaled)
 
 
+def text_entry(config: Config) -> dict[str, Any]:
+    """The same of a recipe for text, for a million tokens of it."""
+    vocabulary = 256 if config.data.tokenizer == "bytes" else config.data.tokenizer
+    assert isinstance(vocabulary, int)
+    kept = {"data": {"name": config.data.name}}
+    kept |= {key: value for key, value in dataclasses.asdict(config).items() if key in ("model", "blocks", "method")}
+    found, reference = (
+        measured((config.data.context,), vocabulary, json.dumps(kept | changes))
+        for changes in ({}, {"method": ["e2e"], "blocks": {"num_blocks": 1}})
+    )
+    return row(config, found[0], found[1], reference[1])
+
+
 def row(config: Config, num_blocks: int, found: Cost, reference: Cost) -> dict[str, Any]:
     held_out = 0.0 if config.data.name in ("camvid", "bccd") else config.data.validation  # they have a split for it
-    images = round(min(IMAGES[config.data.name], config.data.limit or 10**9) * (1 - held_out))
+    known = IMAGES.get(config.data.name, 10**6 // config.data.context)
+    images = round(min(known, config.data.limit or 10**9) * (1 - held_out))
     return {
         "blocks": num_blocks,
         "flops": found.flops // BATCH,
@@ -84,7 +101,7 @@ def row(config: Config, num_blocks: int, found: Cost, reference: Cost) -> dict[s
 
 
 @functools.cache
-def measured(shape: tuple[int, int, int], classes: int, settings: str) -> tuple[int, Cost]:
+def measured(shape: tuple[int, ...], classes: int, settings: str) -> tuple[int, Cost]:
     """The number of blocks and the cost of a step of ``settings`` (JSON) on images of ``shape``."""
     config = validate(json.loads(settings), "recipe")
     channels = shape[0]
@@ -92,6 +109,9 @@ def measured(shape: tuple[int, int, int], classes: int, settings: str) -> tuple[
     task = build_task(config, classes, (0.5,) * channels, (0.25,) * channels, kind)
     network = build_network(config, task, shape, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
+    if kind == "language_model":
+        tokens = torch.randint(classes, (BATCH, *shape), generator=generator)
+        return network.num_blocks, cost(network, tokens, tokens)
     inputs = torch.randn(BATCH, *shape, generator=generator)
     return network.num_blocks, cost(network, inputs, random_targets(kind, classes, inputs, generator))
 

@@ -34,11 +34,13 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """As `localgrad.data.load` takes it, `localgrad.data.masks.load` for masks, `localgrad.data.boxes.load` for boxes.
+    """As `localgrad.data.load` takes it, `localgrad.data.masks.load` for masks, `localgrad.data.boxes.load` for boxes,
+    `localgrad.data.text.load` for text.
 
     ``validation`` is the share of training images that select the best epoch. ``image_size`` is the side of square
     images, [height, width] with masks, either that or the shorter side with boxes; ``crop_size`` and ``scale`` are for
-    masks only, ``longest_side`` for boxes, ``on_damage`` for image files of every kind.
+    masks only, ``longest_side`` for boxes, ``on_damage`` for image files of every kind, ``context`` (tokens of a
+    sequence) and ``tokenizer`` for text.
     """
 
     name: str = "cifar10"
@@ -52,11 +54,14 @@ class DataConfig:
     limit: int | None = None
     augment: bool = True
     workers: int = 0
+    context: int = 256
+    tokenizer: str | int = "bytes"
 
     def __post_init__(self) -> None:
         _require(0 <= self.validation < 1, f"data.validation={self.validation}; it must be a fraction in [0, 1)")
         _whole("data.workers", self.workers, 0, _PROCESSES)
         _whole("data.limit", self.limit, 1, _MOST)
+        _whole("data.context", self.context, 2, 2**24)
         for name in ("image_size", "crop_size", "longest_side"):
             sides = getattr(self, name)
             for side in sides if isinstance(sides, tuple) else (sides,):

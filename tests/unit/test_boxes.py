@@ -67,10 +67,10 @@ def load(root: Path, **options: Any) -> localgrad.data.Data:
 def test_coco_by_hand(coco: Path) -> None:
     data = load(coco)
     assert (data.classes, data.num_classes, data.kind) == (("cat", "dog"), 2, "detection")
-    assert (data.train.num_images, data.validation, data.test.num_images) == (3, None, 1)
+    assert (data.train.num_samples, data.validation, data.test.num_samples) == (3, None, 1)
     order = [Path(data.train.items[k].path).stem for k in data.train.order.batches(0)[0]]
     inputs, targets = next(data.train.epoch(0))
-    assert inputs.shape == (3, 3, 64, 64) and data.image_shape == (3, 64, 64)
+    assert inputs.shape == (3, 3, 64, 64) and data.input_shape == (3, 64, 64)
     by_name = dict(zip(order, targets, strict=True))
     assert by_name["9"]["boxes"].shape == (0, 4)
     dog = by_name["12"]
@@ -114,9 +114,9 @@ def test_an_epoch_can_be_entered_at_any_batch(coco: Path) -> None:
 
 def test_held_out_images(coco: Path) -> None:
     data = load(coco, validation=0.34, batch_size=2)
-    assert (data.train.num_images, data.validation.num_images) == (2, 1)
+    assert (data.train.num_samples, data.validation.num_samples) == (2, 1)
     assert not set(data.train.order.indices.tolist()) & set(data.validation.order.indices.tolist())
-    assert load(coco, limit=2).train.num_images == 2
+    assert load(coco, limit=2).train.num_samples == 2
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_voc_by_hand(tmp_path: Path) -> None:
     (tmp_path / "ImageSets" / "Main" / "val.txt").write_text("c 1\n")
     with pytest.warns(UserWarning, match=r"1 of 1 boxes have no area.*c.jpg"):
         data = boxes.load(f"voc:{tmp_path}", batch_size=2, image_size=(40, 80), validation=0.0, augment=False)
-    assert data.classes == ("blue", "red") and data.test.num_images == 1
+    assert data.classes == ("blue", "red") and data.test.num_samples == 1
     _, targets = next(data.train.epoch(0))
     full = max(targets, key=lambda target: len(target["boxes"]))
     assert full["boxes"].tolist() == [[7, 3, 40, 20], [7, 3, 16, 20]] and full["labels"].tolist() == [1, 0]
@@ -261,12 +261,12 @@ def test_sizes_out_of_range(coco: Path) -> None:
 @pytest.mark.data
 def test_the_sets_at_hand(real_data: Path) -> None:
     data = boxes.load("coco128", root=real_data, batch_size=4, image_size=(64, 64), validation=0.0)
-    assert (data.train.num_images, data.test.num_images, data.num_classes) == (128, 128, 80)
+    assert (data.train.num_samples, data.test.num_samples, data.num_classes) == (128, 128, 80)
     assert [sum(len(i.boxes) for i in split.items) for split in (data.train, data.test)] == [929, 898]
     assert sum(not len(image.boxes) for image in data.train.items) == 2
     cells = boxes.load("bccd", root=real_data, batch_size=4, image_size=(64, 64))
     assert cells.classes == ("Platelets", "RBC", "WBC")
-    assert [s.num_images for s in (cells.train, cells.validation, cells.test)] == [205, 87, 72]
+    assert [s.num_samples for s in (cells.train, cells.validation, cells.test)] == [205, 87, 72]
     assert sum(len(i.boxes) for s in (cells.train, cells.validation, cells.test) for i in s.items) == 4888
 
 

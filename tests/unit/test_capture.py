@@ -232,7 +232,7 @@ def test_a_recording_that_fails_counts_its_step_once(monkeypatch: pytest.MonkeyP
     assert run.captured is not None and "cannot be recorded: out of memory, say" in run.captured.reason
     read = plain.history[0]["train"]
     samples = run.meter.state_dict()["samples"]
-    assert samples == dict.fromkeys(read["score"], run.data.train.num_images)
+    assert samples == dict.fromkeys(read["score"], run.data.train.num_samples)
 
 
 def test_auto_is_silent_on_a_cpu() -> None:

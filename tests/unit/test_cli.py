@@ -380,7 +380,7 @@ def test_exported_weights_are_the_bare_models(trained: Path) -> None:
     with torch.no_grad():
         right = sum((model(x).argmax(1) == y).sum().item() for x, y in test.epoch(0))
     result = json.loads((trained / "result.json").read_text())
-    assert right / test.num_images == pytest.approx(result["last"]["score"]["model"], abs=1e-7)
+    assert right / test.num_samples == pytest.approx(result["last"]["score"]["model"], abs=1e-7)
 
 
 def test_eval_gives_the_figures_of_the_run(trained: Path, call: Call) -> None:

@@ -111,16 +111,16 @@ def test_replicas_share_the_batches_of_one_process(case: Any, images: Any) -> No
 
 def test_batch_shapes_and_lengths(images: Any) -> None:
     digits = data.load("digits", batch_size=100, eval_batch_size=50, validation=0.1)
-    assert (digits.train.num_images, digits.validation.num_images, digits.test.num_images) == (1293, 144, 360)
+    assert (digits.train.num_samples, digits.validation.num_samples, digits.test.num_samples) == (1293, 144, 360)
     assert (len(digits.train), len(digits.validation), len(digits.test)) == (13, 3, 8)
     assert [len(y) for _, y in digits.test.epoch(0)] == [50] * 7 + [10]
     assert len(list(data.load("digits", batch_size=100, drop_last=True).train.epoch(0))) == 12
     inputs, targets = next(digits.train.epoch(0))
-    assert inputs.shape == (100, *digits.image_shape) == (100, 1, 8, 8)
+    assert inputs.shape == (100, *digits.input_shape) == (100, 1, 8, 8)
     assert (inputs.dtype, targets.dtype) == (torch.float32, torch.int64)
     assert digits.num_classes == len(digits.classes) == 10
     folder = load("folder", images)
-    assert folder.image_shape == (3, 16, 16) and folder.classes == ("ant", "bee", "cat")
+    assert folder.input_shape == (3, 16, 16) and folder.classes == ("ant", "bee", "cat")
     assert next(folder.test.epoch(0))[0].shape == (5, 3, 16, 16)
     assert "tensor" not in repr(digits)
 
@@ -150,7 +150,7 @@ def test_digits_split_covers_the_set_once() -> None:
 
 def test_limit_takes_the_first_images_before_validation_is_held_out(images: Any) -> None:
     few = data.load("digits", batch_size=10, limit=50, validation=0.2)
-    assert (few.train.num_images, few.validation.num_images, few.test.num_images) == (40, 10, 360)
+    assert (few.train.num_samples, few.validation.num_samples, few.test.num_samples) == (40, 10, 360)
     assert torch.equal(few.train.images[:50], data.load("digits", batch_size=10).train.images[:50])
     folder = load("folder", images, limit=9, validation=0)
     _, targets = joined(folder.train.epoch(0))
@@ -283,8 +283,8 @@ def fashion(tmp_path: Any) -> Path:
 
 def test_fashion_mnist(fashion: Any, tmp_path: Any) -> None:
     split = data.load("fashion_mnist", root=tmp_path, batch_size=4, augment=False)
-    assert (split.train.num_images, split.validation.num_images, split.test.num_images) == (18, 2, 8)
-    assert split.image_shape == (1, 28, 28)
+    assert (split.train.num_samples, split.validation.num_samples, split.test.num_samples) == (18, 2, 8)
+    assert split.input_shape == (1, 28, 28)
     raw = np.frombuffer(gzip.decompress((fashion / "t10k-images-idx3-ubyte.gz").read_bytes())[16:], np.uint8)
     inputs, targets = joined(split.test.epoch(0))
     assert np.allclose(inputs.numpy().ravel(), (raw / 255 - 0.286) / 0.353, atol=1e-5)
@@ -449,7 +449,7 @@ def write_tars(images: Path, root: Path) -> None:
 def test_tars_are_unpacked_once(images: Any, tmp_path: Any) -> None:
     write_tars(images, tmp_path)
     split = data.load("imagenette224", root=tmp_path, batch_size=4, image_size=16)
-    assert (split.train.num_images, split.test.num_images) == (22, 9)
+    assert (split.train.num_samples, split.test.num_samples) == (22, 9)
     (folder,) = cache.folder().iterdir()
     before = folder.stat().st_mtime_ns
     again = data.load("imagenette224", root=tmp_path, batch_size=4, image_size=16)
@@ -490,8 +490,8 @@ def test_real_sets(name: Any, counts: Any) -> None:
     if not found.found:
         pytest.skip(f"{name} {found.where}")
     split = data.load(name, root=root, batch_size=256, validation=0, augment=False)
-    assert (split.train.num_images, split.test.num_images) == counts
+    assert (split.train.num_samples, split.test.num_samples) == counts
     inputs, targets = next(split.train.epoch(0))
-    assert inputs.shape == (256, *split.image_shape) and set(targets.tolist()) == set(range(10))
+    assert inputs.shape == (256, *split.input_shape) and set(targets.tolist()) == set(range(10))
     usual = name not in ("svhn", "stl10")  # those are scaled by 0.5 and 0.5 instead
     assert inputs.isfinite().all() and (not usual or (abs(inputs.mean()) < 0.25 and 0.7 < inputs.std() < 1.4))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -207,12 +209,75 @@ def test_a_model_whose_logits_are_more_than_a_product_is_refused() -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = Gemma2Config(**sizes, num_key_value_heads=1, head_dim=8, vocab_size=WORDS, final_logit_softcapping=0.01)
+    config = Gemma2Config(**sizes, num_key_value_heads=1, head_dim=8, vocab_size=WORDS, final_logit_softcapping=30.0)
+    capped = Gemma2ForCausalLM(config)  # as it is published; no logit of the first weights is near the cap
+    weights = {name: value.clone() for name, value in capped.state_dict().items()}
     with pytest.raises(ConfigError, match="a soft cap follows"):
-        ChunkedLM(Gemma2ForCausalLM(config))
+        ChunkedLM(capped)
+    assert all(torch.equal(value, weights[name]) for name, value in capped.state_dict().items())
     unbiased = ChunkedLM(llama())
     out = unbiased(ids(1, 3))
     torch.testing.assert_close(F.linear(out["features"], out["weight"]), unbiased.model(ids(1, 3)).logits)
+
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def test_models_of_transformers_by_name_and_from_a_folder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = localgrad.models.create("transformers:llama", num_classes=WORDS, context=LENGTH, **SIZES)
+    assert isinstance(model, ChunkedLM)
+    assert (model.model.config.vocab_size, model.model.config.max_position_embeddings) == (WORDS, LENGTH)
+    model.model.save_pretrained(tmp_path)
+    again = localgrad.models.create(f"transformers:{tmp_path}", num_classes=WORDS, context=LENGTH)
+    assert not torch.equal(again(ids(2, LENGTH))["features"], model(ids(2, LENGTH))["features"])
+    said = localgrad.models.load_pretrained(again, tmp_path / "model.safetensors")
+    assert "stay random" not in said
+    assert torch.equal(again(ids(2, LENGTH))["features"], model(ids(2, LENGTH))["features"])
+    assert "transformers:gpt2" in localgrad.models.available("transformers")
+
+
+@pytest.mark.parametrize(
+    "name, options, said",
+    [
+        ("lama", {}, "did you mean 'llama'"),
+        ("llama", {"num_layers": 2}, "num_hidden_layers"),
+        ("llama", {"hidden_size": 15, "num_attention_heads": 2}, "hidden size"),
+        ("bert", SIZES, "a bias"),
+    ],
+)
+def test_models_that_cannot_be_trained_so_are_refused(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        localgrad.models.create(f"transformers:{name}", num_classes=WORDS, context=LENGTH, **options)
+
+
+def test_a_model_that_sees_what_it_is_to_answer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="sees the tokens after it"):
+        ChunkedLM(Seeing(llama()))
+
+
+class Seeing(nn.Module):
+    """Each position gets the mean of all."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.base_model, self.lm_head, self.device = Mixed(model.base_model), model.lm_head, model.device
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, ids: Tensor) -> Any:
+        return SimpleNamespace(logits=self.lm_head(self.base_model(ids)[0]))
+
+
+class Mixed(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, ids: Tensor) -> tuple[Tensor]:
+        hidden = self.base(ids)[0]
+        return (hidden + hidden.mean(1, keepdim=True),)
 
 
 def test_a_parameter_among_the_outputs_is_refused() -> None:

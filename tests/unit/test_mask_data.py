@@ -194,11 +194,11 @@ def load(folder: Path, **options: Any) -> localgrad.data.Data:
 
 def test_a_folder_of_masks(folder: Path) -> None:
     data = load(folder)
-    assert (data.kind, data.num_classes, data.classes, data.image_shape) == (
+    assert (data.kind, data.num_classes, data.classes, data.input_shape) == (
         "segmentation", 2, ("ground", "sky"), (3, 24, 32),
     )  # fmt: skip
     assert data.validation is not None
-    assert [split.num_images for split in (data.train, data.validation, data.test)] == [6, 3, 3]
+    assert [split.num_samples for split in (data.train, data.validation, data.test)] == [6, 3, 3]
     inputs, targets = next(data.test.epoch(0))
     assert inputs.shape == (2, 3, 24, 32) and targets.shape == (2, 24, 32) and targets.dtype == torch.int64
     pixels = segmentation(2, mean=data.mean, std=data.std).pixels(inputs)
@@ -385,7 +385,7 @@ def test_camvid_is_what_its_readme_says(real_data: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     data = masks.load("camvid", root=real_data, batch_size=4, image_size=(90, 120))
     assert data.validation is not None
-    assert [split.num_images for split in (data.train, data.validation, data.test)] == [367, 101, 233]
+    assert [split.num_samples for split in (data.train, data.validation, data.test)] == [367, 101, 233]
     inputs, targets = next(data.test.epoch(0))
     assert inputs.shape == (4, 3, 90, 120) and 0.2 < (targets == 3).float().mean() < 0.6  # road
     assert {found.name: found.found for found in localgrad.data.available(real_data)}["camvid"]

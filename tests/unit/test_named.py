@@ -163,8 +163,8 @@ def test_wrong_methods_are_refused(own: None, spec: list[object], words: str) ->
 
 def test_own_data_are_split_and_keyed(own: None) -> None:
     loaded = data.load("ownnets:load", batch_size=7, validation=0.25, limit=20)
-    assert loaded.train.num_images == 15 and loaded.validation is not None and loaded.validation.num_images == 5
-    assert loaded.test.num_images == 20 and loaded.classes == ("cat", "dog") and loaded.image_shape == (3, 16, 16)
+    assert loaded.train.num_samples == 15 and loaded.validation is not None and loaded.validation.num_samples == 5
+    assert loaded.test.num_samples == 20 and loaded.classes == ("cat", "dog") and loaded.input_shape == (3, 16, 16)
     inputs, targets = next(loaded.test.epoch(0))
     splits = data.own.read("ownnets:load")
     want = torch.stack([splits.test[k][0] for k in range(7)])

@@ -175,14 +175,14 @@ def test_hidden_entries_are_no_classes(tmp_path: Path) -> None:
     make(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png")
     make(tmp_path, "train/.ipynb_checkpoints/1.png", "train/a/.hidden.png", "train/a/.git/1.png", "train/a/deep/2.png")
     found = data.load(f"folder:{tmp_path}", batch_size=2, image_size=8, validation=0)
-    assert found.classes == ("a", "b") and found.train.num_images == 3
+    assert found.classes == ("a", "b") and found.train.num_samples == 3
 
 
 def test_three_splits_are_used_as_they_are_named(tmp_path: Path) -> None:
     make(tmp_path, "train/a/1.png", "train/a/2.png", "val/a/1.png", "val/a/2.png", "val/a/3.png", "test/a/1.png")
     found = data.load(f"folder:{tmp_path}", batch_size=2, image_size=8)
     assert found.validation is not None
-    assert [split.num_images for split in (found.train, found.validation, found.test)] == [2, 3, 1]
+    assert [split.num_samples for split in (found.train, found.validation, found.test)] == [2, 3, 1]
     assert data.load(f"folder:{tmp_path}", batch_size=2, image_size=8, validation=0).validation is None
 
 
@@ -258,7 +258,7 @@ def test_predict_sees_what_evaluation_sees(width: int, tmp_path: Path) -> None:
     found = data.load(f"folder:{tmp_path}", batch_size=1, image_size=64, validation=0)
     config: Any = SimpleNamespace(data=SimpleNamespace(image_size=64, name=f"folder:{tmp_path}"))
     model = Seeing(1, 1)
-    trained = Trained(model, config, "classification", found.classes, found.image_shape, found.mean, found.std)
+    trained = Trained(model, config, "classification", found.classes, found.input_shape, found.mean, found.std)
     list(predict(trained, [tmp_path / "val" / "a" / "p.png"]))
     assert torch.equal(model.seen, next(iter(found.test.epoch(0)))[0])
 

@@ -43,6 +43,9 @@ def partition(model: str, options: tuple[tuple[str, Any], ...]) -> Partition:
     thin: dict[str, Any] = {"embed_dim": 12, "num_heads": 3} if "vit" in model else {}
     if model in ("torchvision:resnet101", "torchvision:resnet152"):
         thin = {"width_per_group": 1}
+    if model.startswith("transformers:"):
+        network = localgrad.models.create(model, num_classes=256, context=8, **dict(options))
+        return Partition(network, torch.zeros(2, 8, dtype=torch.int64))
     size = 64 if ":" in model else 32  # a grid of at least 2x2 is left at the end
     network = localgrad.models.create(model, image_size=size, **thin, **dict(options))
     return Partition(network, torch.randn(2, 3, size, size))

@@ -269,7 +269,7 @@ def test_accumulated_parts_score_and_weigh_every_image_once() -> None:
     row = state.history[0]["train"]
     assert set(row["score"]) == {"block 1", "block 2", "block 3", "model"}
     assert all(0 <= score <= 1 for score in row["score"].values())
-    images = state.data.train.num_images
+    images = state.data.train.num_samples
     assert all(abs(score * images - round(score * images)) < 1e-3 for score in row["score"].values())
     assert all(1 < loss < 6 for loss in row["loss"].values())
 
@@ -312,7 +312,7 @@ def test_evaluation_changes_nothing() -> None:
     model = state.network.model.eval()
     with torch.no_grad():
         right = sum((model(x).argmax(1) == y).sum().item() for x, y in state.data.test.epoch(0))
-    assert scores["score"]["model"] == pytest.approx(right / state.data.test.num_images)
+    assert scores["score"]["model"] == pytest.approx(right / state.data.test.num_samples)
 
 
 def test_the_best_epoch_is_chosen_on_validation(tmp_path: Path) -> None:

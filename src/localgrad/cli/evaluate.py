@@ -62,7 +62,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    title = f"{experiment.data.title}, {split} split, {batches.num_images} images, weights after epoch {epoch}"
+    title = f"{experiment.data.title}, {split} split, {batches.num_samples} samples, weights after epoch {epoch}"
     score_name, *others = result["metrics"]
     table = new_table("head", score_name)
     for name, score in result["score"].items():
@@ -71,4 +71,4 @@ def evaluate(
     console.print(title, style="bold")
     console.print(table)
     for name in others:
-        console.print(f"{name} {result['metrics'][name]:.2%}")
+        console.print(f"{name} {result['metrics'][name]:.4g}")

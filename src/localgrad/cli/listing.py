@@ -124,7 +124,8 @@ def _show_recipes(console: Console, rows: list[dict[str, Any]]) -> None:
             table.add_row(*(cells[name] for name in shown))
         console.print(table)
     remarks = "* FLOPs and bytes (activations) of a training step, as ratios to end-to-end training of the same network"
-    remarks += "; heads: parameters trained besides the model's, as a ratio to these; PFLOP: of the whole run" * wide
+    remarks += "; heads: parameters trained besides the model's, as a ratio to these" * wide
+    remarks += "; PFLOP: of the whole run, of text a million tokens" * wide
     remarks += "; form: the release's, the paper's, or rebuilt from what is known" * wide
     console.print(remarks + ". Notes, evidence and everything else: --json", style="dim")
 

@@ -177,7 +177,7 @@ def _show_results(console: Console, results: list[dict[str, Any]]) -> None:
     score_name = next(iter(first["last"]["metrics"]))
     split, batch_size = first["split"], first["cost"]["batch_size"]
     console.print(
-        f"\n{title}\n{split.capitalize()} {score_name}, and cost of a training step of {batch_size} images",
+        f"\n{title}\n{split.capitalize()} {score_name}, and cost of a training step of {batch_size} samples",
         style="bold",
     )
     table = new_table(

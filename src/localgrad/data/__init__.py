@@ -1,5 +1,5 @@
 """Data sets: `load` gives the loaders of a set by its name, `available` says which sets lie where.
-`masks` is the same for images with a class for every pixel, `boxes` for images with boxes.
+`masks` is the same for images with a class for every pixel, `boxes` for images with boxes, `text` for plain text.
 
 Order and augmentation are functions of (seed, epoch, batch or image), so an epoch can be entered at any batch::
 
@@ -9,7 +9,7 @@ Order and augmentation are functions of (seed, epoch, batch or image), so an epo
 """
 
 from localgrad import named
-from localgrad.data import boxes, masks, own
+from localgrad.data import boxes, masks, own, text
 from localgrad.data.catalogue import available, load
 from localgrad.data.dataset import Data, Found, root_of
 from localgrad.data.loaders import Loader
@@ -30,6 +30,7 @@ __all__ = [
     "load",
     "masks",
     "reads_files",
+    "text",
 ]
 
 
@@ -41,6 +42,8 @@ def reads_files(name: str) -> bool:
 
 def kind_of(name: str) -> str:
     """The task that a data set is for, as `localgrad.tasks` calls it; data of the user's own say it themselves."""
-    if named.is_named(name) and not (masks.knows(name) or boxes.knows(name) or name.startswith("folder:")):
+    if named.is_named(name) and not (any(of.knows(name) for of in (masks, boxes, text)) or name.startswith("folder:")):
         return own.read(name).kind
+    if text.knows(name):
+        return "language_model"
     return "segmentation" if masks.knows(name) else "detection" if boxes.knows(name) else "classification"

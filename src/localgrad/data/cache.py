@@ -8,8 +8,9 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
@@ -40,16 +41,50 @@ def array(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     with contextlib.suppress(OSError, ValueError, EOFError):
         return np.load(path, mmap_mode="r", allow_pickle=False)
     made = make()
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                np.save(stream, made)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+    with contextlib.suppress(OSError), _replaced(path) as stream:
+        np.save(stream, made)
     return made
+
+
+def tokens(name: str, dtype: np.dtype[Any], parts: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
+    """The array (N,) cached as ``name``, mapped from disk; ``parts()`` are written one after the other to make it.
+
+    Raises:
+        DataError: the cache folder cannot be written.
+    """
+    path = folder() / name
+    if not path.is_file():
+        try:
+            with _replaced(path) as stream:
+                for part in parts():
+                    stream.write(part.astype(dtype).tobytes())
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {error}. Set XDG_CACHE_HOME to a folder that has room.") from error
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def text(name: str, make: Callable[[], str]) -> str:
+    """The text cached as ``name``, or else ``make()``, which is then cached if the cache folder can be written."""
+    path = folder() / name
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8")
+    made = make()
+    with contextlib.suppress(OSError), _replaced(path) as stream:
+        stream.write(made.encode())
+    return made
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of ``path`` once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def unpacked(name: str, tars: Sequence[Path]) -> Path:

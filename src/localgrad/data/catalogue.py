@@ -158,7 +158,7 @@ def load(
         title=layout.title or (source.title if name == kind else f"images in {place}"),
         num_classes=len(classes),
         classes=classes,
-        image_shape=(source.shape[0], size, size),
+        input_shape=(source.shape[0], size, size),
         mean=source.mean,
         std=source.std,
         train=replace(train, order=Order(kept, batch_size, seed, drop_last, replica, num_replicas)),

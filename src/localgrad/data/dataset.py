@@ -19,17 +19,18 @@ from localgrad.errors import ConfigError
 class Data:
     """A data set ready to train on.
 
-    ``image_shape`` is (C, H, W) of a training batch; ``mean`` and ``std`` (C floats, units of [0, 1]) are what inputs
-    were normalised by; ``validation`` is None where none was asked for; ``kind`` names the task its targets are for, as
-    `localgrad.tasks` does, or is ``module:function``; ``scored`` is what the split in ``test`` is called where it lies,
-    which is ``val`` where there is no test split.
+    ``input_shape`` is that of a training sample, (C, H, W) of images, (T,) of text; ``mean`` and ``std`` (C floats,
+    units of [0, 1]) are what images were normalised by; ``classes`` of text are its tokens; ``validation`` is None
+    where none was asked for; ``kind`` names the task its targets are for, as `localgrad.tasks` does, or is
+    ``module:function``; ``scored`` is what the split in ``test`` is called where it lies, which is ``val`` where there
+    is no test split.
     """
 
     name: str
     title: str
     num_classes: int
     classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     train: Loader

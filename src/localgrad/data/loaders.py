@@ -25,7 +25,7 @@ class Loader(Protocol):
     """The batches of one split."""
 
     @property
-    def num_images(self) -> int:
+    def num_samples(self) -> int:
         """Images in the split, over all replicas."""
 
     @property
@@ -110,7 +110,7 @@ class Resident:
     crop: Crop | None
 
     @property
-    def num_images(self) -> int:
+    def num_samples(self) -> int:
         """Images in the split, over all replicas."""
         return len(self.order.indices)
 
@@ -174,7 +174,7 @@ class Files:
     room: Room | str = "only pictures of class folders are kept in memory"
 
     @property
-    def num_images(self) -> int:
+    def num_samples(self) -> int:
         """Images in the split, over all replicas."""
         return len(self.order.indices)
 

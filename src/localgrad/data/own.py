@@ -115,7 +115,7 @@ def load(
         own = split("train", found.train, Order(held, eval_batch_size))
     test = split("test", found.test, Order(torch.arange(len(found.test)), eval_batch_size))
     classes = tuple(map(str, found.classes))
-    return Data(name, name, len(classes), classes, shape, mean, std, train, own, test, kind=found.kind)  # type: ignore[arg-type]
+    return Data(name, name, len(classes), classes, shape, mean, std, train, own, test, kind=found.kind)
 
 
 def _place(item: tuple[str, int]) -> tuple[str, int]:

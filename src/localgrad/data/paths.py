@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from localgrad.data import boxes, masks
+from localgrad.data import boxes, masks, text
 from localgrad.data.dataset import root_of
 from localgrad.data.sources import SOURCES
 from localgrad.errors import ConfigError
@@ -28,6 +28,7 @@ FORMS: dict[str, tuple[str, Callable[[Path], bool]]] = {
         "JPEGImages, Annotations and ImageSets/Main/<split>.txt",
         lambda root: (root / "ImageSets" / "Main").is_dir() and (root / "Annotations").is_dir(),
     ),
+    "text": ("train/*.txt and test/*.txt", lambda root: all(any((root / s).glob("*.txt")) for s in ("train", "test"))),
 }
 
 
@@ -38,7 +39,7 @@ def full_name(name: str) -> str:
         ConfigError: a folder of no form, or of several.
     """
     root = root_of(name)
-    if name in SOURCES or masks.knows(name) or boxes.knows(name) or not name or not root.is_dir():
+    if name in SOURCES or any(of.knows(name) for of in (masks, boxes, text)) or not name or not root.is_dir():
         return name
     found = [prefix for prefix, (_, holds) in FORMS.items() if holds(root)]
     if len(found) == 1:

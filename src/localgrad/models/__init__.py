@@ -1,4 +1,4 @@
-"""Networks: the papers' CIFAR ResNets, and anything of timm, torchvision and segmentation_models_pytorch by name."""
+"""Networks: the papers' CIFAR ResNets, and those of timm, torchvision, segmentation_models_pytorch and transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from localgrad import named
 from localgrad.errors import ConfigError, nearest
 from localgrad.models.batchnorm import freeze_batchnorm
-from localgrad.models.chunked_lm import ChunkedLM
+from localgrad.models.chunked_lm import ChunkedLM, causal_lm, causal_types
 from localgrad.models.detection import Detector, fcos, retinanet
 from localgrad.models.pretrained import load_pretrained
 from localgrad.models.resnet_cifar import CifarResNet, resnet8, resnet20, resnet32, resnet56, resnet110
@@ -37,7 +37,7 @@ __all__ = [
 OWN: dict[str, Callable[..., nn.Module]] = {
     f.__name__: f for f in (resnet8, resnet20, resnet32, resnet56, resnet110, retinanet, fcos)
 }
-LIBRARIES = ("timm", "torchvision", "smp")
+LIBRARIES = ("timm", "torchvision", "smp", "transformers")
 
 
 def _library_names(library: str) -> list[str]:
@@ -47,6 +47,8 @@ def _library_names(library: str) -> list[str]:
         except ImportError as error:
             raise ConfigError("models from timm need it installed: pip install localgrad[timm]") from error
         return timm.list_models()
+    if library == "transformers":
+        return causal_types()
     if library == "smp":
         return sorted(type_.__name__ for type_ in _smp().MODEL_ARCHITECTURES_MAPPING.values())
     try:
@@ -79,7 +81,7 @@ def _segmentation_names(library: str) -> list[str]:
 
 
 def available(library: str | None = None) -> list[str]:
-    """Names `create` accepts: our own, or those of ``timm``, ``torchvision`` or ``smp``, with the prefix."""
+    """Names `create` accepts: our own, or those of one of `LIBRARIES`, with its prefix."""
     if library is None:
         return list(OWN)
     if library not in LIBRARIES:
@@ -93,18 +95,26 @@ def made_for(name: str) -> tuple[int, int]:
 
 
 def create(
-    name: str, *, num_classes: int = 10, in_channels: int = 3, image_size: int | None = None, **options: Any
+    name: str,
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    image_size: int | None = None,
+    context: int | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Build a network with random weights.
 
     Args:
         name: ``resnet32``, ``timm:vit_tiny_patch16_224``, ``torchvision:resnet50``; for segmentation
-            ``torchvision:deeplabv3_resnet50``, or ``smp:Unet`` of segmentation_models_pytorch. ``module:function`` is
-            a function of the user's that takes ``num_classes`` and options, also ``in_channels`` and ``image_size`` if
-            it names them, and returns a module.
-        num_classes: outputs.
+            ``torchvision:deeplabv3_resnet50``, or ``smp:Unet`` of segmentation_models_pytorch; for text
+            ``transformers:llama``, any causal language model of it, or a folder with its ``config.json``.
+            ``module:function`` is a function of the user's that takes ``num_classes`` and options, also
+            ``in_channels``, ``image_size`` and ``context`` if it names them, and returns a module.
+        num_classes: outputs; tokens of a language model.
         in_channels: of the images; torchvision's models take 3 only.
         image_size: passed on to models that are built for one size.
+        context: tokens of the longest sequence, for language models.
         options: passed to the constructor.
 
     Raises:
@@ -116,13 +126,24 @@ def create(
         466906
     """
     library, _, short = name.rpartition(":")
+    if library == "transformers":
+        if image_size is not None:
+            raise ConfigError(f"{name} reads tokens, and these are images; text is written text:PATH (data.name)")
+        return causal_lm(short, num_classes, context, options)
+    if context is not None and not named.is_named(name):
+        raise ConfigError(
+            f"{name} reads images, and the data are text; models that read tokens are written transformers:NAME, for "
+            "instance transformers:llama, your own module:function"
+        )
     if library and library not in LIBRARIES:
-        settings = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+        settings = {
+            "num_classes": num_classes, "in_channels": in_channels, "image_size": image_size, "context": context,
+        }  # fmt: skip
         return _own(name, settings, options)
     if not library and short not in OWN:
         raise ConfigError(
             nearest(short, OWN, "model")
-            + ". Models of libraries are written timm:NAME, torchvision:NAME and smp:NAME, "
+            + ". Models of libraries are written timm:NAME, torchvision:NAME, smp:NAME and transformers:NAME, "
             "your own module:function"
         )
     dense = library == "torchvision" and short in _segmentation_names(library)

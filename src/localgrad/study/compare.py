@@ -371,7 +371,7 @@ def measure_costs(
         config = as_config(base, way)
         progress(f"memory of {described(config.method)}")
         task = build_task(config, loaded.num_classes, loaded.mean, loaded.std, loaded.kind, loaded.classes)
-        network = build_network(config, task, loaded.image_shape, device)
+        network = build_network(config, task, loaded.input_shape, device)
         contestants.append(_Contestant(config, network, inputs, targets, len(loaded.train) * config.train.epochs))
         found.append(contestants[-1].cost())
     clock, named = clock_of(device)

@@ -67,14 +67,14 @@ def reading(name: str, seconds: float = 20.0) -> tuple[str, list[dict[str, str]]
         opened = time.perf_counter() - start
         first, _ = _epoch(found.train, device, seconds)
         later, share = _epoch(found.train, device, seconds)
-        row = [str(workers), f"{opened:.2f}", f"{first:.2f}", f"{later:.2f}", f"{found.train.num_images / later:.0f}"]
+        row = [str(workers), f"{opened:.2f}", f"{first:.2f}", f"{later:.2f}", f"{found.train.num_samples / later:.0f}"]
         rows.append(dict(zip(("workers", "opened", "first epoch", "later epoch", "images/s"), row, strict=True)))
         remarks.append(f"{workers} workers: {found.train.how}.")
         if share < 1:
             remarks.append(f"{workers} workers: scaled up from {share:.1%} of the batches of an epoch.")
         if not isinstance(found.train, Files):
             break
-    return f"{found.title}, {found.train.num_images} images to train on, batches on {device}", rows, remarks
+    return f"{found.title}, {found.train.num_samples} images to train on, batches on {device}", rows, remarks
 
 
 def _epoch(loader: Loader, device: torch.device, seconds: float) -> tuple[float, float]:

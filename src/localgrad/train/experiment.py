@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map_only
 
 from localgrad import cuts, data, named, tasks
-from localgrad.config import BlocksConfig, Config, dump, validate
+from localgrad.config import BlocksConfig, Config, DataConfig, dump, validate
 from localgrad.cutting import Cutting
 from localgrad.errors import CheckpointError, ConfigError, TrainingError, nearest
 from localgrad.localization import localize
@@ -255,6 +255,11 @@ def load_data(config: Config, device: torch.device, replica: int = 0, num_replic
         "num_replicas": num_replicas,
     }
     size = settings.image_size
+    _check_text(config)
+    if data.text.knows(settings.name):
+        left_out = ("workers", "on_damage")
+        kept = {name: value for name, value in shared.items() if name not in left_out}
+        return data.text.load(settings.name, context=settings.context, tokenizer=settings.tokenizer, **kept)
     if data.boxes.knows(settings.name):
         if settings.crop_size is not None or settings.scale != (1.0, 1.0):
             raise ConfigError(f"data.crop_size and data.scale need masks, not {settings.name!r}")
@@ -273,6 +278,18 @@ def load_data(config: Config, device: torch.device, replica: int = 0, num_replic
             f"data.crop_size, data.scale and a data.image_size of two sides need masks, not {settings.name!r}"
         )
     return data.load(settings.name, image_size=size, **shared)
+
+
+def _check_text(config: Config) -> None:
+    """Raise `ConfigError` for settings of text where there is none, or of images where there is."""
+    text, plain = data.text.knows(config.data.name), DataConfig()
+    of_images = ("image_size", "crop_size", "scale", "longest_side", "on_damage", "workers")
+    for name in of_images if text else ("context", "tokenizer"):
+        if getattr(config.data, name) != getattr(plain, name):
+            kind = "images" if text else "text, written text:PATH"
+            raise ConfigError(f"data.{name} is for {kind}, not {config.data.name!r}; leave it out")
+    if text and config.train.channels_last:
+        raise ConfigError("train.channels_last=true is for images; leave it out")
 
 
 def build_task(
@@ -360,7 +377,7 @@ def cutting_of(blocks: BlocksConfig) -> Cutting | tuple[str, ...]:
 def build_network(
     config: Config,
     task: Task,
-    image_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     device: torch.device,
 ) -> LocalNetwork:
     """Model, method and cuts of a run, with the weights that its seed gives."""
@@ -371,10 +388,10 @@ def build_network(
     method = build_method(
         config.method,
         task,
-        load_model=lambda path: trained_model(Path(path), task, image_shape),
+        load_model=lambda path: trained_model(Path(path), task, input_shape),
     )
     with seeded(config.train.seed, "weights"):
-        model = model_of(config, task.num_outputs, image_shape)
+        model = model_of(config, task.num_outputs, input_shape)
         if config.model.weights is not None:
             said = load_pretrained(model, config.model.weights)
             if "stay random" in said:
@@ -385,7 +402,10 @@ def build_network(
             freeze_batchnorm(model)
         memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-        example = torch.randn(2, *image_shape).to(device)  # a draw of the device would leave others to the CPU
+        if len(input_shape) == 1:  # tokens
+            example = torch.zeros(2, *input_shape, dtype=torch.int64, device=device)
+        else:
+            example = torch.randn(2, *input_shape).to(device)  # a draw of the device would leave others to the CPU
         network = localize(model, method, cutting, example=example)
     if config.train.channels_last:
         network.to(memory_format=torch.channels_last)
@@ -403,7 +423,7 @@ def build(config: Config, replica: int = 0, num_replicas: int = 1) -> Experiment
     network = build_network(
         config,
         build_task(config, loaded.num_classes, loaded.mean, loaded.std, loaded.kind, loaded.classes),
-        loaded.image_shape,
+        loaded.input_shape,
         device,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")

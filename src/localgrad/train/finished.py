@@ -44,21 +44,23 @@ def read_config(path: Path) -> Config:
         ) from error
 
 
-def model_of(config: Config, num_classes: int, image_shape: tuple[int, ...]) -> nn.Module:
-    """The model of a run for images (C, H, W), as it is before training."""
-    channels, height, _ = image_shape
+def model_of(config: Config, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    """The model of a run for images (C, H, W) or tokens (T,), as it is before training."""
+    if len(input_shape) == 1:
+        return models.create(config.model.name, num_classes=num_classes, context=input_shape[0], **config.model.options)
+    channels, height, _ = input_shape
     return models.create(
         config.model.name, num_classes=num_classes, in_channels=channels, image_size=height, **config.model.options
     )
 
 
-def trained_model(path: Path, task: Task, image_shape: tuple[int, int, int]) -> nn.Module:
+def trained_model(path: Path, task: Task, input_shape: tuple[int, ...]) -> nn.Module:
     """The model that a finished run left in ``path``, for data of the same form.
 
     Raises:
         CheckpointError: no finished run there, or one for other data.
     """
-    model = model_of(read_config(path), task.num_outputs, image_shape)
+    model = model_of(read_config(path), task.num_outputs, input_shape)
     try:
         model.load_state_dict(sealed.read_tensors(path / WEIGHTS))
     except (CheckpointError, RuntimeError) as error:

@@ -172,7 +172,7 @@ def run(
         )
         experiment = build(config, mesh["data"].get_local_rank(), layout.data)
         data = experiment.data
-        amount = f"{data.title}, {data.train.num_images} images, {len(data.train)} batches"
+        amount = f"{data.title}, {data.train.num_samples} images, {len(data.train)} batches"
         digests = {f"first images of the {name} split": _digest(getattr(data, name)) for name in ("train", "test")}
         agree(everyone(), {"data": amount, **digests})
         network = experiment.network

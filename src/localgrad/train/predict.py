@@ -31,7 +31,7 @@ class Trained:
 
     Args:
         kind: of its task, as `localgrad.tasks` calls it.
-        image_shape: (C, H, W) of a training image.
+        input_shape: (C, H, W) of a training image.
         mean, std: what inputs are normalised by, in units of [0, 1].
         min_score: of boxes that are shown.
     """
@@ -40,7 +40,7 @@ class Trained:
     config: Config
     kind: str
     classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    input_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     min_score: float = 0.3
@@ -61,14 +61,14 @@ class TrainedOn:
 
     kind: str
     classes: list[str]
-    image_shape: tuple[int, int, int]
+    input_shape: tuple[int, int, int]
     mean: list[float]
     std: list[float]
 
     def __post_init__(self) -> None:
-        channels, *sides = self.image_shape
+        channels, *sides = self.input_shape
         if not (1 <= channels <= 1024 and all(1 <= side <= 2**16 for side in sides)):
-            raise ValueError(f"image_shape={list(self.image_shape)} is no (C, H, W) of an image")
+            raise ValueError(f"input_shape={list(self.input_shape)} is no (C, H, W) of an image")
         if not 1 <= len(self.classes) <= 2**20:
             raise ValueError(f"{len(self.classes)} classes; there is at least 1")
         if not (len(self.mean) == len(self.std) == channels):
@@ -121,7 +121,7 @@ def load_trained(run_dir: Path, device: str = "auto") -> Trained:
     task = build_task(config, len(classes), tuple(told.mean), tuple(told.std), told.kind, classes)
     try:
         with torch.device("meta"):  # sizes first: a damaged result may ask for any amount of memory
-            expected = model_of(config, task.num_outputs, told.image_shape).state_dict()
+            expected = model_of(config, task.num_outputs, told.input_shape).state_dict()
     except NotImplementedError:  # it computes something while it is built
         expected = weights
     sizes = ({name: tensor.shape for name, tensor in state.items()} for state in (expected, weights))
@@ -129,9 +129,9 @@ def load_trained(run_dir: Path, device: str = "auto") -> Trained:
     if differ:
         raise CheckpointError(
             f"{file} does not fit {config.model.name} with the {len(classes)} classes and images of "
-            f"{told.image_shape} that {run_dir / RESULT} tells of: {', '.join(differ[:3])}"
+            f"{told.input_shape} that {run_dir / RESULT} tells of: {', '.join(differ[:3])}"
         )
-    model = model_of(config, task.num_outputs, told.image_shape)
+    model = model_of(config, task.num_outputs, told.input_shape)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -140,7 +140,7 @@ def load_trained(run_dir: Path, device: str = "auto") -> Trained:
         if tensor.isnan().any() or (tensor.requires_grad and not tensor.isfinite().all()):
             raise CheckpointError(f"{file} is damaged: {name} holds numbers that are not finite")
     return Trained(
-        model.to(device_of(device)).eval(), config, kind, tuple(told.classes), told.image_shape, tuple(told.mean),
+        model.to(device_of(device)).eval(), config, kind, tuple(told.classes), told.input_shape, tuple(told.mean),
         tuple(told.std),
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ def predict(trained: Trained, images: Sequence[Path]) -> Iterator[Prediction]:
                 )
     device = next(trained.model.parameters()).device
     for path in images:
-        read = read_picture(path, "L" if trained.image_shape[0] == 1 else "RGB")
+        read = read_picture(path, "L" if trained.input_shape[0] == 1 else "RGB")
         picture = pil_to_tensor(read)
         if trained.kind == "detection":
             inputs = _padded(picture, trained).tensors
@@ -182,8 +182,8 @@ def _sized(read: Any, picture: Tensor, trained: Trained) -> Tensor:
     size = trained.config.data.image_size
     if trained.kind not in ("segmentation", "detection"):
         if data.reads_files(trained.config.data.name):
-            return folders.transforms(trained.image_shape[1])[1](read, 0)[0].as_subclass(Tensor)
-        size = trained.image_shape[1:]
+            return folders.transforms(trained.input_shape[1])[1](read, 0)[0].as_subclass(Tensor)
+        size = trained.input_shape[1:]
     return picture if size is None else resize(picture, list(size), antialias=True)  # type: ignore[arg-type]
 
 

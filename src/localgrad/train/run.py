@@ -122,7 +122,7 @@ def result_of(run: Experiment, folder: RunFolder) -> dict[str, Any]:
     trained_on = {
         "kind": run.data.kind,
         "classes": list(run.data.classes),
-        "image_shape": list(run.data.image_shape),
+        "input_shape": list(run.data.input_shape),
         "mean": list(run.data.mean),
         "std": list(run.data.std),
     }
