@@ -42,7 +42,7 @@ html_theme_options = {"navigation_with_keys": True}
 
 myst_heading_anchors = 4
 nb_execution_mode = "cache"
-nb_execution_timeout = 300
+nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
