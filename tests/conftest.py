@@ -32,7 +32,7 @@ def process_settings() -> Iterator[None]:
 @pytest.fixture
 def real_data() -> Path:
     """The folder of the real data sets; skips where there is none."""
-    root = Path(os.environ.get("LOCALGRAD_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    root = Path(os.environ.get("LOCALGRAD_DATA") or Path(__file__).parents[2] / "data")
     if not root.is_dir():
         pytest.skip(f"needs the data sets in {root}")
     return root

@@ -485,7 +485,7 @@ def test_damaged_and_unsafe_tars(images: Any, tmp_path: Any) -> None:
     ],
 )
 def test_real_sets(name: Any, counts: Any) -> None:
-    root = Path(os.environ.get("LOCALGRAD_DATA") or Path(__file__).parents[2] / "../shared/data")
+    root = Path(os.environ.get("LOCALGRAD_DATA") or Path(__file__).parents[2] / "data")
     found = {line.name: line for line in data.available(root)}[name]
     if not found.found:
         pytest.skip(f"{name} {found.where}")
@@ -495,3 +495,16 @@ def test_real_sets(name: Any, counts: Any) -> None:
     assert inputs.shape == (256, *split.input_shape) and set(targets.tolist()) == set(range(10))
     usual = name not in ("svhn", "stl10")  # those are scaled by 0.5 and 0.5 instead
     assert inputs.isfinite().all() and (not usual or (abs(inputs.mean()) < 0.25 and 0.7 < inputs.std() < 1.4))
+
+
+def test_data_lie_where_the_variable_says_or_here_or_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCALGRAD_DATA", "elsewhere")
+    assert data.root_of() == Path("elsewhere") and data.root_of("given") == Path("given")
+    monkeypatch.delenv("LOCALGRAD_DATA")
+    assert data.root_of() == tmp_path / "cache" / "localgrad" / "data"
+    (tmp_path / "data").mkdir()
+    assert data.root_of() == Path("data")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from localgrad import randomness
+from localgrad.data import cache
 from localgrad.data.loaders import Loader
 from localgrad.errors import ConfigError
 
@@ -52,9 +53,13 @@ class Found(NamedTuple):
 def root_of(root: str | Path | None = None) -> Path:
     """``root`` with ``~`` as the home of a user, where there is one by that name.
 
-    None is the environment variable ``LOCALGRAD_DATA``, or else ``../shared/data`` from the current folder.
+    None is the environment variable ``LOCALGRAD_DATA``, else ``data`` in the current folder, else ``data`` in the cache
+    folder.
     """
-    return Path(os.path.expanduser(root or os.environ.get("LOCALGRAD_DATA") or "../shared/data"))
+    named = root or os.environ.get("LOCALGRAD_DATA")
+    if not named:
+        return Path("data") if Path("data").is_dir() else cache.folder() / "data"
+    return Path(os.path.expanduser(named))
 
 
 def hold_out(indices: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
