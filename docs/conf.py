@@ -59,6 +59,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Write the pages that are made from the code, and publish the Markdown of all."""
     method_pages.write(HERE / "methods", HERE.parent / "results")
     reference_pages.write(HERE / "reference")
+    app.connect("autodoc-process-signature", reference_pages.as_signature)
     app.connect("autodoc-process-docstring", reference_pages.as_restructured)
     app.connect("build-finished", markdown_pages.publish)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

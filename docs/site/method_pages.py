@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -67,9 +68,15 @@ def _page(name: str, base: bool, measured: dict[str, list[tuple[str, Line, Line]
     lines += [f"## As a value{over}", "", "```text", str(method), "```", ""]
     lines += ["## The order of a step", ""]
     for spans in patterns:
-        lines += ["```text", *wrap(drawn(timetable(spans, BLOCKS)), 90), "```", ""]
+        lines += ["```text", *_wrapped(drawn(timetable(spans, BLOCKS))), "```", ""]
     lines += ["[Architecture](../architecture.md) explains the rows.", ""]
     return "\n".join([*lines, *_evidence(name, measured.get(name, [])), *_recipes(name)])
+
+
+def _wrapped(rows: str) -> list[str]:
+    """Lines that break between rows only."""
+    lines = wrap(re.sub(r"(?<![|]) (?![|])", "~", rows), 80, break_on_hyphens=False)
+    return [line.replace("~", " ") for line in lines]
 
 
 def _drawing(patterns: tuple[tuple[Span, ...], ...]) -> str:

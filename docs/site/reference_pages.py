@@ -96,6 +96,13 @@ def _first(thing: Any) -> str:
     return re.sub(r"`+", "`", line).replace("|", r"\|")
 
 
+def as_signature(
+    app: Any, what: str, name: str, thing: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """A default that a dataclass makes anew is shown as ``...``, which can be parsed."""
+    return signature and signature.replace("<factory>", "..."), returns
+
+
 def as_restructured(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """``Source:`` and ``Differs:`` begin paragraphs of their own."""
     found: list[str] = []
