@@ -29,6 +29,7 @@ PUBLIC = {
     "localgrad.planning": "What fits in memory",
     "localgrad.recompute.pointwise": "Pointwise recomputation",
     "localgrad.measure.memory": "Bytes alive in a step",
+    "localgrad.exits": "Answers from the first heads",
     "localgrad.distributed": "More than one device",
     "localgrad.distributed.elastic": "Replicas that come and go",
     "localgrad.train.capture": "CUDA graphs",

@@ -12,6 +12,7 @@ from torch import nn
 
 from localgrad.cutting import Chosen
 from localgrad.errors import MethodError, PartitionError, TrainingError
+from localgrad.exits import Exits, Prefix, exits_of, prefix_of
 from localgrad.method import Auxiliary, Method, Rule
 from localgrad.opened import OpenModel
 from localgrad.partition import Partition, SeparateBlocks
@@ -91,8 +92,7 @@ class LocalNetwork(nn.Module):
     @contextlib.contextmanager
     def opened(self, spans: Sequence[Span]) -> Iterator[OpenModel]:
         """Inside it, forwards can be begun that are suspended at the cuts; ``spans`` are those of the step."""
-        if self.stage is not None:
-            raise TrainingError("this rank has some of the network's blocks only; call network.stage.gather() first")
+        self._check_whole()
         blocks = self._separate[0]
         device = self.device.type
         if blocks is not None:
@@ -210,6 +210,45 @@ class LocalNetwork(nn.Module):
         compiler.recompile_limit = max(compiler.recompile_limit, 8 * len(modules))
         for module in modules:
             module.compile(**options)
+
+    def prefix(self, block: int) -> Prefix:
+        """Blocks 1 to ``block`` and the head behind them as a module of their own: a smaller network, as trained.
+
+        A copy in eval mode, which answers what that head answers in `localgrad.local_outputs`, to the bit. Where
+        several heads answer there, it is that of the widest span.
+
+        Raises:
+            PartitionError: there is no such block, or the blocks cannot be called one by one.
+            MethodError: no head behind it answers as the model does.
+        """
+        self._check_whole()
+        return prefix_of(self, block)
+
+    def exits(self, threshold: float = 0.9) -> Exits:
+        """A copy for inference that answers each sample at the first head that is sure enough of a class.
+
+        Args:
+            threshold: the probability from which a head is sure; `localgrad.exits.Exits.calibrate` chooses better ones.
+
+        Raises:
+            PartitionError: the blocks cannot be called one by one, or samples depend on one another.
+            MethodError: the method has no heads, or the task has no logits (B, C).
+
+        Example:
+            >>> import torch, localgrad
+            >>> x, y = torch.randn(8, 3, 16, 16), torch.randint(10, (8,))
+            >>> method = localgrad.methods.dgl(localgrad.tasks.classification(10))
+            >>> network = localgrad.localize(localgrad.models.resnet8(10), method, 3, example=x)
+            >>> exits = network.exits(threshold=0.8)
+            >>> logits, block = exits(x)
+            >>> found = exits.calibrate([(x, y)], points=1.0)
+        """
+        self._check_whole()
+        return exits_of(self, threshold)
+
+    def _check_whole(self) -> None:
+        if self.stage is not None:
+            raise TrainingError("this rank has some of the network's blocks only; call network.stage.gather() first")
 
     def __str__(self) -> str:
         names = ["the input", *(cut.name for cut in self.cuts)]

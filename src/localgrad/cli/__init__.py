@@ -21,6 +21,7 @@ from localgrad.cli.bench import bench
 from localgrad.cli.compare import compare
 from localgrad.cli.doctor import doctor
 from localgrad.cli.evaluate import evaluate
+from localgrad.cli.export import export
 from localgrad.cli.listing import list_
 from localgrad.cli.plan import plan
 from localgrad.cli.predict import predict
@@ -41,8 +42,8 @@ app = typer.Typer(
 )
 
 _COMMANDS: dict[str, Callable[..., None]] = {
-    "train": train, "eval": evaluate, "predict": predict, "simulate": simulate, "list": list_, "summary": summary,
-    "doctor": doctor, "survey": survey, "plan": plan, "bench": bench, "compare": compare,
+    "train": train, "eval": evaluate, "predict": predict, "export": export, "simulate": simulate, "list": list_,
+    "summary": summary, "doctor": doctor, "survey": survey, "plan": plan, "bench": bench, "compare": compare,
 }  # fmt: skip
 _held = contextlib.ExitStack()  # the standard error of ranks whose words another one says too
 

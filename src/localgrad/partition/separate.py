@@ -1,6 +1,6 @@
 """Blocks that can be called one by one, for what needs them: ranks of block parallel, and blocks that run again.
 
-They come from torch.fx (`localgrad.partition.trace`) and must compute in training mode what the model's own forward
+They come from torch.fx (`localgrad.partition.trace`) and must compute in either mode what the model's own forward
 computes. Chained they are a module like any other, which the engine suspends at its cuts.
 """
 
@@ -132,7 +132,7 @@ def separate_blocks(
     Raises:
         PartitionError: the model does not allow it, or they would not compute what its own forward does.
     """
-    model, example = partition.model, _as_by_now(partition.model, partition.example)
+    model, example = partition.model, as_by_now(partition.model, partition.example)
     listed = isinstance(model, Chain)
     if which and listed:
         raise PartitionError(
@@ -170,7 +170,10 @@ def separate_blocks(
         shapes: list[Any] = []
         for door in chained.doors:
             door.register_forward_pre_hook(lambda _, args: shapes.append(getattr(tree_leaves(args)[0], "shape", None)))
-        _compare(chained, model, example, f"{why}: the blocks that torch.fx makes")
+        what = f"{why}: the blocks that torch.fx makes"
+        _compare(chained, model, example, what, training=False)
+        shapes.clear()
+        _compare(chained, model, example, what)
         if shapes != [cut.shape for cut in cuts]:
             raise PartitionError(f"{why}: a module takes a nest of tensors, the first of which are not the features")
         return blocks
@@ -183,7 +186,7 @@ def separate_blocks(
         return made(several)
 
 
-def _as_by_now(model: nn.Module, example: Any) -> Any:
+def as_by_now(model: nn.Module, example: Any) -> Any:
     """The example on the device and in the precision to which the model has been moved since it was analysed."""
     first, known = next(model.parameters()), {parameter.dtype for parameter in model.parameters()}
 
@@ -204,11 +207,11 @@ def _check_hooks(model: nn.Module, through: Collection[str], why: str) -> None:
             )
 
 
-def _compare(ours: nn.Module, model: nn.Module, example: Any, what: str) -> None:
-    """Raise `PartitionError` unless two modules return the same and move buffers the same way, in training mode."""
+def _compare(ours: nn.Module, model: nn.Module, example: Any, what: str, training: bool = True) -> None:
+    """Raise `PartitionError` unless two modules return the same and move buffers the same way, in one mode."""
     seen = []
     for module in (model, ours):
-        with untouched(model, training=True), torch.no_grad():
+        with untouched(model, training), torch.no_grad():
             torch.manual_seed(0)
             try:
                 outputs = tree_leaves(call_model(module, example))
@@ -216,8 +219,9 @@ def _compare(ours: nn.Module, model: nn.Module, example: Any, what: str) -> None
                 raise PartitionError(f"{what} do not run: {error}") from error
             seen.append([*outputs, *(buffer.clone() for buffer in model.buffers())])
     if len(seen[0]) != len(seen[1]) or not all(_equal(a, b) for a, b in zip(*seen, strict=True)):
+        mode = "training" if training else "eval"
         raise PartitionError(
-            f"{what} do not compute what {type(model).__name__}.forward does in training mode on the example: list "
+            f"{what} do not compute what {type(model).__name__}.forward does in {mode} mode on the example: list "
             "every module that runs, in order, functions such as flatten wrapped as modules"
         )
 

@@ -6,6 +6,7 @@ own module, with its mode, its dropout and any batch size.
 
 from __future__ import annotations
 
+import random
 import sys
 import traceback
 import warnings
@@ -13,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
@@ -119,21 +121,27 @@ def _traced(
         try:
             with untouched(model, training), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                before = torch.get_rng_state()
+                before = _positions()
                 tracer.trace(_Root(model, num_inputs))
-                drawn = not torch.equal(before, torch.get_rng_state())
+                drawn = before != _positions()
         except Exception as error:  # a forward may fail in any way when it is given proxies
             if record_buffers:
                 continue
             raise PartitionError(_untraceable(model, "".join(tracer.inside[-1:]), error)) from error
         if drawn:
             raise PartitionError(
-                f"{type(model).__name__} draws random numbers of a fixed size (torch.rand(...), say) in a forward that "
-                "has to be traced, so every step would see the same draw. Move the draw into a module of its own, or "
-                "pass a list of modules that run one after the other."
+                f"{type(model).__name__} draws random numbers of a fixed size (torch.rand(...), random.random()) in a "
+                "forward that has to be traced, so every step would see the same draw. Move the draw into a module of "
+                "its own, or pass a list of modules that run one after the other."
             )
         break
     return tracer
+
+
+def _positions() -> tuple[Any, ...]:
+    """How far the generators of torch, ``random`` and numpy have come."""
+    _, words, *position = np.random.get_state(legacy=True)
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(words).tobytes(), position
 
 
 def _part(

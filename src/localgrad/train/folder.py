@@ -237,12 +237,7 @@ class RunFolder:
         assert run.best is not None
         checkpoints, step = self._open_checkpoints(run), run.best["step"]
         try:
-            if run.average is None:
-                return checkpoints.weights(step)
-            averaged = checkpoints.beside(step)["average"]
-            return {
-                name.removeprefix("module."): value for name, value in averaged.items() if name.startswith("module.")
-            }
+            return weights_at(checkpoints, step, averaged=run.average is not None)
         except CheckpointError as error:
             raise CheckpointError(f"the weights of the best epoch, {run.best['epoch']}, are lost: {error}") from error
 
@@ -250,6 +245,18 @@ class RunFolder:
         """Write the result, and the plain weights of the model: its own keys, readable without localgrad."""
         sealed.write(self.path / WEIGHTS, sealed.tensors_data(run.evaluated.model.state_dict()))
         sealed.write(self.path / RESULT, sealed.json_text(result))
+
+
+def weights_at(checkpoints: Checkpoints, step: int, averaged: bool) -> dict[str, Tensor]:
+    """The state of what is evaluated, after so many steps: of the network, or of its moving average.
+
+    Raises:
+        CheckpointError: that checkpoint is missing or damaged.
+    """
+    if not averaged:
+        return checkpoints.weights(step)
+    average = checkpoints.beside(step)["average"]
+    return {name.removeprefix("module."): value for name, value in average.items() if name.startswith("module.")}
 
 
 def flat(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
