@@ -13,8 +13,14 @@ def publish(app: Sphinx, error: Exception | None) -> None:
     """Build them from what was read for the HTML."""
     if error is not None or app.builder.name != "html":
         return
-    options = {"nb_execution_mode": "off"}  # what was read holds the outputs
+    options = dict(app.config.overrides)  # the same, so that nothing is read again
     Sphinx(app.srcdir, app.confdir, app.outdir, app.doctreedir, "markdown", options, status=None, warning=None).build()
-    pages = [f"- [{app.env.titles[page].astext()}]({page}.md)" for page in sorted(app.env.found_docs)]
+    pages = [f"- [{_title(app, page)}]({page}.md)" for page in sorted(app.env.found_docs)]
     text = [f"# {app.config.project}", "", f"> {SUMMARY}", "", "## Pages", "", *pages, ""]
     (Path(app.outdir) / "llms.txt").write_text("\n".join(text), encoding="utf-8")
+
+
+def _title(app: Sphinx, page: str) -> str:
+    """Of a page; its name where it has none."""
+    title = app.env.titles[page].astext()
+    return page if title == "<no title>" else title
