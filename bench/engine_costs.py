@@ -15,7 +15,8 @@ import torch
 
 from localgrad import localize, methods, models, separate_blocks, tasks
 from localgrad.costs import run_step
-from localgrad.study.contest import Way, contest
+from localgrad.study.contest import contest
+from localgrad.study.ways import Way
 from step_operations import by_hand
 
 TASK = tasks.classification(10)

@@ -26,7 +26,9 @@ from localgrad.measure.sizes import size
 from localgrad.measure.tables import markdown
 from localgrad.method import Method
 from localgrad.spec import build_method, described, parse_method
-from localgrad.study.contest import REFERENCE, Contest, Row, Way, contest
+from localgrad.study.contest import contest
+from localgrad.study.contest_report import Contest
+from localgrad.study.ways import REFERENCE, Way
 from localgrad.train.experiment import device_of
 
 NETWORKS = {
@@ -92,16 +94,6 @@ def ladder(local: Method, name: str, num_blocks: int, parts: int, compiled: bool
     ]
 
 
-def dominates(one: Row, other: Row) -> bool:
-    """Whether ``one`` needs neither more memory nor more time, and less of one: live tensors, where known of both."""
-    pairs = [(one.total_bytes, other.total_bytes), (one.peak_bytes, other.peak_bytes)]
-    for a, b in pairs:
-        if a is not None and b is not None:
-            mine, theirs = (a, one.time_ratio), (b, other.time_ratio)
-            return mine != theirs and mine[0] <= theirs[0] and mine[1] <= theirs[1]
-    return False
-
-
 def table(found: Contest) -> str:
     """Markdown: the exact rows, an empty one, the local ones."""
     exact, ours = ([row for row in found.rows if (row.kind == "local") is local] for local in (False, True))
@@ -110,8 +102,8 @@ def table(found: Contest) -> str:
         if row is None:
             cells.append([""] * len(cells[0]))
             continue
-        beaten = [other for other in ours if dominates(row, other)] if row.kind != "local" else []
-        by = [other for other in exact if dominates(other, row)] if row.kind == "local" else []
+        beaten = [other for other in ours if row.dominates(other)] if row.kind != "local" else []
+        by = [other for other in exact if other.dominates(row)] if row.kind == "local" else []
         fastest = min(by, key=lambda other: other.time_ratio, default=None)
         cells.append(
             [

@@ -18,8 +18,9 @@ from localgrad import methods, models, tasks
 from localgrad.cutting import auxiliary_bytes
 from localgrad.partition import Partition, by_bytes
 from localgrad.partition.choose import unit_storages
-from localgrad.study.contest import REFERENCE, UNITS, Way, contest
+from localgrad.study.contest import contest
 from localgrad.study.contest_plots import pareto_picture, timeline_picture
+from localgrad.study.ways import REFERENCE, UNITS, Way
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", choices=("resnet50", "resnet101"))

@@ -13,7 +13,8 @@ import torch
 
 from localgrad import models, tasks
 from localgrad.spec import build_method, parse_method
-from localgrad.study.contest import REFERENCE, Way, contest
+from localgrad.study.contest import contest
+from localgrad.study.ways import REFERENCE, Way
 
 MAN_PP_HEAD = "{dgl: {head: {mlp: {grid: 8, width: 128, pooled: 1, hidden: 512}}}}"
 # Name in the table -> method; what differs from the defaults is how the released code was configured.

@@ -1,7 +1,10 @@
-"""A LightningModule with automatic optimization.
+"""A LightningModule.
 
+-class Module(lightning.LightningModule):
+-    def training_step(self, batch, index):
 -        return model(**inputs, labels=targets).loss
-+        return localgrad.loss(self.network, inputs, targets, self.global_step)
++class Module(LocalModule):
+     def configure_optimizers(self):
 """
 
 from __future__ import annotations
@@ -11,24 +14,14 @@ from typing import Any
 import lightning
 import plain_loop
 import torch
-from torch import Tensor
 
 import localgrad
+from localgrad.integrations.lightning import LocalModule
 
 
-class Module(lightning.LightningModule):
-    def __init__(self, network: localgrad.LocalNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def training_step(self, batch: Any, index: int) -> Tensor:
-        inputs, targets = batch
-        loss = localgrad.loss(self.network, inputs, targets, self.global_step)
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
+class Module(LocalModule):
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.network.parameters(), lr=0.5)
+        return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
 def train(network: localgrad.LocalNetwork, batches: list[Any]) -> Any:

@@ -248,7 +248,6 @@ class Queue:
                 shutil.copy2(run / name, out / name)
         if not resumable or status != "stopped":
             shutil.rmtree(run, ignore_errors=True)
-        shutil.rmtree(run / "tensorboard", ignore_errors=True)
         lines = (out / "log.txt").read_text(errors="replace").strip().splitlines()
         before = self.records[one.name].get("seconds", 0) if one.trains else 0
         self.record(

@@ -96,7 +96,8 @@ class OptimConfig:
     per-epoch cosine of the papers with their warm-up from 0.01; ``poly`` falls to ``min_lr`` as ``(1 - share) ** 0.9``,
     step by step; ``step`` is divided by 10 after 2/3 and 8/9 of the run; ``constant`` stays.
     ``clip_grad`` limits the gradient norm of each group of blocks that share a span: one block in local learning, all
-    of them in end-to-end training. ``per_block`` steps a block as soon as its last span ran and frees its gradients.
+    of them in end-to-end training. ``per_block`` steps a block as soon as its last span ran and frees its gradients;
+    ``in_backward`` steps each parameter of end-to-end training as soon as its gradient is there, and frees that.
     """
 
     name: str = "sgd"
@@ -109,6 +110,7 @@ class OptimConfig:
     warmup_epochs: int = 0
     clip_grad: float | None = None
     per_block: bool = False
+    in_backward: bool = False
 
     def __post_init__(self) -> None:
         _require(self.lr > 0 and math.isfinite(self.lr), f"optim.lr={self.lr}; it must be a positive number")
@@ -140,7 +142,8 @@ class TrainConfig:
 
     ``capture`` records whole steps as CUDA graphs and replays them: ``auto`` wherever that is possible on CUDA, true or
     else not at all, false never. ``compile`` compiles the modules between the cuts and the auxiliary networks.
-    ``profile`` is a step, from which on three steps are traced.
+    ``profile`` is a step, from which on three steps are traced. ``loggers`` are told of each epoch, see
+    `localgrad.train.loggers`: ``csv``, ``tensorboard``, ``wandb``, ``mlflow``, ``trackio``, or ``module:Class``.
     """
 
     epochs: int = 10
@@ -157,6 +160,7 @@ class TrainConfig:
     threads: int | None = None
     checkpoint_every: int | None = None
     profile: int | None = None
+    loggers: list[str] = field(default_factory=lambda: ["csv"])
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "eval_batch_size", "checkpoint_every"):

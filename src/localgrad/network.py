@@ -193,8 +193,8 @@ class LocalNetwork(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """``nn.Module.compile`` the model's modules between the cuts and the auxiliary networks, in place.
 
-        The largest modules that hold no cut are compiled, each by itself; what the model's forward does between them
-        runs as it is. ``options`` as for ``nn.Module.compile``.
+        The largest modules that hold no cut are compiled, each by itself: the whole model where there is one block.
+        What the model's forward does between them runs as it is. ``options`` as for ``nn.Module.compile``.
 
         Raises:
             MethodError: the method recomputes pointwise operations one by one, which a compiler cannot see through.
@@ -204,7 +204,8 @@ class LocalNetwork(nn.Module):
                 f"{self.method.name} recomputes pointwise operations one by one, and torch.compile does so by itself: "
                 "leave out either checkpointing(where='pointwise') or the compiler"
             )
-        modules = [*self.between_cuts(), *self.auxiliary.values()]
+        whole = self.num_blocks == 1
+        modules = [*([self.running] if whole else self.between_cuts()), *self.auxiliary.values()]
         # Modules share code, and past this limit torch runs what is new as it is, with no more than a line in a log.
         compiler = torch._dynamo.config
         compiler.recompile_limit = max(compiler.recompile_limit, 8 * len(modules))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -51,12 +53,20 @@ def test_trainers_of_text(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("name", ["timm_loop", "peft_lora"])
-def test_models_of_others(name: str) -> None:
-    pytest.importorskip(name.partition("_")[0])
+@pytest.mark.parametrize(
+    ("name", "package", "batches"),
+    [
+        ("timm_loop", "timm", "timm_loop.image_batches"),
+        ("peft_lora", "peft", "plain_loop.text_batches"),
+        ("text_classification", "transformers", "text_classification.text_batches"),
+        ("masked_lm", "transformers", "masked_lm.text_batches"),
+    ],
+)
+def test_models_of_others(name: str, package: str, batches: str) -> None:
+    pytest.importorskip(package)
     example = importlib.import_module(name)
-    batches = example.image_batches() if name == "timm_loop" else importlib.import_module("plain_loop").text_batches()
-    check(name, example.network(), example.network(), batches)
+    drawn = pkgutil.resolve_name(batches)()
+    check(name, example.network(), example.network(), drawn)
 
 
 def test_accelerate_in_two_processes() -> None:
@@ -69,6 +79,34 @@ def test_accelerate_in_two_processes() -> None:
     )
     ranks = [ast.literal_eval(found) for found in re.findall(r"\[[^\[\]]+\]", done.stdout)]
     assert [sum(pair) / 2 for pair in zip(*ranks, strict=True)] == pytest.approx(whole, rel=1e-4)
+
+
+# Of two ranks, the first takes the first half of what one process takes at once.
+TWO_RANKS = """
+import sys
+from pathlib import Path
+import hf_trainer, plain_loop, torch
+network = plain_loop.network()
+trainer = hf_trainer.train(network, Path(sys.argv[1]))
+assert trainer.args.world_size == 2 and trainer.state.global_step == 3
+torch.save(network.state_dict(), Path(sys.argv[1]) / f"rank{trainer.args.process_index}.pt")
+"""
+
+
+def test_a_trainer_of_transformers_in_two_processes(tmp_path: Path) -> None:
+    """Replicas have the same bits, and the weights of one process on the joined batches."""
+    pytest.importorskip("transformers")
+    (tmp_path / "script.py").write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    seen = os.environ | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])}
+    subprocess.run([*command, "script.py", str(tmp_path)], cwd=tmp_path, check=True, timeout=200, env=seen)
+    plain = importlib.import_module("plain_loop")
+    whole = plain.network()
+    plain.train(whole, [({"input_ids": tokens}, tokens) for tokens in plain.counting().split(16)])
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[key], value) for key, value in second.items())
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -327,3 +328,95 @@ def test_a_lightning_module_takes_local_steps_by_hand(precision: str, tmp_path: 
     fit(again, tmp_path, 4, precision, tmp_path / "half.ckpt")
     assert begun.losses + again.losses == whole.losses
     assert_same(again.state_dict(), whole.state_dict())
+
+
+def local_module(batch: int = 4) -> Any:
+    """Twins move, and dropout is drawn."""
+    pytest.importorskip("lightning")
+    from localgrad.integrations.lightning import LocalModule
+
+    class Module(LocalModule):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), 0.01)
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(list(zip(*data(16), strict=True)), batch)
+
+        def val_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(list(zip(*data(8, seed=3), strict=True)), 8)
+
+    torch.manual_seed(1)
+    return Module(localize(mlp(), methods.man(DGL), CUTS[0], example=data(2)[0]))
+
+
+def fitted(module: Any, folder: Path, epochs: int, precision: Any, checkpoint: Path | None = None, **more: Any) -> Any:
+    """Two batches of four for each optimizer step; gradients are clipped."""
+    import lightning
+
+    trainer = lightning.Trainer(
+        max_epochs=epochs, default_root_dir=folder, accelerator="cpu", precision=precision, accumulate_grad_batches=2,
+        gradient_clip_val=0.5, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, **more,
+    )  # fmt: skip
+    with localgrad.keyed_randomness(seed=3):
+        trainer.fit(module, ckpt_path=checkpoint)
+    return trainer
+
+
+@LIGHTNING
+@pytest.mark.filterwarnings("ignore:The '(train|val)_dataloader' does not have many workers")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_local_module_trains_as_a_loop_does_and_resumes(precision: str, tmp_path: Path) -> None:
+    low = precision == "bf16-mixed"
+    whole, alone = local_module(), local_module().network
+    told = fitted(whole, tmp_path, 3, precision).callback_metrics
+    optimizer, step = torch.optim.AdamW(alone.parameters(), 0.01), 0
+    (x, y), autocast = data(16), BF16 if low else None
+    with localgrad.keyed_randomness(seed=3):
+        for _ in range(3):
+            for parts in ((slice(0, 4), slice(4, 8)), (slice(8, 12), slice(12, 16))):
+                optimizer.zero_grad()
+                for part in parts:
+                    for _, loss in local_losses(alone, x[part], y[part], step, autocast=autocast):
+                        (loss / 2).backward()
+                nn.utils.clip_grad_norm_(alone.parameters(), 0.5)
+                optimizer.step()
+                localgrad.exchange(alone)
+                step += 1
+    assert_same(whole.network.state_dict(), alone.state_dict())
+    x, y = data(8, seed=3)
+    with torch.no_grad(), torch.autocast("cpu", BF16, enabled=low):
+        answer = alone.eval()(x)
+    assert float(told["val_loss"]) == pytest.approx(float(F.cross_entropy(answer.float(), y)), rel=1e-6)
+
+    fitted(local_module(), tmp_path, 1, precision).save_checkpoint(tmp_path / "one.ckpt")
+    again = local_module()
+    nn.init.zeros_(again.network.model[5].weight)
+    fitted(again, tmp_path, 3, precision, tmp_path / "one.ckpt")
+    found, expected = again.state_dict(), whole.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@LIGHTNING
+@pytest.mark.filterwarnings("ignore:The '(train|val)_dataloader' does not have many workers")
+def test_a_local_module_scales_losses_in_half_precision(tmp_path: Path) -> None:
+    """Whatever the factor, gradients are those of the loss itself."""
+    pytest.importorskip("lightning")
+    from lightning.pytorch.plugins import MixedPrecision
+
+    few, many, exact = local_module(), local_module(), local_module()
+    for module, factor in ((few, 2.0**4), (many, 2.0**10)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=factor)
+        fitted(module, tmp_path, 1, None, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        assert scaler.get_scale() == factor  # no step was left out
+    fitted(exact, tmp_path, 1, "32-true")
+    for key, value in exact.network.state_dict().items():
+        torch.testing.assert_close(few.network.state_dict()[key], many.network.state_dict()[key])
+        torch.testing.assert_close(few.network.state_dict()[key], value, atol=0.05, rtol=0.0)
+
+
+def test_a_local_module_refuses_several_processes() -> None:
+    module = local_module()
+    module._trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(localgrad.ConfigError, match="devices=1"):
+        module.setup("fit")

@@ -18,7 +18,8 @@ import localgrad
 from localgrad import methods
 from localgrad.data import load
 from localgrad.method import Method
-from localgrad.study.contest import Way, contest
+from localgrad.study.contest import contest
+from localgrad.study.ways import Way
 
 DEVICE = torch.device(os.environ.get("LOCALGRAD_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 TASK = localgrad.tasks.classification(10)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -218,6 +221,55 @@ def not_separable() -> list[str]:
             found.append(str(error))
         assert network.stage is None
     return found
+
+
+class TokenMixer(nn.Module):
+    """Each token sees the mean of itself and those before it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        counts = torch.arange(1, x.shape[1] + 1).view(1, -1, 1)
+        return x + self.linear(x.cumsum(1) / counts).tanh()
+
+
+def token_model(read_out: Literal["own", "shared"]) -> localgrad.LocalNetwork:
+    torch.manual_seed(0)
+    layers = [nn.Embedding(11, 8), *(TokenMixer(8) for _ in range(3)), nn.LayerNorm(8), nn.Linear(8, 11, bias=False)]
+    task = localgrad.tasks.language_model(11, read_out=read_out)
+    return localgrad.localize(nn.Sequential(*layers), methods.dgl(task), ["2", "3"], example=tokens(0)[:2])
+
+
+def tokens(step: int) -> Tensor:
+    return torch.randint(11, (6, 5), generator=torch.Generator().manual_seed(step))
+
+
+def language_models() -> tuple[str, list[str]]:
+    """What is said of a head on the first rank that reads the matrix of the second one; what differs with an own."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("block",))
+    with pytest.raises(localgrad.MethodError) as refused:
+        block_parallel(token_model("shared"), mesh)
+    network, alone = token_model("own"), token_model("own")
+    block_parallel(network, mesh)
+    for one in (network, alone):
+        optimizer = optimizer_of(one)
+        for step in range(4):
+            for _, loss in localgrad.local_losses(one, tokens(step), tokens(step), step):
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            localgrad.exchange(one)
+    network.stage.gather()
+    ours, theirs = network.state_dict(), alone.state_dict()
+    differing = [key for key in theirs if not torch.equal(ours[key], theirs[key])]
+    return str(refused.value), differing if dist.get_rank() == 0 else []  # the first rank gathers
+
+
+def test_language_models_with_heads_of_their_own() -> None:
+    for refused, differing in gang.run(language_models, 2):
+        assert "a head that reads parameters of a block on another rank" in refused and not differing
 
 
 def test_models_without_separate_blocks_are_refused() -> None:

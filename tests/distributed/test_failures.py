@@ -255,11 +255,12 @@ def test_two_by_two_on_the_command_line(tmp_path: Path) -> None:
     for name, parallel, ranks in (("2x2", {"block": 2, "data": 2}, 4), ("data", {"block": 1, "data": 2}, 2)):
         folder = tmp_path / name
         layout = ",".join(f"{axis}={number}" for axis, number in parallel.items())
-        launcher = launched(folder, *SHORT, "--parallel", layout, ranks=ranks)
+        launcher = launched(folder, *SHORT, "train.loggers=[csv,tensorboard]", "--parallel", layout, ranks=ranks)
         output = ended(launcher, folder, PATIENCE)
         assert launcher.returncode == 0, output
         assert output.count("dgl+man 4/4") == 1 and output.count("test accuracy of every head") == 1
         assert len((folder / "metrics.csv").read_text().splitlines()) == 5
+        assert len(list((folder / "tensorboard").iterdir())) == 1
         assert json.loads((folder / "result.json").read_text())["parallel"] == parallel | {"wire": "same"}
         weights[name] = load_file(folder / "model.safetensors")
     assert all(torch.equal(weights["2x2"][key], value) for key, value in weights["data"].items())

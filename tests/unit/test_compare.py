@@ -58,6 +58,10 @@ def with_method(method: list[Any], num_blocks: int = 3, **train: Any) -> Config:
     return validate({**SETTINGS, **settings}, "test")
 
 
+def own(*texts: str) -> list[Config]:
+    return [compare.contestant(BASE, text) for text in texts]
+
+
 @pytest.fixture(scope="module")
 def dgl(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return trained(BASE, tmp_path_factory.mktemp("dgl"))
@@ -133,7 +137,7 @@ def test_a_claimed_run_is_left_to_its_process(dgl: dict[str, Any], tmp_path: Pat
 
 
 def test_order_and_identity_of_runs() -> None:
-    ways = compare.variants(BASE, [["dgl"], [{"dgl": {}}], [{"dgl": {"head": "linear"}}]], [2, 3], parts=2)
+    ways = compare.variants(BASE, own("dgl", "[{dgl: {}}]", "[{dgl: {head: linear}}]"), [2, 3], parts=2)
     names = [(way["method"], way["blocks"]["num_blocks"]) for way in ways]
     linear, parts = [{"dgl": {"head": "linear"}}], ["e2e", {"accumulation": {"parts": 2}}]
     assert names == [
@@ -199,11 +203,11 @@ def test_table_and_picture_come_from_the_files_alone(finished: Path, tmp_path: P
 
 
 def test_equal_time_gives_end_to_end_the_epochs_that_fit(finished: Path) -> None:
-    ways = compare.variants(BASE, [["dgl"]], [3], parts=1)
+    ways = compare.variants(BASE, own("dgl"), [3], parts=1)
     costs = compare.read_costs(finished)
     for way, ratio in zip(ways, (1.0, 1.25, 2.2), strict=True):
         costs[compare.key_of(compare.costing(way))]["time_ratio"] = ratio
-    longer = compare.in_the_same_time(ways, costs, [["dgl"]])
+    longer = compare.in_the_same_time(ways, costs, own("dgl"))
     # 2 epochs at 2.2 times the time: 4.4 of end-to-end training, 3.52 with checkpointing at 1.25.
     assert [(way["method"], way["train"]["epochs"]) for way in longer] == [(["e2e"], 4), (["e2e"], 4)]
     way = {**ways[2], "train": {**ways[2]["train"], "epochs": 10}}
@@ -230,6 +234,95 @@ def test_what_is_wrong_is_said_before_anything_is_trained(finished: Path, tmp_pa
         compare.compare(other, finished, QUIET, **{**COMPARED, "methods": ["dgl"]})
     with pytest.raises(ConfigError, match="holds no comparison yet; name a recipe and methods first"):
         compare_report.report(tmp_path / "nothing")
+
+
+def test_a_contestant_has_settings_of_its_own() -> None:
+    compiled, adam, linear = own(
+        "e2e train.compile=true",
+        "dgl  optim.name=adamw optim.lr=0.002 optim.options={eps: 1.0e-5, betas: [0.8, 0.9]}",
+        "[{dgl: {head: linear}}, man] optim.per_block=true",
+    )
+    assert compiled == validate({**SETTINGS, "method": ["e2e"], "train": {**SETTINGS["train"], "compile": True}}, "")
+    assert (adam.method, adam.optim.name, adam.optim.lr) == (["dgl"], "adamw", 0.002)
+    assert adam.optim.options == {"eps": 1e-5, "betas": [0.8, 0.9]} and adam.train == BASE.train
+    assert linear.method == [{"dgl": {"head": "linear"}}, "man"] and linear.optim.per_block
+    assert own("dgl") == [BASE]
+    ways = compare.variants(BASE, [compiled, adam], [3], parts=1)
+    assert [compare.as_config(BASE, way) for way in ways[2:]] == [
+        validate({**compare.dataclasses.asdict(one), "blocks": {"num_blocks": k}}, "")
+        for one, k in ((compiled, 1), (adam, 3))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dgl train.seed=1", r"train\.seed is the same for all.*optim\.\*"),
+        ("dgl data.limit=3", r"data\.limit is the same for all"),
+        ("dgl optim.lr", "unknown method"),
+        ("dgl optim.rate=1", "unknown setting 'rate'"),
+        ("dgl optim.lr=[", "no YAML value|is not a YAML value"),
+    ],
+)
+def test_other_settings_of_one_contestant_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare.compare(BASE, tmp_path, QUIET, **{**COMPARED, "methods": [text]})
+
+
+def test_an_opponent_that_steps_in_the_backward_pass_is_measured_and_not_trained(tmp_path: Path) -> None:
+    methods = ["e2e optim.in_backward=true", "e2e optim.name=adamw optim.lr=0.002", "dgl optim.per_block=true"]
+    small = {"data": {**SETTINGS["data"], "limit": 80}, "train": {**SETTINGS["train"], "epochs": 1}}
+    base = validate({**SETTINGS, **small}, "test")
+    compare.compare(base, tmp_path, QUIET, **{**COMPARED, "methods": methods, "equal_time": methods[2:]})
+    cells = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:]]
+        for line in compare_report.report(tmp_path).splitlines()
+        if "|" in line
+    }
+    names = ["e2e", "e2e, in_backward True", "e2e, name adamw, lr 0.002", "dgl, K=3, per_block True"]
+    plain, early, adam, ours = (cells[name] for name in names)
+    assert early[:2] == [plain[0], "as end-to-end, bit for bit"]
+    assert plain[2:6] == ["1.000"] * 4 and "-" not in early[2:6]
+    parameters = sum(p.numel() for p in build(as_whole(BASE)).network.parameters())
+    tensors = len(list(build(as_whole(BASE)).network.parameters()))
+    assert adam[5] == f"{(2 * parameters + tensors) / parameters:.3f}" and plain[5] == early[5] == "1.000"
+    assert "not run" not in ours[9] and ours[9] != "-", "end-to-end in the same time"
+    rows = read_rows(tmp_path / compare.ROWS, "run").values()
+    assert not any(row["settings"]["optim"]["in_backward"] for row in rows)
+
+
+def test_a_compiled_contestant_is_compiled_whole_and_counted_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[localgrad.LocalNetwork] = []
+    compile_blocks = localgrad.LocalNetwork.compile_blocks
+
+    def eagerly(network: localgrad.LocalNetwork) -> None:
+        compile_blocks(network, backend="eager")
+        compiled.append(network)
+
+    monkeypatch.setattr(localgrad.LocalNetwork, "compile_blocks", eagerly)
+    ways = compare.variants(BASE, own("e2e train.compile=true"), [3], parts=1)
+    plain, fast = list(compare.measure_costs(BASE, [ways[0], ways[2]], 1, lambda _: None).values())
+    assert [network.running._compiled_call_impl is not None for network in compiled] == [True]
+    assert fast["flops"] == plain["flops"] and fast["state_bytes"] == plain["state_bytes"] > 0
+    assert (fast["activation_bytes"], fast["total_bytes"]) == (None, None) and plain["total_bytes"] > 0
+    assert (fast["peak_bytes"] is None) == (plain["peak_bytes"] is None)
+
+
+def as_whole(config: Config) -> Config:
+    return compare.as_config(config, compare.trained_as(compare.identity(with_method(["e2e"]))))
+
+
+def test_the_reference_is_the_one_that_most_share_settings_with(finished: Path, tmp_path: Path) -> None:
+    """Whatever stands first, and however many epochs another one was trained for."""
+    costs = compare.read_costs(finished)
+    first = next(iter(costs.values()))
+    other = {**first, "settings": {**first["settings"], "optim": {**first["settings"]["optim"], "name": "adamw"}}}
+    changed = {compare.key_of(other["settings"]): {**other, "activation_bytes": None}, **costs}
+    (tmp_path / "costs.json").write_text(json.dumps(changed))
+    (tmp_path / "rows.jsonl").write_text((finished / "rows.jsonl").read_text())
+    lines = compare_report.lines_of(tmp_path)
+    assert compare_report.reference_of(lines).settings["optim"]["name"] == "sgd"
+    assert "e2e, name adamw" in compare_report.report(tmp_path)
 
 
 def test_work_of_a_step() -> None:

@@ -6,15 +6,16 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from bench.ladder import dominates, ladder, table
+from bench.ladder import ladder, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localgrad import methods, tasks
-from localgrad.study.contest import Contest, Row, Way
+from localgrad.study.contest_report import Contest, Row
+from localgrad.study.ways import Way
 
 TASK = tasks.classification(10)
-SAME = Row("", "", "", "fp32", "", 1, (), None, None, None, None, 0, seconds=1.0, rounds=(1.0,))
+SAME = Row("", "", "", "fp32", "SGD", "", 1, (), 0, 0, None, None, None, None, 0, seconds=1.0, rounds=(1.0,))
 
 
 def switches(way: Way) -> set[str]:
@@ -66,13 +67,16 @@ def test_what_dominates_ours_is_bold(drawn: list[Any]) -> None:
         others = [o for o in rows if (o.kind == "local") != (row.kind == "local")]
         line = next(line for line in text.splitlines() if f"{row.name} " in line or f"{row.name}**" in line)
         if row.kind == "local":
-            assert any(f"below {o.name} " in line for o in others) == any(dominates(o, row) for o in others)
+            assert any(f"below {o.name} " in line for o in others) == any(o.dominates(row) for o in others)
         else:
-            assert (f"**{row.name}**" in line) == any(dominates(row, o) for o in others)
+            assert (f"**{row.name}**" in line) == any(row.dominates(o) for o in others)
 
 
 def test_compiled_rows_are_compared_by_the_peak_from_outside() -> None:
     known = replace(SAME, total_bytes=10, peak_bytes=30, time_ratio=1.0)
     compiled = replace(SAME, total_bytes=None, peak_bytes=20, time_ratio=1.0)
-    assert dominates(compiled, known) and not dominates(known, compiled) and not dominates(known, known)
-    assert dominates(known, replace(known, total_bytes=11, peak_bytes=1))
+    assert compiled.dominates(known) and not known.dominates(compiled) and not known.dominates(known)
+    assert known.dominates(replace(known, total_bytes=11, peak_bytes=1))
+    assert known.dominates(replace(known, total_bytes=9, state_bytes=2)) and known.dominates(
+        replace(known, total_bytes=9, weight_bytes=2)
+    )

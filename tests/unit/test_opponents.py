@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 import localgrad
 from localgrad import ConfigError, methods
 from localgrad.measure.memory import measure, saved_storages
-from localgrad.study.contest import Way, _Contestant, contest, standard_ways
+from localgrad.study.contest import _Contestant, contest
+from localgrad.study.contest_report import Contest
+from localgrad.study.ways import EIGHT_BIT, OFFLOADED, Way, standard_ways
 
 TASK = localgrad.tasks.classification(10)
-RATE = 1e-3  # of the optimizer of a contest, whose first step is -RATE * gradient
 compiled = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler"
 )
@@ -80,8 +82,7 @@ def stepped(way: Way, model: nn.Module) -> list[Tensor]:
     x, y = batch()
     contestant = _Contestant(way, copy.deepcopy(model), x, y, "count")
     before = {name: p.detach().clone() for name, p in contestant.network.model.named_parameters()}
-    for optimizer in contestant.optimizers:
-        assert optimizer is not None
+    for optimizer in contestant.stepper.optimizers:
         optimizer.param_groups[0]["momentum"] = 0.0
         optimizer.param_groups[0]["lr"] = 1.0
     contestant.step()
@@ -92,7 +93,7 @@ def stepped(way: Way, model: nn.Module) -> list[Tensor]:
 EXACT = [
     way
     for way in standard_ways(TASK, [], [3], parts=2, combinations=True)
-    if not way.has("compile") and way.kind != "local"
+    if not way.has("compile") and way.kind != "local" and way.optimizer == "SGD"
 ]
 
 
@@ -157,7 +158,7 @@ def test_the_optimizer_in_the_backward_pass_frees_gradients_early() -> None:
     model = nn.Sequential(nn.Flatten(), *(nn.Linear(192, 192) for _ in range(6)), nn.Linear(192, 10))
     contestant = _Contestant(way, model, *batch(torch.float32), "count")
     contestant.step()
-    memory = measure(contestant.step, contestant.trained, timeline=True)
+    memory = measure(contestant.step, contestant.network.parameters(), timeline=True)
     most = max(gradients for _, gradients in memory.timeline)
     assert 192 * 192 * 4 <= most <= 2 * 192 * 193 * 4
 
@@ -183,12 +184,76 @@ def test_the_leanest_budget_is_named_and_other_ways_stay_uncompiled() -> None:
     ("what", "message"),
     [
         (lambda: Way("a", "end-to-end", methods.e2e(TASK), budgets=(0.5,)), r"fp32\+compile"),
-        (
-            lambda: Way("a", "b", methods.accumulation(methods.e2e(TASK), parts=2), in_backward=True),
-            "2 micro-batches",
-        ),
     ],
 )
 def test_ways_that_cannot_be_are_refused(what: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         what()
+
+
+PAIR = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 10))
+WEIGHTS = 192 * 32 + 32 + 32 * 10 + 10  # of the pair; AdamW counts the steps of each tensor
+
+
+def pair(*ways: Way) -> Contest:
+    return contest(
+        PAIR, [Way("e", "end-to-end", methods.e2e(TASK)), *ways], batch_size=4, image_size=8, num_classes=10, rounds=1
+    )
+
+
+def test_bytes_of_optimizer_state_are_counted() -> None:
+    adam = Way("a", "end-to-end", methods.e2e(TASK), optimizer="AdamW")
+    rows = pair(adam, replace(adam, in_backward=True), replace(adam, optimizer="Adagrad")).rows
+    assert [row.weight_bytes for row in rows] == [4 * WEIGHTS] * 4
+    steps = 4 * 4
+    double = 2 * 4 * WEIGHTS + steps
+    assert [row.state_bytes for row in rows] == [4 * WEIGHTS, double, double, 4 * WEIGHTS + steps]
+    assert all(row.memory == row.weight_bytes + row.state_bytes + (row.total_bytes or 0) for row in rows)
+    assert [row.label for row in rows] == ["e", "a, AdamW", "a, AdamW", "a, Adagrad"]
+
+
+def test_local_rows_count_the_state_and_weights_of_heads() -> None:
+    local = Way("d", "local", methods.dgl(TASK, head="linear"), 2, per_block=True, optimizer="AdamW")
+    _, ours = pair(local).rows
+    assert ours.auxiliary_parameters > 0
+    parameters = WEIGHTS + ours.auxiliary_parameters
+    assert ours.weight_bytes == 4 * parameters
+    assert ours.state_bytes == 2 * 4 * parameters + 4 * 6
+
+
+def test_8_bit_state_is_counted_with_its_scales_and_tables() -> None:
+    """Its library keeps tensors of fewer than 4096 values in 32 bits."""
+    pytest.importorskip("bitsandbytes")
+    local = Way("d", "local", methods.dgl(TASK, head="linear"), 2, per_block=True, optimizer=EIGHT_BIT)
+    rows = pair(Way("b", "end-to-end", methods.e2e(TASK), optimizer=EIGHT_BIT), local).rows
+    large, small = 192 * 32, WEIGHTS - 192 * 32
+    blocks = large // 256  # each with a scale in float32
+    state = 2 * large + 2 * 4 * blocks + 2 * 4 * 256 + 2 * 4 * small
+    assert rows[1].state_bytes == state < rows[0].state_bytes
+    assert rows[2].state_bytes == state + 2 * 4 * rows[2].auxiliary_parameters
+    assert rows[1].label == "b, AdamW8bit"
+
+
+def test_offloaded_state_is_left_out_on_a_cpu_with_the_reason() -> None:
+    pytest.importorskip("torchao")
+    found = pair(Way("o", "end-to-end", methods.e2e(TASK), optimizer=OFFLOADED))
+    assert len(found.rows) == 1
+    assert "o, CPUOffloadOptimizer" in found.skipped[0] and "only supports CUDA" in found.skipped[0]
+
+
+def test_a_missing_extra_is_left_out_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delitem(sys.modules, "bitsandbytes.optim", raising=False)
+    ways = [replace(way, num_blocks=1) for way in standard_ways(TASK, [], []) if way.optimizer == EIGHT_BIT]
+    found = pair(*ways)
+    assert len(ways) == len(found.skipped) == 3 and len(found.rows) == 1
+    assert all("pip install localgrad[eightbit]" in reason for reason in found.skipped)
+
+
+def test_the_opponents_by_other_optimizers_are_given_to_local_rows_too() -> None:
+    ways = standard_ways(TASK, [["dgl"]], [3])
+    for optimizer in ("AdamW", EIGHT_BIT, OFFLOADED):
+        kinds = [(way.kind, way.per_block) for way in ways if way.optimizer == optimizer]
+        assert ("end-to-end", False) in kinds and ("local", True) in kinds
+    assert any(way.in_backward and way.optimizer == EIGHT_BIT for way in ways)
+    assert {way.optimizer for way in standard_ways(TASK, [["dgl"]], [3], combinations=False)} == {"SGD"}

@@ -122,6 +122,7 @@ def test_any_optimizer_by_name_steps_as_torch_does(name: str) -> None:
         ({"name": "NAdam", "options": {"lr": 1}}, "write optim.lr"),
         ({"options": {"dampening": 0.1}}, "zero dampening"),
         ({"name": "NAdam", "momentum": 0.9}, "is that of sgd; write optim.options.momentum=0.9"),
+        ({"name": "torchao.nowhere:AdamW"}, r"no module 'torchao.nowhere'.*pip install localgrad\[eightbit\]"),
     ],
 )
 def test_optimizers_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
@@ -167,6 +168,63 @@ def test_stepping_block_by_block_frees_gradients(method: Any) -> None:
         assert all(p.grad is None for p in parameters)
         peaks[per_block] = measure(lambda n=network, s=stepper: train(n, s, 1), parameters).peak_total
     assert peaks[True] < peaks[False]
+
+
+@pytest.mark.parametrize("method", [e2e(TASK), methods.checkpointing(e2e(TASK))], ids=lambda m: m.name)
+@pytest.mark.parametrize("name", ["sgd", "adamw", "NAdam"])
+def test_stepping_in_the_backward_pass_gives_the_same_weights_and_frees_gradients(method: Any, name: str) -> None:
+    networks, peaks = [], []
+    for in_backward in (False, True):
+        network = network_of(method)
+        stepper = stepper_of(network, name=name, lr=0.05, in_backward=in_backward)
+        stepper.set_learning_rate(0.04)
+        train(network, stepper, 2)
+        parameters = list(network.parameters())
+        assert all(p.grad is None for p in parameters)
+        memory = measure(lambda n=network, s=stepper: train(n, s, 1), parameters, timeline=True)
+        peaks.append(max(gradients for _, gradients in memory.timeline))
+        networks.append(network.state_dict())
+    for key, a in networks[0].items():
+        assert torch.equal(a, networks[1][key]), key
+    assert peaks[0] == sum(4 * p.numel() for p in parameters)
+    assert max(4 * p.numel() for p in parameters) <= peaks[1] < 0.6 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (dgl(TASK), {}, "dgl has several losses a step; write optim.per_block=true"),
+        (methods.deep_supervision(TASK), {}, "several losses"),
+        (methods.pgl(dgl(TASK), every=2), {}, "several losses"),
+        (methods.accumulation(e2e(TASK), parts=2), {}, "each of 2 micro-batches"),
+        (e2e(TASK), {"per_block": True}, "drop one of both"),
+        (e2e(TASK), {"clip_grad": 1.0}, "all gradients at once"),
+    ],
+)
+def test_what_cannot_step_in_the_backward_pass_is_refused(method: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        stepper_of(network_of(method), in_backward=True, **options)
+
+
+def test_loss_scaling_is_refused_in_the_backward_pass() -> None:
+    with pytest.raises(ConfigError, match="write bf16"):
+        Stepper(network_of(e2e(TASK)), OptimConfig(in_backward=True), torch.amp.GradScaler("cpu", enabled=True))
+
+
+class Rated(torch.optim.SGD):
+    """Keeps its rate in a tensor and takes further arguments, as optimizers do that compile their step."""
+
+    def __init__(self, params: Any, lr: float, **further: Any) -> None:
+        super().__init__(params, lr=torch.tensor(lr), **further)
+
+
+def test_a_rate_in_a_tensor_stays_there_and_weight_decay_goes_with_further_arguments() -> None:
+    network = network_of(e2e(TASK))
+    stepper = stepper_of(network, name="unit.test_optim:Rated", lr=0.5, weight_decay=0.125)
+    ((group,),) = (optimizer.param_groups for optimizer in stepper.optimizers)
+    rate = group["lr"]
+    stepper.set_learning_rate(0.25)
+    assert group["lr"] is rate and rate.item() == 0.25 and group["weight_decay"] == 0.125
 
 
 def test_groups_are_clipped_as_torch_clips_each() -> None:

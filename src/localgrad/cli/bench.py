@@ -53,8 +53,9 @@ def bench(
 
     from localgrad import models, tasks
     from localgrad.spec import parse_method
-    from localgrad.study.contest import contest, standard_ways
+    from localgrad.study.contest import contest
     from localgrad.study.contest_plots import pareto_picture, timeline_picture
+    from localgrad.study.ways import standard_ways
     from localgrad.train.experiment import device_of
 
     if out is not None:

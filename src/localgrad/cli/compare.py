@@ -18,7 +18,11 @@ def compare(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            "--method", "-m", help="dgl+man, or YAML: '[{dgl: {head: linear}}]'; may be repeated.", show_default=False
+            "--method",
+            "-m",
+            help="dgl+man, or YAML: '[{dgl: {head: linear}}]', then settings of its own: 'e2e train.compile=true'; "
+            "may be repeated.",
+            show_default=False,
         ),
     ] = None,
     num_blocks: Annotated[

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_leaves
 
 from localgrad.distributed.agreement import agree, explained, facts_about
 from localgrad.distributed.compression import Wire
@@ -95,6 +96,8 @@ def check_method(network: LocalNetwork, runs: Sequence[range]) -> None:
     reasons = [rule.reason for rule in network.rules if not rule.travels]
     if method.contexts:
         reasons.append("computes something over the whole model before each batch (a teacher's answer, say)")
+    if _heads_read_elsewhere(network, runs):
+        reasons.append("has a head that reads parameters of a block on another rank (the model's output matrix, say)")
     if method.accumulate.parts > 1 and _moves_between_parts(network):
         reasons.append("moves buffers of twins between micro-batches")
     for reason in reasons:
@@ -104,13 +107,30 @@ def check_method(network: LocalNetwork, runs: Sequence[range]) -> None:
         )
 
 
+def _home(network: LocalNetwork) -> dict[int, int]:
+    """The block of each parameter of the model, by identity."""
+    return {id(p): block for block in range(network.num_blocks) for p in network.parameters_of(block)}
+
+
+def _heads_read_elsewhere(network: LocalNetwork, runs: Sequence[range]) -> bool:
+    """Whether an auxiliary module holds, not as its own, a parameter that is trained on another rank."""
+    home = _home(network)
+    for run in runs:
+        for boundary in range(run.start + 1, run.stop + 1):
+            for _, auxiliary in network.auxiliaries_at(boundary):
+                held = tree_leaves([vars(module) for module in auxiliary.modules()])
+                if any(home.get(id(value), run.start) not in run for value in held):
+                    return True
+    return False
+
+
 def _moves_between_parts(network: LocalNetwork) -> bool:
     """Whether twins take buffers of a block that, in one process, has seen a part of the batch by then.
 
     Such are the blocks that a span links with the one before the twin; the others begin the batch afterwards.
     """
     num_blocks = network.num_blocks
-    home = {id(p): block for block in range(num_blocks) for p in network.parameters_of(block)}
+    home = _home(network)
     linked = [group for spans in network.method.spans.patterns(num_blocks) for group in groups(spans, num_blocks)]
     for boundary in range(1, num_blocks):
         for twin in network.twins_at(boundary):

@@ -36,6 +36,7 @@ from localgrad.network import LocalNetwork
 
 FORMAT = "localgrad-checkpoint/2"
 COMPLETE, BESIDE = "complete.json", "beside."
+_NUMBER = "#"  # after the name of state that is a number, no tensor
 
 
 class Checkpoints:
@@ -312,6 +313,9 @@ class Checkpoints:
             with torch.no_grad():
                 for name, tensor in targets.items():
                     tensor.copy_(state[name].view(tensor.shape))
+            for slots, name, slot in self._slots():
+                if isinstance(slots[slot], (int, float)):
+                    slots[slot] = targets[name].item()
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, dcp.CheckpointException) as error:
             raise CheckpointError(f"{place} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
         if self.group is not None:
@@ -324,12 +328,22 @@ class Checkpoints:
         stage = self.network.stage
         own = named_tensors(self.network) if stage is None else stage.tensors(followed)
         found = {f"network.{name}": tensor.detach() for name, tensor in own.items()}
+        for slots, name, slot in self._slots():
+            value = slots[slot]
+            if isinstance(value, (int, float)):
+                value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+            if isinstance(value, Tensor):
+                found[name] = value
+        return found
+
+    def _slots(self) -> Iterator[tuple[dict[str, Any], str, str]]:
+        """For everything in the state of optimizers what holds it, its name in a checkpoint, and its own."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.network.named_parameters()}
         for optimizer in self.optimizers:
             for parameter, slots in optimizer.state.items():
-                held = {slot: value for slot, value in slots.items() if isinstance(value, Tensor)}
-                found |= {f"optimizer.{names[parameter]}.{slot}": value for slot, value in held.items()}
-        return found
+                for slot, value in slots.items():
+                    mark = _NUMBER if isinstance(value, (int, float)) else ""
+                    yield slots, f"optimizer.{names[parameter]}.{slot}{mark}", slot
 
     def _prepare_optimizers(self, saved: dict[str, Any]) -> None:
         """Give each parameter the state it had, still empty."""
@@ -340,6 +354,10 @@ class Checkpoints:
                 start = f"optimizer.{names[parameter]}."
                 for name in (n for n in saved if n.startswith(start) and "." not in n[len(start) :]):
                     size, dtype = saved[name].size, saved[name].properties.dtype
+                    if name.endswith(_NUMBER):
+                        slot = name[len(start) :].removesuffix(_NUMBER)
+                        optimizer.state[parameter][slot] = torch.zeros((), dtype=dtype).item()
+                        continue
                     like = tuple(size) == tuple(parameter.shape)
                     empty = torch.empty_like(parameter, dtype=dtype) if like else torch.empty(size, dtype=dtype)
                     optimizer.state[parameter][name[len(start) :]] = empty.detach()

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Result = TypeVar("Result")
 
@@ -97,6 +98,10 @@ class LiveBytes(TorchDispatchMode):
 
     def __enter__(self) -> LiveBytes:
         self._hooks = [p.register_post_accumulate_grad_hook(self._mark_gradient) for p in self._parameters]
+        for p, hook in zip(self._parameters, self._hooks, strict=True):
+            hooks: dict[int, Any] = p._post_accumulate_grad_hooks
+            for other in [key for key in hooks if key != hook.id]:
+                hooks[other] = hooks.pop(other)  # runs later, as it may step and free the gradient
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -198,6 +203,13 @@ def _storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
         return [tensor.untyped_storage()]
     except NotImplementedError:
         return []
+
+
+def held_bytes(values: Any, device: torch.device) -> int:
+    """Bytes on ``device`` of the tensors in nested containers, each storage once; of wrappers what is behind them."""
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor) and leaf.device == device]
+    storages = {storage._cdata: storage.nbytes() for tensor in tensors for storage in _storages(tensor)}
+    return sum(storages.values())
 
 
 def measure(step: Callable[[], object], parameters: Iterable[torch.Tensor], timeline: bool = False) -> Memory:

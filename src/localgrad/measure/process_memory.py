@@ -24,6 +24,11 @@ def allocated_growth(step: Callable[[], None]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def peak_growth(step: Callable[[], None], device: torch.device) -> int | None:
+    """`allocated_growth` on CUDA, else `resident_growth`."""
+    return allocated_growth(step) if device.type == "cuda" else resident_growth(step)
+
+
 @contextlib.contextmanager
 def storages_mapped() -> Iterator[None]:
     """Lets the C library map every large tensor by itself and hand it back when it is freed.

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -29,13 +30,16 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from localgrad.config import BlocksConfig, Config
+from localgrad.config import BlocksConfig, Config, OptimConfig, validate
 from localgrad.costs import cost_of
 from localgrad.engine import local_losses
 from localgrad.errors import ConfigError, TrainingError
+from localgrad.measure.memory import held_bytes
+from localgrad.measure.process_memory import peak_growth, storages_mapped
 from localgrad.measure.timing import clock_of, in_turns
 from localgrad.network import LocalNetwork, exchange
 from localgrad.randomness import keyed_randomness
+from localgrad.recipes import merge, override
 from localgrad.sealed import write
 from localgrad.spec import MethodSpec, described, parse_method, plain
 from localgrad.study.rows import add_row, read_rows
@@ -49,6 +53,7 @@ ROWS, COSTS, RUNS = "rows.jsonl", "costs.json", "runs"
 PARTS, ROUNDS = 4, 7  # micro-batches of accumulation, timed steps of each method
 REFERENCE: MethodSpec = ["e2e"]
 RECOMPUTED = "checkpointing"
+OWN = ("train.compile", "train.capture", "train.channels_last", "train.precision")  # of one contestant, beside optim.*
 
 Settings = dict[str, Any]
 
@@ -71,7 +76,10 @@ def trained_as(settings: Settings) -> Settings:
     """The settings of the run that yields the same weights, bit for bit, and is trained in place of these.
 
     Recomputation changes no gradient, so it is left out; without it, where end-to-end training is cut changes nothing.
+    Nor does when a parameter steps, once its gradient is there.
     """
+    if settings["optim"].get("in_backward"):
+        settings = {**settings, "optim": {**settings["optim"], "in_backward": False}}
     method = [part for part in settings["method"] if _name(part) != RECOMPUTED]
     blocks = dataclasses.asdict(BlocksConfig(num_blocks=1)) if method[:1] == REFERENCE else settings["blocks"]
     return {**settings, "method": method, "blocks": blocks}
@@ -85,7 +93,8 @@ def without(settings: Settings, *names: str) -> Settings:
 def costing(settings: Settings) -> Settings:
     """What decides the cost of a step: seed and epochs do not, nor where end-to-end training is cut if all is kept."""
     recomputes = any(_name(part) == RECOMPUTED for part in settings["method"])
-    return without(settings if recomputes else trained_as(settings), "seed", "epochs")
+    kept = settings if recomputes else {**trained_as(settings), "optim": settings["optim"]}
+    return without(kept, "seed", "epochs")
 
 
 def key_of(settings: Settings) -> str:
@@ -95,33 +104,55 @@ def key_of(settings: Settings) -> str:
 
 def as_config(base: Config, settings: Settings) -> Config:
     """The run that ``settings`` describe, with the free settings of ``base``."""
-    train = dataclasses.replace(base.train, seed=settings["train"]["seed"], epochs=settings["train"]["epochs"])
-    blocks = BlocksConfig(**settings["blocks"])
-    return dataclasses.replace(base, method=settings["method"], blocks=blocks, train=train, beside=[])
+    return dataclasses.replace(
+        base,
+        method=settings["method"],
+        blocks=BlocksConfig(**settings["blocks"]),
+        optim=OptimConfig(**settings["optim"]),
+        train=dataclasses.replace(base.train, **settings["train"]),
+        beside=[],
+    )
 
 
-def variants(base: Config, specs: Sequence[MethodSpec], num_blocks: Sequence[int], parts: int) -> list[Settings]:
+def contestant(base: Config, text: str) -> Config:
+    """``base`` by a method with settings of its own, ``METHOD [SECTION.NAME=VALUE]...``: ``e2e train.compile=true``.
+
+    Raises:
+        ConfigError: no such method or setting, or one that changes the data, their order or the number of epochs.
+    """
+    method, *own = re.split(r"\s+(?=\w+\.[\w.]+=)", text.strip())
+    settings = override({"method": parse_method(method)}, own)
+    for section in settings.keys() - {"method"}:
+        for name in settings[section]:
+            if section != "optim" and f"{section}.{name}" not in OWN:
+                raise ConfigError(
+                    f"-m {text!r}: {section}.{name} is the same for all, as data, order and epochs are; a method's own "
+                    f"may be optim.* and {', '.join(OWN)}"
+                )
+    everything = {**dataclasses.asdict(base), "beside": [], "method": settings.pop("method")}
+    return validate(merge(everything, settings), f"-m {text!r}")
+
+
+def variants(base: Config, contestants: Sequence[Config], num_blocks: Sequence[int], parts: int) -> list[Settings]:
     """The settings of each method for each number of blocks: end-to-end training, with checkpointing and accumulation,
-    then ``specs``; every one once.
+    then ``contestants``; every one once.
 
     Args:
+        contestants: of which only the blocks are not taken.
         num_blocks: K of each; none for the blocks of ``base``.
         parts: micro-batches of accumulation; 1 leaves it out.
     """
     references: list[MethodSpec] = [REFERENCE, [*REFERENCE, RECOMPUTED]]
     if parts > 1:
         references.append([*REFERENCE, {"accumulation": {"parts": parts}}])
-    whole = dataclasses.replace(base, blocks=BlocksConfig(num_blocks=1))
-    cut = [
-        dataclasses.replace(base, blocks=dataclasses.replace(base.blocks, num_blocks=k, cuts=None)) for k in num_blocks
-    ] or [base]
+    cut = [dataclasses.replace(base.blocks, num_blocks=k, cuts=None) for k in num_blocks] or [base.blocks]
     found: dict[str, Settings] = {}
-    for config in cut:
-        for spec in (*references, *specs):
-            one = plain(spec)
-            recomputed = any(_name(part) == RECOMPUTED for part in one)
-            place = whole if one[:1] == REFERENCE and not recomputed else config
-            settings = identity(dataclasses.replace(place, method=one, beside=[]))
+    for blocks in cut:
+        for config in (*(dataclasses.replace(base, method=spec) for spec in references), *contestants):
+            method = plain(config.method)
+            recomputed = any(_name(part) == RECOMPUTED for part in method)
+            place = BlocksConfig(num_blocks=1) if method[:1] == REFERENCE and not recomputed else blocks
+            settings = identity(dataclasses.replace(config, method=method, blocks=place, beside=[]))
             found.setdefault(key_of(settings), settings)
     return list(found.values())
 
@@ -136,29 +167,42 @@ def runs_of(base: Config, ways: Iterable[Settings], seeds: Sequence[int]) -> lis
     return list(found.values())
 
 
-def check_compared(specs: Sequence[MethodSpec], ways: Sequence[Settings]) -> None:
-    """Raise `ConfigError` for a method that is not among ``ways``."""
-    for spec in specs:
-        if plain(spec) not in [way["method"] for way in ways]:
+def _uncut(settings: Settings) -> Settings:
+    return {name: value for name, value in settings.items() if name != "blocks"}
+
+
+def like_another(settings: Settings, other: Settings) -> bool:
+    """Whether two ways differ in method, blocks, seed and epochs only."""
+    apart = ("method", "blocks")
+    mine, theirs = (
+        {k: v for k, v in without(one, "seed", "epochs").items() if k not in apart} for one in (settings, other)
+    )
+    return mine == theirs
+
+
+def check_compared(contestants: Sequence[Config], ways: Sequence[Settings]) -> None:
+    """Raise `ConfigError` for one that is not among ``ways``."""
+    for config in contestants:
+        if _uncut(identity(config)) not in map(_uncut, ways):
             raise ConfigError(
-                f"--equal-time {described(spec)}: it is not among the methods; give it with -m too, written alike"
+                f"--equal-time {described(config.method)}: it is not among the methods; give it with -m too, written "
+                "alike, with the same settings"
             )
 
 
-def in_the_same_time(
-    ways: Sequence[Settings], costs: dict[str, Settings], timed_methods: Sequence[MethodSpec]
-) -> list[Settings]:
-    """End-to-end training for as many epochs as it does in the time that the epochs of each of ``timed_methods`` take:
-    once keeping its activations, once recomputing them in as many blocks.
+def in_the_same_time(ways: Sequence[Settings], costs: dict[str, Settings], timed: Sequence[Config]) -> list[Settings]:
+    """End-to-end training for as many epochs as it does in the time that the epochs of each of ``timed`` take: once
+    keeping its activations, once recomputing them in as many blocks.
 
     A method of 1.3 times the time of a step and 10 epochs stands against 13 epochs of end-to-end training, with a
-    learning rate that falls over all 13.
+    learning rate that falls over all 13. Of several with end-to-end training it is the one with the method's settings.
     """
-    wanted = [plain(spec) for spec in timed_methods]
-    reference = ways[0]
+    wanted = [_uncut(identity(config)) for config in timed]
     found = []
-    for way in (way for way in ways if way["method"] in wanted):
-        recomputed = {**way, "method": [*REFERENCE, RECOMPUTED]}
+    for way in (way for way in ways if _uncut(way) in wanted):
+        whole = [one for one in ways if one["method"] == REFERENCE]
+        reference = next((one for one in whole if like_another(one, way)), ways[0])
+        recomputed = {**reference, "method": [*REFERENCE, RECOMPUTED], "blocks": way["blocks"]}
         for rival in (reference, recomputed):
             if key_of(costing(rival)) in costs:
                 epochs = equal_epochs(way, rival, costs)
@@ -319,15 +363,27 @@ class _Contestant:
         self.kinds = {step: counts[work] / steps for work, step in first.items()}
 
     def cost(self) -> dict[str, Any]:
-        """Everything but the times, from the second step of each kind: in the first the optimizer makes its state."""
-        costs = []
+        """Everything but the times, from the second step of each kind: in the first the optimizer makes its state.
+
+        What is compiled is counted before; bytes of its tensors are None, as they cannot be seen.
+        """
+        costs, peaks = [], []
         for number, share in self.kinds.items():
             self.step(number)
             costs.append((share, cost_of(self.network, partial(self.step, number))[0]))
+        if compiled := self.config.train.compile:
+            self.network.compile_blocks()
+            for number in self.kinds:
+                self.step(number)
+        for number in self.kinds:
+            peaks.append(peak_growth(partial(self.step, number), self.network.device))
         largest = max((cost for _, cost in costs), key=lambda cost: cost.total_bytes)
         return {
             **asdict(largest),
-            "activation_bytes": max(cost.activation_bytes for _, cost in costs),
+            "activation_bytes": None if compiled else max(cost.activation_bytes for _, cost in costs),
+            "total_bytes": None if compiled else largest.total_bytes,
+            "peak_bytes": max((peak for peak in peaks if peak is not None), default=None),
+            "state_bytes": held_bytes([one.state_dict() for one in self.stepper.optimizers], self.network.device),
             "flops": sum(share * cost.flops for share, cost in costs),
             "blocks": self.network.num_blocks,
             "cuts": [cut.name for cut in self.network.cuts],
@@ -364,19 +420,22 @@ def measure_costs(
     loaded = load_data(base, device)
     inputs, targets = next(iter(loaded.train.epoch(0)))
     inputs, targets = tree_map_only(Tensor, lambda t: t.to(device), (inputs, targets))
-    if base.train.channels_last:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
     contestants, found = [], []
-    for way in ways:
-        config = as_config(base, way)
-        progress(f"memory of {described(config.method)}")
-        task = build_task(config, loaded.num_classes, loaded.mean, loaded.std, loaded.kind, loaded.classes)
-        network = build_network(config, task, loaded.input_shape, device)
-        contestants.append(_Contestant(config, network, inputs, targets, len(loaded.train) * config.train.epochs))
-        found.append(contestants[-1].cost())
+    with storages_mapped():
+        for way in ways:
+            config = as_config(base, way)
+            progress(f"memory of {described(config.method)}")
+            task = build_task(config, loaded.num_classes, loaded.mean, loaded.std, loaded.kind, loaded.classes)
+            network = build_network(config, task, loaded.input_shape, device)
+            laid_out = inputs
+            if config.train.channels_last:
+                laid_out = inputs.contiguous(memory_format=torch.channels_last)
+            steps = len(loaded.train) * config.train.epochs
+            contestants.append(_Contestant(config, network, laid_out, targets, steps))
+            found.append(contestants[-1].cost())
     clock, named = clock_of(device)
-    steps = [partial(contestant.step, number) for contestant in contestants for number in contestant.kinds]
-    timed = iter(in_turns(steps, rounds, device, clock=clock, progress=progress))
+    kinds = [partial(contestant.step, number) for contestant in contestants for number in contestant.kinds]
+    timed = iter(in_turns(kinds, rounds, device, clock=clock, progress=progress))
     rows = []
     for contestant in contestants:
         taken = [[share * seconds for seconds in next(timed)] for share in contestant.kinds.values()]
@@ -428,9 +487,9 @@ def compare(
     rounds: int = ROUNDS,
 ) -> None:
     """Measure costs and train what is missing in ``out``; methods are written as on the command line."""
-    specs = [parse_method(text) for text in methods] or [base.method, *base.beside]
-    ways = variants(base, specs, num_blocks, parts)
-    rivals = [parse_method(text) for text in equal_time]
+    beside = [dataclasses.replace(base, method=spec) for spec in (base.method, *base.beside)]
+    ways = variants(base, [contestant(base, text) for text in methods] or beside, num_blocks, parts)
+    rivals = [contestant(base, text) for text in equal_time]
     check_compared(rivals, ways)
     check_same_task(out, base)
     costs = update_costs(base, ways, out, rounds, lambda what: console.print(what, style="dim"))

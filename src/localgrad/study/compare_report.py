@@ -21,6 +21,7 @@ from localgrad.study.compare import (
     costing,
     equal_epochs,
     key_of,
+    like_another,
     read_costs,
     trained_as,
     without,
@@ -67,8 +68,13 @@ class Line:
 
     @property
     def recomputes(self) -> bool:
-        """Whether its weights are those of another way."""
+        """Whether it recomputes what others keep."""
         return bool(trained_as(self.settings)["method"] != self.settings["method"])
+
+    @property
+    def borrows(self) -> bool:
+        """Whether its weights are those of another way."""
+        return self.recomputes or bool(self.settings["optim"].get("in_backward"))
 
     @property
     def kind(self) -> str:
@@ -116,9 +122,9 @@ def lines_of(out: Path) -> list[Line]:
 
 
 def worth_showing(lines: Sequence[Line]) -> list[Line]:
-    """Lines but for recomputation with a number of epochs that only end-to-end training had, to fill a given time."""
+    """Lines but for those with borrowed weights of an end-to-end training that only filled a given time."""
     lengths = {line.epochs for line in lines if line.kind in ("local", "accumulation")}
-    return [line for line in lines if not line.recomputes or line.epochs in lengths or not lengths]
+    return [line for line in lines if not line.borrows or line.epochs in lengths or not lengths]
 
 
 def _line(settings: Settings, rows: Iterable[dict[str, Any]], cost: dict[str, Any] | None) -> Line:
@@ -154,7 +160,7 @@ def _flat(settings: Settings, prefix: str = "") -> dict[str, Any]:
 
 
 def reference_of(lines: Sequence[Line]) -> Line:
-    """End-to-end training, which the others are compared with; the one with most seeds if there are several.
+    """End-to-end training, which the others are compared with: of several the one that most lines share settings with.
 
     Raises:
         ConfigError: its costs were not measured.
@@ -163,7 +169,8 @@ def reference_of(lines: Sequence[Line]) -> Line:
     if not whole:
         raise ConfigError("the costs of end-to-end training are missing; name the recipe again")
     epochs = Counter(line.epochs for line in lines).most_common(1)[0][0]
-    return max(whole, key=lambda line: (line.epochs == epochs, len(line.rows)))
+    alike = {id(one): sum(like_another(one.settings, line.settings) for line in lines) for one in whole}
+    return max(whole, key=lambda line: (alike[id(line)], line.epochs == epochs, len(line.rows)))
 
 
 def table(out: Path) -> str:
@@ -175,8 +182,9 @@ def table(out: Path) -> str:
     metric = next(iter(row["metrics"])) if row else "score"
     split = row.get("split", "test") if row else "test"
     headings = [
-        "method", f"{split} {metric}, last epoch", "by seed", "activations", "with gradients", "time of a step",
-        "FLOPs of training", "auxiliary parameters", "end-to-end, same time", "checkpointing, same time",
+        "method", f"{split} {metric}, last epoch", "by seed", "activations", "with gradients", "peak from outside",
+        "optimizer state", "time of a step", "FLOPs of training", "auxiliary parameters", "end-to-end, same time",
+        "checkpointing, same time",
     ]  # fmt: skip
     body = []
     chosen = worth_showing(lines)
@@ -186,10 +194,10 @@ def table(out: Path) -> str:
         if failed:
             seeds = [f"seed {row['settings']['train']['seed']} failed" for row in failed]
             shown[1] = ", ".join(filter(None, [shown[1], *seeds]))
-        if line.recomputes and line.rows:
+        if line.borrows and line.rows:
             same = described(trained_as(line.settings)["method"])
             shown[1] = f"as {'end-to-end' if same == 'e2e' else same}, bit for bit"
-        body.append([name, *shown, *_costs(line, reference), *_rivals(line, lines)])
+        body.append([name, *shown, *_costs(line, reference), *_rivals(line, lines, reference)])
     cost = reference.cost
     text = [f"# Methods compared in {out.name}", "", *markdown([headings, *body], text=range(len(headings))), ""]
     data, batch = row["data"] if row else reference.settings["data"]["name"], reference.settings["train"]["batch_size"]
@@ -199,7 +207,8 @@ def table(out: Path) -> str:
         "range. Costs are ratios to end-to-end training: activations "
         f"{cost['activation_bytes'] / 2**20:.1f} MiB, with gradients {cost['total_bytes'] / 2**20:.1f} MiB, "
         f"{cost['seconds'] * 1e3:.0f} ms ({cost['clock']}, median of {cost['rounds']} rounds in turn), "
-        f"{cost['flops'] / 1e9:.1f} GFLOP a step; auxiliary parameters as a ratio to the model's. "
+        f"{cost['flops'] / 1e9:.1f} GFLOP a step; auxiliary parameters as a ratio to the model's. Live tensors "
+        "cannot be seen where steps are compiled; the peak from outside is the growth of the process or the allocator. "
         f"{cost['device']}, threads: {cost['threads']}, torch {cost['torch']}, {cost['date']}."
     )
     text.append(
@@ -219,40 +228,39 @@ def _mean(line: Line) -> str:
 def _costs(line: Line, reference: Line) -> list[str]:
     own, of = line.cost, reference.cost
     if own is None or of is None:
-        return ["-"] * 5
+        return ["-"] * 7
     flops = line.flops / reference.flops if line.flops and reference.flops else own["flops"] / of["flops"]
     return [
-        f"{own['activation_bytes'] / of['activation_bytes']:.3f}",
-        f"{own['total_bytes'] / of['total_bytes']:.3f}",
+        *(_ratio(own, of, f"{name}_bytes") for name in ("activation", "total", "peak", "state")),
         f"{own['time_ratio']:.2f}",
         f"{flops:.2f}",
         f"{own['auxiliary_parameters'] / own['parameters']:.2f}",
     ]
 
 
-def _rivals(line: Line, lines: Sequence[Line]) -> list[str]:
-    """What end-to-end training reaches in the time of a line, without and with checkpointing."""
+def _ratio(own: dict[str, Any], of: dict[str, Any], name: str) -> str:
+    """Of bytes; files of older versions lack some, and compiled steps others."""
+    return f"{own[name] / of[name]:.3f}" if own.get(name) is not None and of.get(name) else "-"
+
+
+def _rivals(line: Line, lines: Sequence[Line], reference: Line) -> list[str]:
+    """What end-to-end training, by a line's settings if it can, reaches in its time, without and with checkpointing."""
     if line.kind in ("end-to-end", "checkpointing") or line.cost is None:
         return ["", ""]
     costs = {key_of(costing(other.settings)): other.cost for other in lines if other.cost is not None}
     cells = []
     for kind in ("end-to-end", "checkpointing"):
-        same = [other for other in lines if other.kind == kind and other.cost is not None and _alike(line, other)]
+        measured = [other for other in lines if other.kind == kind and other.cost is not None]
+        of_line, of_all = (
+            [other for other in measured if like_another(one.settings, other.settings)] for one in (line, reference)
+        )
+        same = of_line or of_all
         # Of checkpointing the one that is cut like the line, where there are several.
         same.sort(key=lambda other: other.settings["blocks"] != line.settings["blocks"])
         epochs = equal_epochs(line.settings, same[0].settings, costs) if same else 0
         found = next((other for other in same if other.epochs == epochs and other.mean is not None), None)
         cells.append("-" if not same else f"{_mean(found)} ({epochs})" if found else f"not run ({epochs})")
     return cells
-
-
-def _alike(line: Line, other: Line) -> bool:
-    """Whether two lines differ in method, blocks and epochs only."""
-    apart = ("method", "blocks")
-    mine, theirs = (
-        {k: v for k, v in without(one.settings, "epochs").items() if k not in apart} for one in (line, other)
-    )
-    return mine == theirs
 
 
 def picture(out: Path, path: Path) -> None:
@@ -280,9 +288,12 @@ def picture(out: Path, path: Path) -> None:
         marker = markers[line.settings["blocks"]["num_blocks"]]
         flops = (line.flops or 0.0) / (reference.flops or line.flops or 1.0)
         seconds = line.cost["time_ratio"] * line.epochs / reference.epochs
-        places = line.cost["activation_bytes"] / reference.cost["activation_bytes"], seconds, flops
+        held = line.cost["activation_bytes"]
+        places = held and held / reference.cost["activation_bytes"], seconds, flops
         error = [[line.mean - min(line.scores)], [max(line.scores) - line.mean]]
         for axis, place in zip(axes, places, strict=True):
+            if place is None:
+                continue  # a compiler's tensors cannot be seen
             axis.errorbar(
                 place, line.mean, yerr=error, fmt=marker, color=color, markersize=7, elinewidth=1.0, capsize=2
             )

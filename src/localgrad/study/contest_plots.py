@@ -7,7 +7,7 @@ from typing import Any
 
 from localgrad.errors import ConfigError
 from localgrad.measure.plots import REFERENCES, log_scale, new_figure, save_figure
-from localgrad.study.contest import Contest, Row
+from localgrad.study.contest_report import Contest, Row
 
 COLORS = {**REFERENCES, "local": "#d35400"}
 MARKERS = {"": "o", "per-block step": "^", "checkpointing inside": "v", "micro-batches": "P"}
@@ -22,24 +22,21 @@ def pareto_picture(found: Contest, path: Path) -> None:
     from matplotlib.lines import Line2D
 
     figure, (axis,) = new_figure(1, 5.2, width=11.5)
-    reference = found.rows[0].memory or 1
-    rows = [row for row in found.rows if row.memory is not None]
-    frontier = found.frontier
-    steps = [(row.memory / reference, row.time_ratio) for row in frontier if row.memory is not None]
+    places = {row: (row.memory_ratio(found.rows[0]) or 0.0, row.time_ratio) for row in found.rows if row.memory}
+    rows, frontier = list(places), found.frontier
+    steps = sorted(places[row] for row in frontier)
     axis.step(*zip(*steps, strict=True), where="post", color="#999999", linewidth=1.4, zorder=1)
     for row in rows:
         on = row in frontier
         color, marker = COLORS[row.kind], MARKERS[_form(row)]
-        place = (row.memory or 0) / reference, row.time_ratio
-        axis.scatter(*place, s=75, marker=marker, zorder=3, linewidths=1.3, edgecolors=color,
+        axis.scatter(*places[row], s=75, marker=marker, zorder=3, linewidths=1.3, edgecolors=color,
                      facecolors=color if on else "white")  # fmt: skip
     for k, row in enumerate(frontier):
-        place = (row.memory or 0) / reference, row.time_ratio
-        axis.annotate(str(k + 1), place, (-6, -12), textcoords="offset points", fontsize=8.5, ha="right",
+        axis.annotate(str(k + 1), places[row], (-6, -12), textcoords="offset points", fontsize=8.5, ha="right",
                       color=COLORS[row.kind], fontweight="bold", zorder=4)  # fmt: skip
-    log_scale(axis, [(row.memory or 1) / reference for row in rows])
+    log_scale(axis, [memory for memory, _ in places.values()])
     axis.margins(y=0.12)
-    axis.set_xlabel("activations and gradients at the peak, end-to-end = 1")
+    axis.set_xlabel("weights, optimizer state and the peak above them, end-to-end = 1")
     axis.set_ylabel("time of a step, end-to-end = 1")
     shape = "x".join(map(str, found.image_shape))
     axis.set_title(f"{found.model}, {found.batch_size} images of {shape}, {found.device}", fontsize=10.5)

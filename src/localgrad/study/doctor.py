@@ -18,7 +18,7 @@ from localgrad.train.experiment import device_of, load_data
 
 OPTIONAL = {
     "timm": "pip install localgrad[timm]",
-    "tensorboard": "pip install localgrad[tracking]",
+    "tensorboard": "pip install localgrad[tensorboard]",
     "scipy": "only SVHN needs it: pip install localgrad[svhn]",
 }
 

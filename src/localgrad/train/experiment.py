@@ -29,6 +29,7 @@ from localgrad.randomness import random_states, seeded, set_random_states
 from localgrad.recipes import safe_yaml
 from localgrad.spec import MethodSpec, build_method
 from localgrad.task import Task
+from localgrad.train import loggers
 from localgrad.train.capture import Captured, unfit
 from localgrad.train.finished import model_of, trained_model
 from localgrad.train.meters import Meter, merged
@@ -37,7 +38,7 @@ from localgrad.train.optim import BUILT_IN, Stepper
 # Settings that may change in mid-run, since they do not decide what it comes to.
 FREE = (
     "beside", "about", "data.root", "data.workers",
-    "train.checkpoint_every", "train.device", "train.threads", "train.profile",
+    "train.checkpoint_every", "train.device", "train.threads", "train.profile", "train.loggers",
 )  # fmt: skip
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -418,6 +419,7 @@ def build(config: Config, replica: int = 0, num_replicas: int = 1) -> Experiment
     Raises:
         ConfigError, DataError, PartitionError, MethodError: what is wrong, in one paragraph.
     """
+    loggers.known(config.train.loggers)
     device = set_up_torch(config)
     loaded = load_data(config, device, replica, num_replicas)
     network = build_network(
@@ -429,6 +431,11 @@ def build(config: Config, replica: int = 0, num_replicas: int = 1) -> Experiment
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     capture, remark = captures(config, network)
     stepper = Stepper(network, config.optim, scaler, capture)
+    if not all(isinstance(vars(optimizer).get("state"), dict) for optimizer in stepper.optimizers):
+        raise ConfigError(
+            f"optim.name={config.optim.name!r}: its state is not in its attribute state, where checkpoints look; "
+            "write an optimizer that keeps it there"
+        )
     average = None if config.train.ema_decay is None else Average(network, config.train.ema_decay)
     if config.train.compile:
         network.compile_blocks()
@@ -446,6 +453,8 @@ def captures(config: Config, network: LocalNetwork) -> tuple[bool, str]:
         reason = "scales fp16 losses, which reads gradients back; bf16 does not"
     if config.optim.name not in BUILT_IN:
         reason = f"is taken by {config.optim.name}, not by {' or '.join(BUILT_IN)}, whose rate can lie on the device"
+    if config.optim.in_backward:
+        reason = "is taken parameter by parameter within the backward pass (optim.in_backward)"
     if config.train.capture is True and reason:
         raise ConfigError(f"train.capture=true, but a step {reason}; or set train.capture=auto or false")
     auto = config.train.capture == "auto" and network.device.type == "cuda"

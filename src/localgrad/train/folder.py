@@ -1,8 +1,8 @@
 """The one directory a run writes to, whatever number of processes train it.
 
-    config.yaml   run.json        the settings; the job that began it, and how its features travel
+    config.yaml   run.json        the settings; its key, the job that began it, and how its features travel
     checkpoints/                  all a run needs to go on, its settings included (`localgrad.distributed.Checkpoints`)
-    metrics.csv   tensorboard/    what the newest checkpoint knows, for people: written again when a run goes on
+    metrics.csv, ...              what the newest checkpoint knows, for people (`localgrad.train.loggers`)
     profile/                      traces of the steps that train.profile names
     model.safetensors result.json what is left in the end
 
@@ -12,13 +12,13 @@ What a later command reads is sealed (`localgrad.sealed`).
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
+import dataclasses
 import json
 import os
 import shutil
 import socket
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,20 @@ from localgrad.distributed.checkpoint import Checkpoints
 from localgrad.errors import CheckpointError, ConfigError
 from localgrad.train.experiment import Experiment
 from localgrad.train.finished import CONFIG, RESULT, WEIGHTS
+from localgrad.train.loggers import Loggers
 
-CHECKPOINTS, RUN, LOCK, HOLDER, BOARD = "checkpoints", "run.json", ".lock", ".lock.holder", "tensorboard"
+CHECKPOINTS, RUN, LOCK, HOLDER = "checkpoints", "run.json", ".lock", ".lock.holder"
 PROFILE = "profile"
 WRITTEN = (
     CHECKPOINTS,
-    BOARD,
     PROFILE,
     CONFIG,
     RUN,
     WEIGHTS,
     RESULT,
     "metrics.csv",
+    "tensorboard",
+    "wandb",
     "curves.png",
     "results.json",
     "comparison.png",
@@ -62,7 +64,8 @@ class RunFolder:
         self.first = True  # of the processes that train the run: the one that writes what people read
         self.checkpoints: Checkpoints | None = None
         self._lock = FileLock(path / LOCK)
-        self._board: Any = None
+        self.key = uuid.uuid4().hex[:12]  # by which trackers know the run
+        self._loggers: Loggers | None = None
 
     @property
     def holds_run(self) -> bool:
@@ -84,7 +87,7 @@ class RunFolder:
             os.fsencode(self.path).decode()
         except UnicodeDecodeError:
             raise ConfigError(
-                f"the name of the run directory {str(self.path)!r} is no UTF-8, which TensorBoard needs; choose another"
+                f"the name of the run directory {str(self.path)!r} is no UTF-8, which trackers need; choose another"
             ) from None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -140,7 +143,8 @@ class RunFolder:
     def begin(self, settings: str, job: str | None = None, wire: str = "same") -> None:
         """Write what identifies the run: before its first step, and again when another job continues it."""
         sealed.write(self.path / CONFIG, sealed.yaml_text(settings))
-        sealed.write(self.path / RUN, sealed.json_text({"job": job, "wire": wire}))
+        self.key = self.begun().get("key", self.key)
+        sealed.write(self.path / RUN, sealed.json_text({"job": job, "wire": wire, "key": self.key}))
 
     def open(self, run: Experiment, timeout: timedelta | None = None) -> str | None:
         """Prepare to save and, where the run continues, restore it; returns a remark to show, if any.
@@ -153,28 +157,15 @@ class RunFolder:
             remark = f"{self.path} holds no checkpoint yet: starting from the beginning."
         if not self.first:
             return None
-        self._write_metrics(run.history)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return (
-                remark
-                or "tensorboard is not installed, metrics go to metrics.csv only: pip install localgrad[tracking]"
-            )
-        try:
-            self._board = SummaryWriter(str(self.path / BOARD), purge_step=1)
-        except OSError as error:
-            raise ConfigError(f"cannot write {self.path / BOARD}: {error.strerror}") from error
-        for row in run.history:  # those of a run that a kill cut off may be missing there
-            self._show(row)
+        self._loggers = Loggers(run.config.train.loggers, self.path, self.key, dataclasses.asdict(run.config))
+        self._loggers.log(run.history)  # a kill may have cut them off
         return remark
 
     def close(self) -> None:
         """Close what is open and let go of the directory; nothing unsaved is saved."""
-        if self._board is not None:
-            with contextlib.suppress(OSError):  # what it was to show was flushed after each epoch
-                self._board.close()
-            self._board = None
+        if self._loggers is not None:
+            self._loggers.close()
+            self._loggers = None
         if self._lock.is_locked:
             with contextlib.suppress(OSError):
                 (self.path / HOLDER).unlink()
@@ -211,22 +202,10 @@ class RunFolder:
         self.checkpoints.save(run.step, beside=run.state(), needs=needs)
 
     def finish_epoch(self, run: Experiment) -> None:
-        """Write checkpoint and metrics of a finished epoch."""
+        """Write the checkpoint of a finished epoch, then tell the loggers."""
         self.save(run)
-        if self.first:
-            self._write_metrics(run.history)
-            self._show(run.history[-1])
-
-    def _write_metrics(self, history: list[dict[str, Any]]) -> None:
-        if history:
-            sealed.write(self.path / "metrics.csv", metrics_csv(history))
-
-    def _show(self, row: dict[str, Any]) -> None:
-        if self._board is not None:
-            for name, value in flat(row).items():
-                if name not in ("epoch", "step"):
-                    self._board.add_scalar(name, value, row["epoch"])
-            self._board.flush()
+        if self._loggers is not None:
+            self._loggers.log(run.history)
 
     def best_weights(self, run: Experiment) -> dict[str, Tensor]:
         """The state of what is evaluated, as it was at the best epoch.
@@ -257,22 +236,3 @@ def weights_at(checkpoints: Checkpoints, step: int, averaged: bool) -> dict[str,
         return checkpoints.weights(step)
     average = checkpoints.beside(step)["average"]
     return {name.removeprefix("module."): value for name, value in average.items() if name.startswith("module.")}
-
-
-def flat(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """``{"train": {"loss": {"block 1": 2.3}}}`` -> ``{"train/loss/block 1": 2.3}``."""
-    result: dict[str, float] = {}
-    for name, value in row.items():
-        result |= flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
-    return result
-
-
-def metrics_csv(history: list[dict[str, Any]]) -> str:
-    """One line for each epoch, one column for each head's loss and score on each split."""
-    rows = [flat(row) for row in history]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

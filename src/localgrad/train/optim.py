@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from localgrad.config import OptimConfig
 from localgrad.errors import ConfigError, nearest
@@ -20,6 +23,7 @@ SMALL = 2**23  # parameters, 32 MiB
 BUILT_IN = ("sgd", "adamw")
 MOMENTUM = 0.9  # of sgd
 MILESTONES = (2 / 3, 8 / 9)  # shares of a run at which the rate of ``step`` falls to a tenth
+EIGHTBIT = ("bitsandbytes", "torchao")  # modules of the extra with optimizers of 8-bit and offloaded state
 
 
 def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int) -> float:
@@ -92,7 +96,8 @@ def _named(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor
     """An optimizer by its name in ``torch.optim``, or of another module."""
     what = f"optim.name={config.name!r}"
     if is_named(config.name):
-        kind = imported(config.name, "optim.name")
+        extra = config.name.partition(".")[0] in EIGHTBIT
+        kind = imported(config.name, "optim.name", "It comes with: pip install localgrad[eightbit]" if extra else "")
     else:
         known = [name for name, kind in vars(torch.optim).items() if inspect.isclass(kind)]
         if config.name not in known:
@@ -112,12 +117,15 @@ def _named(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor
 
 def _made(kind: Any, config: OptimConfig, parameters: Sequence[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
     """An optimizer of a class with ``settings``, of which ``optim.options`` may be others."""
-    if "weight_decay" in inspect.signature(kind).parameters:
+    taken = inspect.signature(kind).parameters
+    if "weight_decay" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         settings["weight_decay"] = config.weight_decay
     if repeated := sorted({"lr", "weight_decay"} & set(config.options)):
         raise ConfigError(f"optim.options: {repeated[0]} is a setting of its own; write optim.{repeated[0]}")
     try:
         made: torch.optim.Optimizer = kind(parameters, **{**settings, **config.options})
+    except AssertionError as error:
+        raise ConfigError(f"optim.name={config.name!r}: {error}; choose another optimizer here") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"optim.name={config.name!r}, optim.options={config.options}: {error}; its arguments are "
@@ -139,9 +147,10 @@ def clip(groups: Sequence[Sequence[nn.Parameter]], limit: float) -> None:
 
 
 class Stepper:
-    """Clips and steps, for the whole network at once or, with ``config.per_block``, block by block.
+    """Clips and steps, for the whole network at once, block by block, or parameter by parameter.
 
-    Pass ``block_done`` as ``on_block_done`` to `localgrad.local_losses` and call ``finish`` after the loop.
+    Pass ``block_done`` as ``on_block_done`` to `localgrad.local_losses` and call ``finish`` after the loop. With
+    ``config.in_backward`` a hook on each parameter steps it; one stepper a network then.
 
     Args:
         network: whose parameters are trained; those without ``requires_grad`` (twins) are left alone.
@@ -156,10 +165,13 @@ class Stepper:
         self.network, self.config, self.scaler = network, config, scaler
         self.blocks = range(network.num_blocks) if network.stage is None else network.stage.blocks
         self.of_block = {k: network.block_parameters(k) for k in self.blocks}
-        if config.per_block:
-            self.parameters = list(self.of_block.values())
+        trained = [p for p in network.parameters() if p.requires_grad]
+        if config.in_backward and (reason := self._not_in_backward()):
+            raise ConfigError(f"optim.in_backward: {reason}")
+        if config.in_backward:
+            self.parameters = [[parameter] for parameter in trained]
         else:
-            self.parameters = [[p for p in network.parameters() if p.requires_grad]]
+            self.parameters = list(self.of_block.values()) if config.per_block else [trained]
         if not all(self.parameters):
             idle = ", ".join(
                 str(k) for k, parameters in zip(self.blocks, self.parameters, strict=False) if not parameters
@@ -169,6 +181,8 @@ class Stepper:
             )
         self.rate = torch.tensor(config.lr, device=network.device) if capture else None
         self.optimizers = [build(config, parameters, self.rate) for parameters in self.parameters]
+        for index, parameter in enumerate(trained if config.in_backward else ()):
+            parameter.register_post_accumulate_grad_hook(partial(self._step_parameter, index))
         patterns = network.method.spans.patterns(network.num_blocks)
         if config.per_block and config.clip_grad and any(s.stop - s.start > 1 for p in patterns for s in p):
             raise ConfigError(
@@ -182,6 +196,24 @@ class Stepper:
                 "whose common gradient norm no rank knows; drop it, or place such blocks on one rank"
             )
 
+    def _not_in_backward(self) -> str:
+        """Why parameters cannot step one by one as their gradients come; nothing if they can."""
+        network, config = self.network, self.config
+        patterns = network.method.spans.patterns(network.num_blocks)
+        if any([(span.start, span.stop) for span in pattern] != [(0, network.num_blocks)] for pattern in patterns):
+            return f"{network.method.name} has several losses a step; write optim.per_block=true instead"
+        if network.method.micro_batches > 1:
+            return f"each of {network.method.micro_batches} micro-batches would step by itself; drop one of both"
+        if config.per_block:
+            return "optim.per_block steps later; drop one of both"
+        if config.clip_grad is not None:
+            return f"optim.clip_grad={config.clip_grad} needs all gradients at once; drop one of both"
+        if self.scaler.is_enabled():
+            return "train.precision=fp16 looks at all gradients before a step; write bf16"
+        if network.stage is not None or network.replicas is not None:
+            return "processes share gradients after the backward pass; train in one process, or drop it"
+        return ""
+
     @property
     def block_done(self) -> Callable[[int], None] | None:
         """What to pass as ``on_block_done``."""
@@ -193,22 +225,30 @@ class Stepper:
             self.rate.fill_(value)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = value if self.rate is None else self.rate
+                if self.rate is None and isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(value)  # some optimizers compile their step, which then reads the rate anew
+                else:
+                    group["lr"] = value if self.rate is None else self.rate
 
     def _step_block(self, block: int) -> None:
         index = block - self.blocks.start
         self._step(self.optimizers[index], [self.parameters[index]])
 
+    def _step_parameter(self, index: int, _: Tensor) -> None:
+        self._step(self.optimizers[index], [])
+
     def _step(self, optimizer: torch.optim.Optimizer, clipped_together: list[list[nn.Parameter]]) -> None:
         if self.config.clip_grad is not None:
             self.scaler.unscale_(optimizer)
             clip(clipped_together, self.config.clip_grad)
-        self.scaler.step(optimizer)
+        # Some optimizers of other libraries compile their step, which torch refuses while operations are counted.
+        with _disable_current_modes() if is_named(self.config.name) else contextlib.nullcontext():
+            self.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
 
     def finish(self, step: int) -> None:
         """Step what has not stepped yet, and adapt the loss scale."""
-        if not self.config.per_block:
+        if not (self.config.per_block or self.config.in_backward):
             runs = groups(self.network.spans(step), self.network.num_blocks)
             self._step(self.optimizers[0], [[p for k in run for p in self.of_block.get(k, ())] for run in runs])
         self.scaler.update()
