@@ -1,14 +1,16 @@
 """Where to cut, as a value: the third argument of `localgrad.localize`.
 
-| written | cuts |
-|---|---|
-| ``4`` | into 4 blocks of equally many units |
-| ``("layer2", "layer3")`` | before these modules |
-| ``cuts.by_count(4, stem="own")`` | by count, the stem in a block of its own |
-| ``cuts.by_bytes(8, batch_size=32)`` | for the smallest memory of the fullest block |
-| ``cuts.fits("8GiB", batch_size=32)`` | into the fewest blocks that fit |
-| ``[module, module, ...]`` | between modules that run one after the other and together are the model |
-| ``cuts.recomputed(cutting, (0, 2))`` | as ``cutting``, and runs units of blocks 0 and 2 again in the backward pass |
+==================================== ===========================================================================
+written                              cuts
+==================================== ===========================================================================
+``4``                                into 4 blocks of equally many units
+``("layer2", "layer3")``             before these modules
+``cuts.by_count(4, stem="own")``     by count, the stem in a block of its own
+``cuts.by_bytes(8, batch_size=32)``  for the smallest memory of the fullest block
+``cuts.fits("8GiB", batch_size=32)`` into the fewest blocks that fit
+``[module, module, ...]``            between modules that run one after the other and together are the model
+``cuts.recomputed(cutting, (0, 2))`` as ``cutting``, and runs units of blocks 0 and 2 again in the backward pass
+==================================== ===========================================================================
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Task(Protocol):
     Those that need more ask for a method that a task may have: ``counted(targets)``, what the loss divides by;
     ``logits(output)``, (B, C, ...) of distributions over classes, for soft targets; ``onehot(targets)``, (B, C), NaN
     for samples without a label, for similarity matching; ``blank(samples, shape)``, targets of no particular value for
-    inputs (samples, *shape), for planning; ``rowwise``, True if an answer is a tensor (B, C) of which each row is
+    inputs ``(samples, *shape)``, for planning; ``rowwise``, True if an answer is a tensor (B, C) of which each row is
     scored by itself, so that those of all heads can be scored in one call.
 
     An output is what the model, or an auxiliary head, answers to a batch: a tensor, or a nest of them.

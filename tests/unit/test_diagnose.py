@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench.diagnose import diagnose, features_of, gradient_cosines, linear_cka, linear_probe
+from bench.diagnose import diagnose
 from rich.console import Console
 from torch.nn import functional as F
 
@@ -15,6 +15,7 @@ import localgrad
 from localgrad import methods
 from localgrad.config import validate
 from localgrad.study.compare import identity, key_of, train_all
+from localgrad.study.diagnosis import features_of, gradient_cosines, linear_cka, linear_probe
 
 TASK = localgrad.tasks.classification(10)
 

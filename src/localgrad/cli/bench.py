@@ -28,7 +28,9 @@ def bench(
         list[str] | None,
         typer.Option(help="fp32 or bf16, with +channels_last and +compile; may be repeated. Default fp32."),
     ] = None,
-    balance: Annotated[Literal["count", "bytes"], typer.Option(help="What blocks have equally much of.")] = "count",
+    balance: Annotated[
+        Literal["count", "bytes"], typer.Option(help="Balance blocks by number of units or by bytes.")
+    ] = "count",
     combinations: Annotated[
         bool, typer.Option(help="Also per-block steps, recomputation inside blocks and micro-batches of each method.")
     ] = True,

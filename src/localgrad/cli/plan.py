@@ -29,7 +29,7 @@ def plan(
         str, typer.Option("--method", "-m", help="Of local learning: dgl+man, or YAML: '[{dgl: {head: linear}}]'.")
     ] = "dgl",
     optimizer: Annotated[Literal["sgd", "adamw"], typer.Option(help="SGD has momentum.")] = "sgd",
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="bf16 is autocast.")] = "fp32",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="bf16 uses autocast.")] = "fp32",
     rates: Annotated[
         str | None,
         typer.Option(
@@ -39,7 +39,7 @@ def plan(
     picture: Annotated[Path | None, typer.Option(help="Draw memory against time here.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
-    """Say before training what fits: peak memory and step time of every way to train a model.
+    """Predict, without training, what fits: peak memory and step time of every way to train a model.
 
     [bold]localgrad plan torchvision:resnet152 --batch-size 64 --memory 8GiB[/bold]
     """

@@ -17,5 +17,5 @@ def aligned(rows: Sequence[Sequence[str]], text: Collection[int]) -> list[list[s
 def markdown(rows: Sequence[Sequence[str]], text: Collection[int]) -> list[str]:
     """Lines of a table whose first row are the headings."""
     first, *others = aligned(rows, text)
-    rule = ["-" * len(cell) if k in text else "-" * (len(cell) - 1) + ":" for k, cell in enumerate(first)]
+    rule = ["-" * len(cell) if k in text else "-" * max(1, len(cell) - 1) + ":" for k, cell in enumerate(first)]
     return ["| " + " | ".join(cells) + " |" for cells in (first, rule, *others)]

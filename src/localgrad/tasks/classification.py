@@ -124,7 +124,7 @@ class Classification:
         return pixels_of(inputs, self.mean, self.std)
 
     def blank(self, samples: int, shape: tuple[int, ...]) -> Tensor:
-        """Targets for inputs (samples, *shape), to plan with."""
+        """Targets for inputs ``(samples, *shape)``, to plan with."""
         return torch.zeros(samples, dtype=torch.int64)
 
 

@@ -167,7 +167,7 @@ class Detection:
         return pixels_of(inputs, self.mean, self.std)
 
     def blank(self, samples: int, shape: tuple[int, ...]) -> list[Target]:
-        """Targets for inputs (samples, *shape), with one box each."""
+        """Targets for inputs ``(samples, *shape)``, with one box each."""
         return [{"boxes": torch.ones(1, 4), "labels": torch.zeros(1, dtype=torch.int64)} for _ in range(samples)]
 
 

@@ -131,7 +131,7 @@ class LanguageModel:
         raise TrainingError("tokens have no pixels; use a method without a reconstruction loss, such as dgl")
 
     def blank(self, samples: int, shape: tuple[int, ...]) -> Tensor:
-        """Targets for sequences (samples, *shape), to plan with."""
+        """Targets for sequences ``(samples, *shape)``, to plan with."""
         return torch.zeros(samples, *shape[:1], dtype=torch.int64)
 
 

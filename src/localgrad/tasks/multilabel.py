@@ -111,7 +111,7 @@ class Multilabel:
         return pixels_of(inputs, self.mean, self.std)
 
     def blank(self, samples: int, shape: tuple[int, ...]) -> Tensor:
-        """Targets for inputs (samples, *shape), to plan with."""
+        """Targets for inputs ``(samples, *shape)``, to plan with."""
         return torch.zeros(samples, self.num_labels)
 
 

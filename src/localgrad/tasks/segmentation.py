@@ -119,7 +119,7 @@ class Segmentation:
         return pixels_of(inputs, self.mean, self.std)
 
     def blank(self, samples: int, shape: tuple[int, ...]) -> Tensor:
-        """Masks for inputs (samples, *shape), to plan with."""
+        """Masks for inputs ``(samples, *shape)``, to plan with."""
         return torch.zeros(samples, *shape[-2:], dtype=torch.int64)
 
 
