@@ -82,7 +82,12 @@ def local_losses(
     training = torch.is_grad_enabled()
     spans = network.spans(step)
     replicas = network.replicas if training else None
-    announce = on_block_done or (lambda block: None)
+
+    def announce(block: int) -> None:
+        if on_block_done is not None:
+            on_block_done(block)
+        network.ended(block)
+
     with contextlib.nullcontext(announce) if replicas is None else replicas.reducing(step, announce) as done:
         if network.stage is not None:
             yield from network.stage.local_losses(inputs, targets, step, autocast, on_output, done)
