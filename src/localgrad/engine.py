@@ -88,7 +88,8 @@ def local_losses(
             on_block_done(block)
         network.ended(block)
 
-    with contextlib.nullcontext(announce) if replicas is None else replicas.reducing(step, announce) as done:
+    reducing = contextlib.nullcontext(announce) if replicas is None else replicas.reducing(step, announce)
+    with network.stepping(), reducing as done:
         if network.stage is not None:
             yield from network.stage.local_losses(inputs, targets, step, autocast, on_output, done)
             return
@@ -209,7 +210,7 @@ def local_outputs(
     if network.stage is not None:
         yield from network.stage.local_outputs(inputs, autocast, scored_only)
         return
-    with network.opened(()) as opened:
+    with network.stepping(), network.opened(()) as opened:
         one = Pass(network, opened, (), Batch(inputs, None, 0), autocast=autocast)
         for block in one.blocks:
             one.run(block)
@@ -220,7 +221,7 @@ def local_outputs(
 def features(network: LocalNetwork, inputs: Any) -> Iterator[Any]:
     """The features behind each block, then the model's output; mode is the caller's business."""
     require_network(network, "features")
-    with network.opened(()) as opened:
+    with network.stepping(), network.opened(()) as opened:
         one = Pass(network, opened, (), Batch(inputs, None, 0))
         for block in one.blocks:
             one.run(block)

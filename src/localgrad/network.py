@@ -127,8 +127,7 @@ class LocalNetwork(nn.Module):
             # Through the network, so that what a trainer wraps around its forward holds.
             runs = self if self.running is self.model else self.running
             opened = OpenModel(runs, self.running, [cut.point for cut in self.cuts], self.watch, device)
-        residing = contextlib.nullcontext() if self.residence is None else self.residence.stepping()
-        with residing, opened, _without_cache(self.model), _buffers_kept(spans, self.num_blocks):
+        with opened, _without_cache(self.model), _buffers_kept(spans, self.num_blocks):
             yield opened
 
     def check_ready(self) -> None:
@@ -160,6 +159,10 @@ class LocalNetwork(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are, or are brought as their block begins."""
         return next(self.model.parameters()).device if self.residence is None else self.residence.device
+
+    def stepping(self) -> contextlib.AbstractContextManager[None]:
+        """Around all of a step, or of an evaluation."""
+        return contextlib.nullcontext() if self.residence is None else self.residence.stepping()
 
     def begins(self, block: int) -> None:
         """A forward is about to run ``block``."""

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from localgrad.engine import require_network
 from localgrad.errors import TrainingError
+from localgrad.measure.sizes import size
 from localgrad.network import LocalNetwork
 from localgrad.suspension.doors import is_compiled
 
@@ -60,7 +61,7 @@ def resident(network: LocalNetwork, device: torch.device | str, *, ahead: int = 
         the `Residence`, which is also ``network.residence``; ``end()`` undoes it.
 
     Raises:
-        TrainingError: some of the network is on another rank, sharded, replicated or compiled; two tensors share
+        TrainingError: some of the network is on another rank, sharded or compiled; two tensors share
             memory; a tensor is no plain one (quantised, say); a network is resident already.
 
     Example:
@@ -156,6 +157,13 @@ class Residence:
         other._hooks = copy.deepcopy(self._hooks, memo)
         return other
 
+    def __str__(self) -> str:
+        moved = max(_bytes(self.tensors_of(block)) for block in range(self.network.num_blocks))
+        return (
+            f"each block is on {self.device} only while it runs, and {self.ahead} fetched ahead: {size(moved)} of the "
+            f"largest, {size(_bytes(self.kept))} that stay"
+        )
+
     def settle(self) -> None:
         """Put everything where it waits, and listen to modules that are called."""
         for block in range(self.network.num_blocks):
@@ -232,7 +240,7 @@ class Residence:
     @contextlib.contextmanager
     def stepping(self) -> Iterator[None]:
         """Around a step, or an evaluation; everything is at home behind it."""
-        _check_alone(self.network)
+        _check_whole(self.network)
         self._stepping = True
         try:
             yield
@@ -342,6 +350,10 @@ class Residence:
             self._stream.synchronize()
 
 
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 def _version(tensor: Tensor) -> int:
     return tensor._version if isinstance(tensor, nn.Parameter) else -1
 
@@ -379,11 +391,11 @@ def _users(network: LocalNetwork) -> tuple[dict[int, set[int]], list[Place]]:
     return users, places
 
 
-def _check_alone(network: LocalNetwork) -> None:
-    if network.stage is not None or network.replicas is not None:
+def _check_whole(network: LocalNetwork) -> None:
+    if network.stage is not None or (network.replicas is not None and network.replicas.shard):
         raise TrainingError(
-            "a resident network trains in one process: leave out block_parallel and data_parallel, or call "
-            "network.residence.end()"
+            "a resident network has all of its blocks in this process: leave out block_parallel and shard=True, or "
+            "call network.residence.end()"
         )
 
 
@@ -396,7 +408,7 @@ def _put(tensor: Tensor, device: torch.device, pinned: bool = False) -> None:
 
 def _check(network: LocalNetwork) -> None:
     """Raise `TrainingError` if a network cannot be moved block by block."""
-    _check_alone(network)
+    _check_whole(network)
     if any(is_compiled(module) for module in network.modules()):
         raise TrainingError("resident: a compiled module keeps track of where its weights are; leave the compiler out")
     found: dict[int, list[tuple[int, int, str]]] = {}

@@ -58,8 +58,8 @@ def loss(
         raise TrainingError("localgrad.loss runs a whole network; with block_parallel loop over local_losses")
     if network.residence is not None:
         raise TrainingError(
-            "localgrad.loss hands over the gradients of all blocks, and a resident network holds those of one block at a "
-            "time: loop over local_losses with on_block_done"
+            "localgrad.loss hands over the gradients of all blocks, and a resident network has those of one at a time: "
+            "loop over local_losses with on_block_done"
         )
     losses = local_losses(network, inputs, targets, step, autocast=autocast)
     if not torch.is_grad_enabled():

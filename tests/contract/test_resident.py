@@ -76,9 +76,7 @@ def pair(method: Method, make: Make, model: str = "residual", clip: float | None
     return runs
 
 
-@pytest.mark.parametrize(
-    "parts, optimizer", [(1, "sgd"), (1, "adafactor"), (4, "adamw"), (16, "sgd"), (16, "adamw")]
-)
+@pytest.mark.parametrize("parts, optimizer", [(1, "sgd"), (1, "adafactor"), (4, "adamw"), (16, "sgd"), (16, "adamw")])
 def test_same_bits_with_micro_batches(parts: int, optimizer: str) -> None:
     ours, plain = pair(in_parts(METHODS["dgl"], parts), OPTIMIZERS[optimizer], "transformer")
     for run in (ours, plain):
