@@ -92,7 +92,8 @@ def resident(network: LocalNetwork, device: torch.device | str, *, ahead: int = 
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     _check(network)
-    residence = network.residence = Residence(network, device, ahead)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    residence = network.residence = Residence(network, device, ahead, stream)
     residence.settle()
     return residence
 
@@ -130,11 +131,15 @@ class Residence:
     Attributes:
         device: where blocks run.
         ahead: blocks fetched before they begin.
+        fetched, written: bytes copied to the device so far, and back.
+        here: bytes of copies that are on the device now.
     """
 
-    def __init__(self, network: LocalNetwork, device: torch.device, ahead: int) -> None:
-        self.network, self.device, self.ahead = network, device, ahead
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(
+        self, network: LocalNetwork, device: torch.device, ahead: int = 1, stream: torch.cuda.Stream | None = None
+    ) -> None:
+        self.network, self.device, self.ahead, self._stream = network, device, ahead, stream
+        self.fetched = self.written = self.here = 0
         self._visits: dict[int, _Visit] = {}
         self._held: set[int] = set()  # blocks that have begun and are not done
         self._at: int | None = None
@@ -147,12 +152,13 @@ class Residence:
 
         def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             if (residence := myself()) is not None and optimizer not in residence._known:
-                residence._follow(optimizer)
+                residence.follow(optimizer)
 
         weakref.finalize(self, register_optimizer_step_pre_hook(before_step).remove)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Residence:
-        other = memo[id(self)] = Residence(self.network, self.device, self.ahead)
+        stream = None if self._stream is None else torch.cuda.Stream(self.device)
+        other = memo[id(self)] = Residence(self.network, self.device, self.ahead, stream)
         other.network = copy.deepcopy(self.network, memo)
         other._hooks = copy.deepcopy(self._hooks, memo)
         return other
@@ -226,8 +232,8 @@ class Residence:
             if name != "step" or counts_there:  # as `torch.optim.Optimizer.load_state_dict` decides it
                 yield from (tensor for tensor in tree_leaves(value) if isinstance(tensor, Tensor))
 
-    def _follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer is about to step that has not stepped before; it may have been given a state."""
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the state of an optimizer move with its blocks; one that steps is found, whatever state it was given."""
         self._known.add(optimizer)
         ours = {id(p) for unit in self._units for p in unit.parameters}
         for group in optimizer.param_groups:
@@ -311,6 +317,8 @@ class Residence:
                         home = home.pin_memory()
                     visit.away[id(tensor)] = _Away(tensor, home, _version(tensor))
                     tensor.data = home.to(self.device, non_blocking=True, copy=True)
+                    self.fetched += home.nbytes
+                    self.here += home.nbytes
         if self._stream is not None:
             visit.coming = self._stream.record_event()
 
@@ -324,6 +332,7 @@ class Residence:
     def _release(self, block: int) -> None:
         """Write back what of a block may have changed, and let the device have its memory again."""
         visit = self._visits.pop(block)
+        self.here -= sum(away.home.nbytes for away in visit.away.values())
         if self._stream is not None:  # which made the copies, so it may have their memory at once
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with self._copying():
@@ -336,6 +345,7 @@ class Residence:
                 # Normalisation moves buffers without a word, and optimizers may write to ``.data``.
                 if not isinstance(tensor, nn.Parameter) or trains or tensor._version != version:
                     home.copy_(tensor.data, non_blocking=True)
+                    self.written += home.nbytes
                     if self._stream is not None:
                         tensor.data.record_stream(self._stream)
                 tensor.data = home
