@@ -29,7 +29,7 @@ from localgrad.measure.work import Rates, Work
 from localgrad.method import Accumulate, Method
 from localgrad.network import LocalNetwork
 from localgrad.partition import AuxiliaryBytes, Cut, Partition, by_bytes
-from localgrad.partition.choose import Held, unit_storages
+from localgrad.partition.choose import Held, features_at, unit_storages
 from localgrad.residence import Residence
 from localgrad.spans import groups
 from localgrad.task import Task
@@ -101,16 +101,22 @@ class Visits(NamedTuple):
 
     Args:
         kept: bytes of weights that stay on the device.
+        weights, state: those of the blocks that are there, and come, where they hold most.
         peak: gradients and everything else that comes and goes at the fullest moment, batch included.
-        fetched, written: bytes over the link in a step; of the first block and of the last, which nothing hides.
+        fetched, written: bytes over the link in a step; ``alone`` those of them that nothing hides, of the first block
+            and of the last.
+        flops, seconds: as of `Predicted`, copies left out.
     """
 
     kept: int
+    weights: int
+    state: int
     peak: tuple[int, int]
     fetched: int
     written: int
-    first: int
-    last: int
+    alone: int
+    flops: int
+    seconds: float
 
 
 class _Stepping(torch.optim.Optimizer):
@@ -229,6 +235,12 @@ class Planner:
             warnings.simplefilter("ignore", UserWarning)  # of blocks that are cut badly: others are tried beside them
             return localize(self.model, method, where, example=self.example)
 
+    def waiting(self, cuts: Sequence[str]) -> int:
+        """Bytes of the features between the blocks, of the whole batch."""
+        with _Shapes(), torch.device("meta"):
+            found = features_at(self.partition, self.partition.named(cuts))
+        return sum(features.nbytes for features in found) * self.batch // len(self.example)
+
     def _targets(self, samples: int) -> Any:
         if self.targets is not None:
             return _repeated(self.targets, samples)
@@ -272,9 +284,10 @@ class Planner:
             optimizers = [_Stepping(network.block_parameters(k), states) for k in range(network.num_blocks)]
             for optimizer in optimizers:
                 residence.follow(optimizer)
-            moved = [[t for t in residence.tensors_of(k) if t.requires_grad or not isinstance(t, nn.Parameter)]
-                     for k in range(network.num_blocks)]  # fmt: skip
-            tracker = LiveBytes([p for p in network.parameters() if p.requires_grad])
+            blocks = [list(residence.tensors_of(k)) for k in range(network.num_blocks)]
+            back = [[t for t in block if t.requires_grad or not isinstance(t, nn.Parameter)] for block in blocks]
+            trained = [p for p in network.parameters() if p.requires_grad]
+            work, tracker = Work(self.rates), LiveBytes(trained)
             done: list[_Done] = []
 
             def step(block: int) -> None:
@@ -283,16 +296,33 @@ class Planner:
                 optimizers[block].step()
                 optimizers[block].zero_grad()
 
-            with tracker:
+            with tracker, work:
                 for _, loss in local_losses(network, x, y, autocast=self.autocast, on_block_done=step):
                     loss.backward()
                 del loss
-            first, last = _size(list(residence.tensors_of(0))), _size(moved[-1])
+            each = [_size(list(residence.tensors_of(k, training=False))) for k in range(network.num_blocks)]
         timeline = self._waited(tracker.timeline, done, network, method)
         live, gradients = max(timeline)
         given = _size([x, *tensors_in(y)]) * self.batch // images
         peak = (gradients, live - gradients + given)
-        return Visits(_size(residence.kept), peak, residence.fetched, residence.written, first, last)
+        sizes = [_size(block) for block in blocks]
+        fullest = max(range(len(blocks)), key=lambda k: sum(sizes[k : k + 2]))
+        weights = sum(each[fullest : fullest + 2])
+        # What is predicted for the copies as operations of the device; they run beside its own.
+        copied = (2 * residence.fetched + 3 * residence.written) / self.rates.bytes
+        copied += self.rates.start * sum(map(len, (*blocks, *back)))
+        share = self.batch / images
+        return Visits(
+            kept=_size(residence.kept),
+            weights=weights,
+            state=sum(sizes[fullest : fullest + 2]) - weights,
+            peak=peak,
+            fetched=residence.fetched,
+            written=residence.written,
+            alone=sizes[0] + _size(back[-1]),
+            flops=round(work.flops * share),
+            seconds=(work.seconds - copied) * share,
+        )
 
     def _ready(self, network: LocalNetwork, method: Method) -> tuple[LocalNetwork, Tensor, Any, int]:
         """The network to run on fake tensors, with at most two micro-batches, their inputs, targets and images."""
