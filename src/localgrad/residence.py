@@ -99,11 +99,11 @@ def resident(network: LocalNetwork, device: torch.device | str, *, ahead: int = 
 
 
 class _Away(NamedTuple):
-    """A tensor that is on the device: where it is at home, and its version when it left."""
+    """A tensor that is on the device: where it is at home, and the version of a parameter when it left."""
 
     tensor: Tensor
     home: Tensor
-    version: int
+    version: int | None
 
 
 @dataclass
@@ -230,7 +230,8 @@ class Residence:
         optimizer, counts_there = self._steppers[id(parameter)]
         for name, value in optimizer.state.get(parameter, {}).items():
             if name != "step" or counts_there:  # as `torch.optim.Optimizer.load_state_dict` decides it
-                yield from (tensor for tensor in tree_leaves(value) if isinstance(tensor, Tensor))
+                leaves = (value,) if isinstance(value, Tensor) else tree_leaves(value)
+                yield from (tensor for tensor in leaves if isinstance(tensor, Tensor))
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the state of an optimizer move with its blocks; one that steps is found, whatever state it was given."""
@@ -315,7 +316,8 @@ class Residence:
                     home = tensor.data
                     if self._stream is not None and not home.is_pinned():  # it came from a checkpoint
                         home = home.pin_memory()
-                    visit.away[id(tensor)] = _Away(tensor, home, _version(tensor))
+                    version = None if type(tensor) is Tensor else tensor._version
+                    visit.away[id(tensor)] = _Away(tensor, home, version)
                     tensor.data = home.to(self.device, non_blocking=True, copy=True)
                     self.fetched += home.nbytes
                     self.here += home.nbytes
@@ -339,11 +341,11 @@ class Residence:
             for tensor in self.tensors_of(block, visit.training):
                 if id(tensor) not in visit.away and tensor.device == self.device:  # a gradient, state of a first step
                     home = torch.empty_like(tensor.data, device=HOST, pin_memory=self._stream is not None)
-                    visit.away[id(tensor)] = _Away(tensor, home, -1)
+                    visit.away[id(tensor)] = _Away(tensor, home, None)
             for tensor, home, version in visit.away.values():
                 trains = visit.training and tensor.requires_grad
                 # Normalisation moves buffers without a word, and optimizers may write to ``.data``.
-                if not isinstance(tensor, nn.Parameter) or trains or tensor._version != version:
+                if version is None or trains or tensor._version != version:
                     home.copy_(tensor.data, non_blocking=True)
                     self.written += home.nbytes
                     if self._stream is not None:
@@ -362,10 +364,6 @@ class Residence:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def _version(tensor: Tensor) -> int:
-    return tensor._version if isinstance(tensor, nn.Parameter) else -1
 
 
 def _users(network: LocalNetwork) -> tuple[dict[int, set[int]], list[Place]]:

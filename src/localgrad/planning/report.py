@@ -110,8 +110,12 @@ class Plan:
 
     @property
     def recommended(self) -> Option | None:
-        """The fastest option that fits; among those within 5 % of it exact gradients first, then the fewest parts."""
-        fitting = [option for option in self.options if option.fits and option.kind != "offloaded"]
+        """The fastest option that fits; among those within 5 % of it exact gradients first, then the fewest parts.
+
+        One that brings blocks from the host only where no other fits.
+        """
+        fitting = [option for option in self.options if option.fits and option.traffic is None]
+        fitting = fitting or [option for option in self.options if option.fits and option.kind == "resident"]
         if not fitting:
             return None
         if fitting[0].kind == "plain":
