@@ -212,26 +212,20 @@ class Residence:
         moved = {id(t) for block in range(self.network.num_blocks) for t in self.tensors_of(block, training=False)}
         return [t for t in (*self.network.parameters(), *self.network.buffers()) if id(t) not in moved]
 
-    def tensors_of(self, block: int, training: bool = True) -> Iterator[Tensor]:
+    def tensors_of(self, block: int, training: bool = True) -> list[Tensor]:
         """What moves with a block: to train, gradients and optimizer state too."""
         unit = self._units[block]
-        yield from unit.parameters
-        for buffers, name in unit.buffers:
-            if (buffer := buffers.get(name)) is not None:
-                yield buffer
+        found: list[Tensor] = [*unit.parameters]
+        found += [buffer for buffers, name in unit.buffers if (buffer := buffers.get(name)) is not None]
         for parameter in unit.parameters if training else ():
-            if parameter.grad is not None:
-                yield parameter.grad
-            yield from self._state_of(parameter)
-
-    def _state_of(self, parameter: nn.Parameter) -> Iterator[Tensor]:
-        if id(parameter) not in self._steppers:
-            return
-        optimizer, counts_there = self._steppers[id(parameter)]
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if name != "step" or counts_there:  # as `torch.optim.Optimizer.load_state_dict` decides it
-                leaves = (value,) if isinstance(value, Tensor) else tree_leaves(value)
-                yield from (tensor for tensor in leaves if isinstance(tensor, Tensor))
+            if (gradient := parameter.grad) is not None:
+                found.append(gradient)
+            optimizer, counts_there = self._steppers.get(id(parameter), (None, False))
+            for name, value in optimizer.state.get(parameter, {}).items() if optimizer is not None else ():
+                if name != "step" or counts_there:  # as `torch.optim.Optimizer.load_state_dict` decides it
+                    leaves = (value,) if type(value) is Tensor else tree_leaves(value)
+                    found += [tensor for tensor in leaves if isinstance(tensor, Tensor)]
+        return found
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the state of an optimizer move with its blocks; one that steps is found, whatever state it was given."""

@@ -81,7 +81,7 @@ def test_what_a_resident_network_needs(parts: int) -> None:
                 loss.backward()
             del loss
     assert (predicted.fetched, predicted.written) == (residence.fetched - before[0], residence.written - before[1])
-    assert predicted.kept == sum(tensor.nbytes for tensor in residence.kept)
+    assert predicted.kept == 3 * sum(tensor.nbytes for tensor in residence.kept)  # with the state of AdamW
     found = device.peak + predicted.kept + x.nbytes + y.nbytes
     assert predicted.kept + sum(predicted.peak) == pytest.approx(found, rel=0.05)
 

@@ -100,7 +100,7 @@ class Visits(NamedTuple):
     """What a step of a resident network was found to need.
 
     Args:
-        kept: bytes of weights that stay on the device.
+        kept: bytes of weights that stay on the device, and of their state.
         weights, state: those of the blocks that are there, and come, where they hold most.
         peak: gradients and everything else that comes and goes at the fullest moment, batch included.
         fetched, written: bytes over the link in a step; ``alone`` those of them that nothing hides, of the first block
@@ -301,6 +301,7 @@ class Planner:
                     loss.backward()
                 del loss
             each = [_size(list(residence.tensors_of(k, training=False))) for k in range(network.num_blocks)]
+            kept = _size(residence.kept) + states * _size([t for t in residence.kept if t.requires_grad])
         timeline = self._waited(tracker.timeline, done, network, method)
         live, gradients = max(timeline)
         given = _size([x, *tensors_in(y)]) * self.batch // images
@@ -313,7 +314,7 @@ class Planner:
         copied += self.rates.start * sum(map(len, (*blocks, *back)))
         share = self.batch / images
         return Visits(
-            kept=_size(residence.kept),
+            kept=kept,
             weights=weights,
             state=sum(sizes[fullest : fullest + 2]) - weights,
             peak=peak,
