@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import localgrad
 from localgrad.measure.memory import LiveBytes
@@ -83,6 +86,96 @@ def test_same_bits_with_micro_batches(parts: int, optimizer: str) -> None:
         for number in range(2):
             run.step(number, size=2 * parts + 2)
     assert_same(ours, plain)
+
+
+class Apart(TorchDispatchMode):
+    """Refuses every operation on what is at home, but copies: on a GPU it would lie on another device."""
+
+    def __init__(self, residence: localgrad.Residence, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.residence, self.copying = residence, False
+        blocks = range(residence.network.num_blocks)
+        self.homes = {t.untyped_storage()._cdata for k in blocks for t in residence.tensors_of(k)}
+        whole = residence._copying
+
+        @contextlib.contextmanager
+        def copying() -> Iterator[None]:
+            self.copying = True
+            with whole():
+                yield
+            self.copying = False
+
+        monkeypatch.setattr(residence, "_copying", copying)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.copying and func not in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor):
+                    assert tensor.untyped_storage()._cdata not in self.homes, f"{func} on what is at home"
+        return func(*args, **kwargs)
+
+
+@EVERY
+def test_every_method_computes_with_what_is_on_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(build("residual", METHODS[name], BLOCKS), OPTIMIZERS["adamw"], clip=0.5)
+    residence = localgrad.resident(run.network, "cpu")
+    for number in steps(run.network):
+        run.step(number)
+    with torch.no_grad(), Apart(residence, monkeypatch):
+        list(localgrad.local_outputs(run.network, batch()[0]))
+        run.network(batch()[0])
+    for number in steps(run.network):
+        with Apart(residence, monkeypatch):
+            for _, loss in localgrad.local_losses(run.network, *batch(), number, on_block_done=run.done):
+                loss.backward()
+        localgrad.exchange(run.network)
+
+
+def test_what_is_read_at_home_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build("residual", METHODS["dgl"], BLOCKS)
+    residence = localgrad.resident(network, "cpu")
+    last = network.model.fc.weight
+    network.model.stage1[0].register_forward_hook(lambda *_: last.sum())
+    with pytest.raises(AssertionError, match="at home"), Apart(residence, monkeypatch):
+        localgrad.backward(network, *batch())
+
+
+class Skipping(nn.Module):
+    """Layers, one of which rests in every other call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.calls = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        for k, layer in enumerate(self.layers):
+            if k != 1 or self.calls % 2 == 0:
+                x = torch.tanh(layer(x))
+        return x
+
+
+def test_a_forward_that_skips_a_cut_has_the_blocks_it_joins() -> None:
+    x, y = torch.randn(4, 8), torch.arange(4)
+    task = localgrad.tasks.classification(8)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        network = localgrad.localize(
+            Skipping(), localgrad.methods.dgl(task), ("layers.1", "layers.2", "layers.3"), example=x
+        )
+        network.model.calls = -1
+        runs.append(Run(network, OPTIMIZERS["sgd"]))
+    residence = localgrad.resident(runs[0].network, "cpu", ahead=0)
+    for run in runs:
+        for number in range(4):
+            for _, loss in localgrad.local_losses(run.network, x, y, number, on_block_done=run.done):
+                loss.backward()
+                run.losses.append(loss.detach())
+    assert residence.here == 0
+    assert_same(*runs)
 
 
 @EVERY
