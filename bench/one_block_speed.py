@@ -1,7 +1,7 @@
 """Tokens a second and peak memory of a Llama-type model with one block on the device, and whole where that fits.
 
-python bench/one_block_speed.py --size 3b                    # on a GPU, AdamW, 2,048 tokens, 8 micro-batches
-python bench/one_block_speed.py --size tiny --tokens 64      # on a CPU, to see that it runs
+python -m bench.one_block_speed --size 3b                    # on a GPU, AdamW, 2,048 tokens, 8 micro-batches
+python -m bench.one_block_speed --size tiny --tokens 64      # on a CPU, to see that it runs
 
 One step warms up, the median of the others counts. Random weights and tokens; bfloat16 autocast, float32 masters.
 """
