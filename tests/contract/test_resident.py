@@ -433,3 +433,39 @@ def test_refusals() -> None:
     compiled.compile_blocks()
     with pytest.raises(localgrad.TrainingError, match="compiler"):
         localgrad.resident(compiled, "cpu")
+
+
+@pytest.mark.parametrize("wait", ["host", "bf16"])
+def test_same_bits_where_features_wait_on_the_host(wait: str) -> None:
+    ours, plain = pair(replace(METHODS["dgl"], accumulate=Accumulate(2, wait)), OPTIMIZERS["sgd"])
+    for run in (ours, plain):
+        run.step(0)
+    assert_same(ours, plain)
+
+
+def test_frozen_weights_come_and_are_not_written_back() -> None:
+    """Adapters train in autocast; what does not change is not copied back, what a hook changes is."""
+    runs = []
+    for _ in range(2):
+        network = build("transformer", METHODS["dgl"], BLOCKS)
+        for name, parameter in network.model.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+        runs.append(Run(network, OPTIMIZERS["adamw"]))
+    residence = localgrad.resident(runs[0].network, "cpu")
+    frozen = sum(p.nbytes for p in runs[0].network.parameters() if not p.requires_grad)
+    frozen -= sum(t.nbytes for t in residence.kept)
+    for number in range(3):
+        if number == 2:
+            before = residence.fetched, residence.written
+            for run in runs:
+                layer = run.network.model.layers[1]
+                layer.register_forward_hook(lambda layer, *_: layer.norm2.weight.detach().mul_(0.5))
+        for run in runs:
+            for _, loss in localgrad.local_losses(
+                run.network, *batch(), number, autocast=torch.bfloat16, on_block_done=run.done
+            ):
+                loss.backward()
+                run.losses.append(loss.detach())
+    fetched, written = residence.fetched - before[0], residence.written - before[1]
+    assert fetched - written == frozen - runs[0].network.model.layers[1].norm2.weight.nbytes
+    assert torch.equal(*(run.network.model.layers[1].norm2.weight for run in runs))
