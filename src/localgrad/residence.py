@@ -50,8 +50,8 @@ def resident(network: LocalNetwork, device: torch.device | str, *, ahead: int = 
     Results are those of a network that is whole on the device, to the bit.
 
     Optimizers are found when they step, and their state for a block travels with it. `localgrad.exchange` and moving
-    averages work on the host. Weights that require no gradient are written back if their version counter has moved, which
-    a change through ``.data`` does not do. On CUDA copies run on a stream of their own, from and into pinned memory.
+    averages work on the host. Weights that require no gradient are written back if their version counter has moved; a
+    change through ``.data`` moves it not. On CUDA copies run on a stream of their own, from and into pinned memory.
 
     Args:
         network: from `localgrad.localize`, on any device; it need not fit on ``device``.

@@ -445,6 +445,10 @@ def test_same_bits_where_features_wait_on_the_host(wait: str) -> None:
 
 def test_frozen_weights_come_and_are_not_written_back() -> None:
     """Adapters train in autocast; what does not change is not copied back, what a hook changes is."""
+
+    def halve(layer: nn.Module, *_: object) -> None:
+        layer.norm2.weight.detach().mul_(0.5)
+
     runs = []
     for _ in range(2):
         network = build("transformer", METHODS["dgl"], BLOCKS)
@@ -459,7 +463,7 @@ def test_frozen_weights_come_and_are_not_written_back() -> None:
             before = residence.fetched, residence.written
             for run in runs:
                 layer = run.network.model.layers[1]
-                layer.register_forward_hook(lambda layer, *_: layer.norm2.weight.detach().mul_(0.5))
+                layer.register_forward_pre_hook(halve)
         for run in runs:
             for _, loss in localgrad.local_losses(
                 run.network, *batch(), number, autocast=torch.bfloat16, on_block_done=run.done
