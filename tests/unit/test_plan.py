@@ -11,6 +11,7 @@ from torch import nn
 
 import localgrad
 from localgrad import ConfigError, localize, methods, tasks
+from localgrad.cli.plan import _rates as read_rates
 from localgrad.costs import run_step
 from localgrad.measure.memory import LiveBytes, measure
 from localgrad.method import Method
@@ -392,3 +393,13 @@ def test_units_are_recomputed_where_no_number_of_blocks_fits() -> None:
     assert least < 0.98 * without and recompute
     network = localize(model, method, localgrad.cuts.fits(int(least / 0.9) + 64, batch_size=64), example=x)
     assert network.cuts and any(isinstance(block, RecomputedBlock) for block in network.suspended.modules())
+
+
+def test_the_link_is_the_third_rate() -> None:
+    assert read_rates("1,10") == Rates(1e12, 1e10)
+    assert read_rates("1,10,2") == Rates(1e12, 1e10, link=2e9)
+    for text in ("1", "1,2,3,4", "a,b"):
+        with pytest.raises(ConfigError, match="two or three numbers"):
+            read_rates(text)
+    with pytest.raises(ConfigError, match="above 0"):
+        read_rates("1,10,0")

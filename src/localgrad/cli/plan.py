@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -80,10 +79,10 @@ def _rates(text: str) -> Any:
     from localgrad.planning import Rates
 
     try:
-        tflops, bandwidth, *link = map(float, text.split(","))
-        rates = Rates(tflops * 1e12, bandwidth * 1e9)
-        return replace(rates, link=float(*link) * 1e9) if link else rates
-    except (ValueError, TypeError) as error:
+        tflops, bandwidth, *rest = map(float, text.split(","))
+        (link,) = rest or [Rates.link / 1e9]
+    except ValueError as error:
         raise ConfigError(
             f"--rates {text} is not two or three numbers; write TFLOP/s and GB/s, --rates 30,500, and GB/s of the link"
         ) from error
+    return Rates(tflops * 1e12, bandwidth * 1e9, link=link * 1e9)
