@@ -311,7 +311,8 @@ class Residence:
                     home = tensor.data
                     if self._stream is not None and not home.is_pinned():  # it came from a checkpoint
                         home = home.pin_memory()
-                    version = None if type(tensor) is Tensor else tensor._version
+                    plain = type(tensor) is Tensor or not isinstance(tensor, nn.Parameter)  # the first is faster
+                    version = None if plain else tensor._version
                     visit.away[id(tensor)] = _Away(tensor, home, version)
                     tensor.data = home.to(self.device, non_blocking=True, copy=True)
                     self.fetched += home.nbytes
