@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from localgrad.network import exchange as exchange
     from localgrad.planning import plan as plan
     from localgrad.randomness import keyed_randomness as keyed_randomness
+    from localgrad.residence import Residence as Residence
+    from localgrad.residence import resident as resident
     from localgrad.single_loss import loss as loss
     from localgrad.site import Ramp as Ramp
     from localgrad.site import Site as Site
@@ -62,6 +64,7 @@ _HOME = {
     **dict.fromkeys(("LocalNetwork", "exchange"), "localgrad.network"),
     **dict.fromkeys(("localize", "separate_blocks"), "localgrad.localization"),
     "keyed_randomness": "localgrad.randomness",
+    **dict.fromkeys(("Residence", "resident"), "localgrad.residence"),
     "loss": "localgrad.single_loss",
     "plan": "localgrad.planning",
 }

@@ -142,6 +142,7 @@ class TrainConfig:
 
     ``capture`` records whole steps as CUDA graphs and replays them: ``auto`` wherever that is possible on CUDA, true or
     else not at all, false never. ``compile`` compiles the modules between the cuts and the auxiliary networks.
+    ``resident`` keeps weights, gradients and optimizer state on the device only while their block runs.
     ``profile`` is a step, from which on three steps are traced. ``loggers`` are told of each epoch, see
     `localgrad.train.loggers`: ``csv``, ``tensorboard``, ``wandb``, ``mlflow``, ``trackio``, or ``module:Class``.
     """
@@ -154,6 +155,7 @@ class TrainConfig:
     compile: bool = False
     capture: Literal["auto"] | bool = "auto"
     channels_last: bool = False
+    resident: bool = False
     seed: int = 0
     deterministic: bool = False
     device: str = "auto"

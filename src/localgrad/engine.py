@@ -82,8 +82,14 @@ def local_losses(
     training = torch.is_grad_enabled()
     spans = network.spans(step)
     replicas = network.replicas if training else None
-    announce = on_block_done or (lambda block: None)
-    with contextlib.nullcontext(announce) if replicas is None else replicas.reducing(step, announce) as done:
+
+    def announce(block: int) -> None:
+        if on_block_done is not None:
+            on_block_done(block)
+        network.ended(block)
+
+    reducing = contextlib.nullcontext(announce) if replicas is None else replicas.reducing(step, announce)
+    with network.stepping(), reducing as done:
         if network.stage is not None:
             yield from network.stage.local_losses(inputs, targets, step, autocast, on_output, done)
             return
@@ -204,7 +210,7 @@ def local_outputs(
     if network.stage is not None:
         yield from network.stage.local_outputs(inputs, autocast, scored_only)
         return
-    with network.opened(()) as opened:
+    with network.stepping(), network.opened(()) as opened:
         one = Pass(network, opened, (), Batch(inputs, None, 0), autocast=autocast)
         for block in one.blocks:
             one.run(block)
@@ -215,7 +221,7 @@ def local_outputs(
 def features(network: LocalNetwork, inputs: Any) -> Iterator[Any]:
     """The features behind each block, then the model's output; mode is the caller's business."""
     require_network(network, "features")
-    with network.opened(()) as opened:
+    with network.stepping(), network.opened(()) as opened:
         one = Pass(network, opened, (), Batch(inputs, None, 0))
         for block in one.blocks:
             one.run(block)

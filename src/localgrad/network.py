@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from localgrad.cutting import Chosen
 from localgrad.errors import MethodError, PartitionError, TrainingError
@@ -23,6 +23,27 @@ from localgrad.suspension.wrapped import check_holder, check_network
 from localgrad.twins import Twin
 
 
+class Residence(Protocol):
+    """Who brings blocks to the device only while they run; see `localgrad.resident`."""
+
+    device: torch.device
+
+    def stepping(self) -> contextlib.AbstractContextManager[None]:
+        """Around a step, or an evaluation."""
+
+    def begins(self, block: int) -> None:
+        """``block`` is about to run."""
+
+    def having(self, tensors: Iterable[Tensor]) -> None:
+        """Have the blocks of ``tensors`` here until another block begins."""
+
+    def ended(self, block: int) -> None:
+        """``block`` is done with this step, the optimizer included."""
+
+    def end(self) -> None:
+        """Leave everything on the host."""
+
+
 class LocalNetwork(nn.Module):
     """What `localize` returns. Throw it away after training and keep ``model``.
 
@@ -34,11 +55,13 @@ class LocalNetwork(nn.Module):
         replicas: the processes that train copies of it on other samples; set by `localgrad.distributed.data_parallel`.
         stage: the blocks that this process trains while others train the rest; set by
             `localgrad.distributed.block_parallel`.
+        residence: who brings blocks to the device only while they run; set by `localgrad.resident`.
         checked: the sets of spans whose isolation a step has shown.
     """
 
     replicas: Replicas | None = None
     stage: Stage | None = None
+    residence: Residence | None = None
 
     def __init__(self, model: nn.Module, method: Method, chosen: Chosen, blocks: SeparateBlocks | None) -> None:
         super().__init__()
@@ -134,8 +157,22 @@ class LocalNetwork(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.model.parameters()).device
+        """Where the parameters are, or are brought as their block begins."""
+        return next(self.model.parameters()).device if self.residence is None else self.residence.device
+
+    def stepping(self) -> contextlib.AbstractContextManager[None]:
+        """Around all of a step, or of an evaluation."""
+        return contextlib.nullcontext() if self.residence is None else self.residence.stepping()
+
+    def begins(self, block: int) -> None:
+        """A forward is about to run ``block``."""
+        if self.residence is not None:
+            self.residence.begins(block)
+
+    def ended(self, block: int) -> None:
+        """The gradients of ``block`` are complete, and whoever waited for them has had them."""
+        if self.residence is not None:
+            self.residence.ended(block)
 
     def begins_at(self, block: int) -> str:
         """How a block's beginning is called in messages."""
@@ -184,6 +221,8 @@ class LocalNetwork(nn.Module):
     def exchange_before_step(self, boundary: int) -> None:
         """Move the twins on one boundary that move before the optimizer step."""
         for twin in self._early_twins.get(boundary, ()):
+            if self.residence is not None:
+                self.residence.having(twin.source.parameters())
             twin.update()
 
     def between_cuts(self) -> list[nn.Module]:
@@ -204,6 +243,8 @@ class LocalNetwork(nn.Module):
                 f"{self.method.name} recomputes pointwise operations one by one, and torch.compile does so by itself: "
                 "leave out either checkpointing(where='pointwise') or the compiler"
             )
+        if self.residence is not None:
+            raise MethodError("compiled modules keep track of where weights are, and those of a resident network move")
         whole = self.num_blocks == 1
         modules = [*([self.running] if whole else self.between_cuts()), *self.auxiliary.values()]
         # Modules share code, and past this limit torch runs what is new as it is, with no more than a line in a log.

@@ -86,6 +86,7 @@ class Pass:
         """
         if self.boundary > block:
             return
+        self.network.begins(block)
         self.go_on(block)
         with contextlib.ExitStack() as around:
             around.enter_context(draws_of("block", self.batch.step, self.part, block, self.device))

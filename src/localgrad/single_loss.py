@@ -56,6 +56,11 @@ def loss(
     require_network(network, "loss")
     if network.stage is not None:
         raise TrainingError("localgrad.loss runs a whole network; with block_parallel loop over local_losses")
+    if network.residence is not None:
+        raise TrainingError(
+            "localgrad.loss hands over the gradients of all blocks, and a resident network has those of one at a time: "
+            "loop over local_losses with on_block_done"
+        )
     losses = local_losses(network, inputs, targets, step, autocast=autocast)
     if not torch.is_grad_enabled():
         return _value(network, list(losses))

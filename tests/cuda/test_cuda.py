@@ -167,6 +167,37 @@ def test_blocks_that_step_one_by_one_end_where_all_at_once_do() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+@pytest.mark.parametrize("name", ["dgl", "mlaan", "accumulation"])
+def test_blocks_that_visit_the_device_end_where_those_do_that_stay(name: str) -> None:
+    x, y = images()
+    x, y = x.to(DEVICE, torch.float64), y.to(DEVICE)
+    ends = []
+    for visiting in (False, True):
+        network = network_on(torch.device("cpu"), METHODS[name]())
+        if visiting:
+            localgrad.resident(network, DEVICE)
+        else:
+            network.to(DEVICE)
+        blocks = [network.block_parameters(k) for k in range(network.num_blocks)]
+        optimizers = [torch.optim.AdamW(parameters, 1e-2) for parameters in blocks]
+
+        def update(k: int, optimizers: list[torch.optim.AdamW] = optimizers) -> None:
+            optimizers[k].step()
+            optimizers[k].zero_grad(set_to_none=True)
+
+        for step in range(3):
+            for _, loss in localgrad.local_losses(network, x, y, step, on_block_done=update):
+                loss.backward()
+            localgrad.exchange(network)
+        with torch.no_grad():
+            output = network.eval()(x).cpu()
+        if visiting:
+            assert all(t.device.type == "cpu" for block in blocks for t in block)
+        ends.append([output, *(t.detach().cpu() for t in network.state_dict().values())])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def test_autocast_runs_in_bfloat16() -> None:
     network = network_on(DEVICE, METHODS["dgl"](), torch.float32)
     x, y = (t.to(DEVICE) for t in images())

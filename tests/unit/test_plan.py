@@ -11,11 +11,13 @@ from torch import nn
 
 import localgrad
 from localgrad import ConfigError, localize, methods, tasks
+from localgrad.cli.plan import _rates as read_rates
 from localgrad.costs import run_step
-from localgrad.measure.memory import measure
+from localgrad.measure.memory import LiveBytes, measure
 from localgrad.method import Method
 from localgrad.partition import RecomputedBlock
 from localgrad.planning import EXACT, LOCAL, MICRO, Plan, Planner, Rates, Work, read_memory
+from localgrad.planning.streaming import traffic
 
 RATES = Rates(flops=1e11, bytes=1e10, start=0.0)
 TASK = tasks.classification(10)
@@ -55,6 +57,46 @@ def test_a_step_without_data_needs_the_same_bytes(name: str, method: Method, blo
     assert predicted.tracked == measure(lambda: run_step(network, x, y), trained).peak_total
     assert predicted.trained == sum(p.numel() * p.element_size() for p in trained)
     assert predicted.weights == predicted.trained + sum(b.numel() * b.element_size() for b in network.buffers())
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_what_a_resident_network_needs(parts: int) -> None:
+    """Against copies that were made: bytes over the link are exact, the peak is within 5 %."""
+    method = methods.accumulation(methods.dgl(TASK, head="linear"), parts=parts)
+    planner = Planner(vit(), (3, 64, 64), 8, "fp32", RATES)
+    cuts = [cut.name for cut in planner.cuts(4, method)]
+    predicted = planner.visits(planner.network(method, cuts), method, states=2)
+    x, y = torch.randn(8, 3, 64, 64), torch.randint(10, (8,))
+    network = localize(vit(), method, cuts, example=x[:2]).train()
+    residence = localgrad.resident(network, "cpu")
+    optimizers = [torch.optim.AdamW(network.block_parameters(k)) for k in range(4)]
+
+    def done(block: int) -> None:
+        optimizers[block].step()
+        optimizers[block].zero_grad()
+
+    for _ in range(2):
+        before = residence.fetched, residence.written
+        with LiveBytes() as device:
+            for _, loss in localgrad.local_losses(network, x, y, on_block_done=done):
+                loss.backward()
+            del loss
+    assert (predicted.fetched, predicted.written) == (residence.fetched - before[0], residence.written - before[1])
+    assert predicted.kept == 3 * sum(tensor.nbytes for tensor in residence.kept)  # with the state of AdamW
+    found = device.peak + predicted.kept + x.nbytes + y.nbytes
+    assert predicted.kept + sum(predicted.peak) == pytest.approx(found, rel=0.05)
+
+
+def test_copies_that_computing_hides() -> None:
+    """12 GB over a link of 6 GB/s, of which 2 GB are not hidden, beside 2 s of computing in 4 micro-batches."""
+    rates = Rates(1.0, 1.0, link=6e9)
+    found = traffic(12 * 10**9, 2 * 10**9, 2.0, 0.5, rates)
+    assert (found.link, found.computing, found.alone) == pytest.approx((10 / 6 / 0.5, 4.0, 2 / 6 / 0.5))
+    assert found.time == found.computing + found.alone
+    assert found.hidden_from(4) == 4 and "computing binds" in found.told("so", 4, rates)
+    slow = traffic(12 * 10**9, 0, 2.0, 0.5, Rates(1.0, 1.0, link=2e9))
+    assert slow.time == slow.link == pytest.approx(12.0)
+    assert slow.hidden_from(4) == 12 and "the link binds" in slow.told("so", 4, rates)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -212,7 +254,7 @@ def test_ways_that_need_separate_blocks_are_left_out() -> None:
     layers = [nn.Conv2d(a, 8, 3) for a in (3, 8, 8, 8)]
     model = Undecided(*layers, nn.Flatten(), nn.Linear(8 * 8 * 8, 256), nn.ReLU(), nn.Linear(256, 10))
     found = localgrad.plan(model, batch_size=8, image_size=16, memory="1MiB", rates=RATES)
-    assert {option.kind for option in found.options} == {"plain", "accumulation", "local"}
+    assert {option.kind for option in found.options} == {"plain", "accumulation", "local", "resident", "offloaded"}
     (reason,) = found.skipped
     assert reason.startswith("checkpointing, and units recomputed: ") and "Undecided.forward" in reason
     with pytest.raises(ConfigError, match=r"no way of cutting Undecided .* Blocks are not recomputed, since"):
@@ -235,7 +277,10 @@ def test_what_is_planned(resnet: Plan) -> None:
     assert plain.optimizer == weights
     assert plain.weights == weights + sum(b.numel() * b.element_size() for b in model.buffers())
     kinds = {option.kind: option.update for option in resnet.options}
-    assert kinds == {"plain": EXACT, "accumulation": MICRO, "checkpointing": MICRO, "local": LOCAL}
+    assert kinds == {
+        "plain": EXACT, "accumulation": MICRO, "checkpointing": MICRO, "local": LOCAL, "offloaded": MICRO,
+        "resident": LOCAL,
+    }  # fmt: skip
     assert {o.num_blocks for o in resnet.options if o.kind == "local"} == {2, 4, 8, 11}
     for option in resnet.options:
         assert option.peak == option.weights + option.optimizer + option.gradients + option.activations
@@ -265,7 +310,7 @@ def test_recommendations(resnet: Plan) -> None:
 
 def test_the_code_runs(resnet: Plan) -> None:
     loader = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,)))] * 2
-    for kind in ("plain", "accumulation", "checkpointing", "local"):
+    for kind in ("plain", "accumulation", "checkpointing", "local", "resident"):
         for option in [o for o in resnet.options if o.kind == kind][-1:]:
             model = localgrad.models.resnet20()
             before = model.fc.weight.detach().clone()
@@ -348,3 +393,13 @@ def test_units_are_recomputed_where_no_number_of_blocks_fits() -> None:
     assert least < 0.98 * without and recompute
     network = localize(model, method, localgrad.cuts.fits(int(least / 0.9) + 64, batch_size=64), example=x)
     assert network.cuts and any(isinstance(block, RecomputedBlock) for block in network.suspended.modules())
+
+
+def test_the_link_is_the_third_rate() -> None:
+    assert read_rates("1,10") == Rates(1e12, 1e10)
+    assert read_rates("1,10,2") == Rates(1e12, 1e10, link=2e9)
+    for text in ("1", "1,2,3,4", "a,b"):
+        with pytest.raises(ConfigError, match="two or three numbers"):
+            read_rates(text)
+    with pytest.raises(ConfigError, match="above 0"):
+        read_rates("1,10,0")

@@ -172,6 +172,42 @@ def test_resuming_in_mid_epoch_changes_no_bit(variant: str, tmp_path: Path, imag
     assert_equal(whole_state(whole), whole_state(resumed))
 
 
+def test_one_block_on_the_device_at_a_time_changes_no_bit(tmp_path: Path) -> None:
+    """Weights, state of the optimizers, averages, scores; and a run goes on with it that was begun without."""
+    changes = {"method": ["dgl", "man"], "optim": {"name": "adamw", "lr": 0.002, "per_block": True}}
+    plain = finish(build(settings(**changes, train={"ema_decay": 0.9})))
+    config = settings(**changes, train={"ema_decay": 0.9, "resident": True})
+    assert_equal(whole_state(finish(build(config))) | {"config": ""}, whole_state(plain) | {"config": ""})
+    stopped = build(plain.config)
+    with pytest.raises(Stop):
+        train(stopped, stop_after(7), nothing)
+    folder = RunFolder(tmp_path / "run")
+    folder.claim()
+    folder.open(stopped)
+    folder.save(stopped)
+    folder.close()
+    resumed = build(config)
+    assert RunFolder(tmp_path / "run").restore(resumed)
+    finish(resumed)
+    assert "each block is on cpu only while it runs" in resumed.steps_as
+    assert_equal(whole_state(resumed) | {"config": ""}, whole_state(plain) | {"config": ""})
+    scored = [evaluate(one.evaluated, one.data.test) for one in (resumed, plain)]
+    assert scored[0] == scored[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "per_block=false"),
+        ({"optim": {"per_block": True}, "train": {"compile": True}}, r"train\.compile=true"),
+        ({"optim": {"per_block": True}, "train": {"capture": True}}, r"train\.capture=true"),
+    ],
+)
+def test_what_keeps_more_than_one_block_there_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build(settings(**merge(changes, {"train": {"resident": True}})))
+
+
 def test_resuming_twice_and_after_the_last_batch_of_an_epoch(tmp_path: Path) -> None:
     config = settings()
     whole = finish(build(config))

@@ -33,7 +33,9 @@ def plan(
     rates: Annotated[
         str | None,
         typer.Option(
-            help="TFLOP/s and GB/s of the device that will train, 30,500; default measured here.", show_default=False
+            help="TFLOP/s and GB/s of the device that will train, and GB/s of its link to the host: 30,500,25; default "
+            "measured here.",
+            show_default=False,
         ),
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw memory against time here.", show_default=False)] = None,
@@ -77,7 +79,10 @@ def _rates(text: str) -> Any:
     from localgrad.planning import Rates
 
     try:
-        tflops, bandwidth = map(float, text.split(","))
+        tflops, bandwidth, *rest = map(float, text.split(","))
+        (link,) = rest or [Rates.link / 1e9]
     except ValueError as error:
-        raise ConfigError(f"--rates {text} is not two numbers; write TFLOP/s and GB/s, --rates 30,500") from error
-    return Rates(tflops * 1e12, bandwidth * 1e9)
+        raise ConfigError(
+            f"--rates {text} is not two or three numbers; write TFLOP/s and GB/s, --rates 30,500, and GB/s of the link"
+        ) from error
+    return Rates(tflops * 1e12, bandwidth * 1e9, link=link * 1e9)

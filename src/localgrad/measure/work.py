@@ -33,17 +33,19 @@ class Rates:
         bytes: read and written by everything else.
         start: seconds that starting an operation takes, whatever its size; 0 for a GPU, which gets the next operation
             while one runs.
+        link: bytes copied between host and device; that of 16 lanes of PCI Express 4 where it is not known.
     """
 
     flops: float
     bytes: float
     start: float = 0.0
+    link: float = 25e9
 
     def __post_init__(self) -> None:
-        if not (self.flops > 0 and self.bytes > 0 and self.start >= 0):
+        if not (self.flops > 0 and self.bytes > 0 and self.start >= 0 and self.link > 0):
             raise ConfigError(
-                f"rates: {self.flops} FLOP/s, {self.bytes} bytes/s, {self.start} s; the first two must be above 0, the "
-                "last at least 0. Write for instance Rates(flops=30e12, bytes=500e9)"
+                f"rates: {self.flops} FLOP/s, {self.bytes} bytes/s, {self.start} s, {self.link} bytes/s of the link; "
+                "start must be at least 0, the others above 0. Write for instance Rates(flops=30e12, bytes=500e9)"
             )
 
 
@@ -65,7 +67,18 @@ def measure_rates(device: torch.device | None = None, dtype: torch.dtype = torch
         addition = seconds(lambda: values + 1)
     one = torch.ones(1, requires_grad=True)
     start = 0.0 if device.type == "cuda" else seconds(lambda: [one + 1 for _ in range(1000)]) / 1000
-    return Rates(flops / convolution, 2 * values.numel() * values.element_size() / addition, start)
+    bandwidth = 2 * values.numel() * values.element_size() / addition
+    return Rates(flops / convolution, bandwidth, start, measure_link(device, rounds))
+
+
+def measure_link(device: torch.device, rounds: int = 5) -> float:
+    """Bytes a second from pinned memory of the host to a device; on a CPU from one place of its memory to another."""
+    host = torch.empty(2**28 if device.type == "cuda" else 2**24, dtype=torch.uint8)
+    there = torch.empty_like(host, device=device)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    seconds = in_turns([lambda: there.copy_(host, non_blocking=True)], rounds, device, warm=2)[0]
+    return host.numel() / statistics.median(seconds)
 
 
 class Work(TorchDispatchMode):

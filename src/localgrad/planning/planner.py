@@ -29,7 +29,8 @@ from localgrad.measure.work import Rates, Work
 from localgrad.method import Accumulate, Method
 from localgrad.network import LocalNetwork
 from localgrad.partition import AuxiliaryBytes, Cut, Partition, by_bytes
-from localgrad.partition.choose import Held, unit_storages
+from localgrad.partition.choose import Held, features_at, unit_storages
+from localgrad.residence import Residence
 from localgrad.spans import groups
 from localgrad.task import Task
 from localgrad.tasks import classification
@@ -93,6 +94,46 @@ class Predicted:
     flops: int
     seconds: float
     batchnorm: bool
+
+
+class Visits(NamedTuple):
+    """What a step of a resident network was found to need.
+
+    Args:
+        kept: bytes of weights that stay on the device, and of their state.
+        weights, state: those of the blocks that are there, and come, where they hold most.
+        peak: gradients and everything else that comes and goes at the fullest moment, batch included.
+        fetched, written: bytes over the link in a step; ``alone`` those of them that nothing hides, of the first block
+            and of the last.
+        flops, seconds: as of `Predicted`, copies left out.
+    """
+
+    kept: int
+    weights: int
+    state: int
+    peak: tuple[int, int]
+    fetched: int
+    written: int
+    alone: int
+    flops: int
+    seconds: float
+
+
+class _Stepping(torch.optim.Optimizer):
+    """An optimizer that computes nothing: it keeps ``states`` copies of its parameters.
+
+    It steps one after the other, and has three copies of one of them meanwhile, as AdamW on a CPU (fused: none).
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], states: int) -> None:
+        super().__init__(parameters, {})
+        for parameter in parameters:
+            self.state[parameter] = {f"state {k}": torch.zeros_like(parameter) for k in range(states)}
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        stepped = [parameter for parameter in self.state if parameter.grad is not None]
+        copies = [torch.empty_like(max(stepped, key=Tensor.numel)) for _ in range(3) if stepped]
+        copies.clear()
 
 
 class Planner:
@@ -194,6 +235,12 @@ class Planner:
             warnings.simplefilter("ignore", UserWarning)  # of blocks that are cut badly: others are tried beside them
             return localize(self.model, method, where, example=self.example)
 
+    def waiting(self, cuts: Sequence[str]) -> int:
+        """Bytes of the features between the blocks, of the whole batch."""
+        with _Shapes(), torch.device("meta"):
+            found = features_at(self.partition, self.partition.named(cuts))
+        return sum(features.nbytes for features in found) * self.batch // len(self.example)
+
     def _targets(self, samples: int) -> Any:
         if self.targets is not None:
             return _repeated(self.targets, samples)
@@ -223,17 +270,85 @@ class Planner:
                 "localgrad.costs.cost"
             ) from error
 
-    def _step(self, network: LocalNetwork, method: Method) -> Predicted:
+    def visits(self, network: LocalNetwork, method: Method, states: int) -> Visits:
+        """Run a step in which blocks come to the device one by one and step there, as `step` does.
+
+        Args:
+            network, method: as for `step`.
+            states: copies of the parameters that the optimizer keeps.
+        """
+        with self.mode:
+            network, x, y, images = self._ready(network, method)
+            residence = network.residence = Residence(network, self.device)
+            residence.settle()
+            optimizers = [_Stepping(network.block_parameters(k), states) for k in range(network.num_blocks)]
+            for optimizer in optimizers:
+                residence.follow(optimizer)
+            blocks = [list(residence.tensors_of(k)) for k in range(network.num_blocks)]
+            back = [[t for t in block if t.requires_grad or not isinstance(t, nn.Parameter)] for block in blocks]
+            trained = [p for p in network.parameters() if p.requires_grad]
+            work, tracker = Work(self.rates), LiveBytes(trained)
+            done: list[_Done] = []
+
+            def step(block: int) -> None:
+                live = tracker.current - residence.here
+                done.append(_Done(block, len(tracker.timeline), live, tracker.gradients))
+                optimizers[block].step()
+                optimizers[block].zero_grad()
+
+            with tracker, work:
+                for _, loss in local_losses(network, x, y, autocast=self.autocast, on_block_done=step):
+                    loss.backward()
+                del loss
+            each = [_size(list(residence.tensors_of(k, training=False))) for k in range(network.num_blocks)]
+            kept = _size(residence.kept) + states * _size([t for t in residence.kept if t.requires_grad])
+        timeline = self._waited(tracker.timeline, done, network, method)
+        live, gradients = max(timeline)
+        given = _size([x, *tensors_in(y)]) * self.batch // images
+        peak = (gradients, live - gradients + given)
+        sizes = [_size(block) for block in blocks]
+        fullest = max(range(len(blocks)), key=lambda k: sum(sizes[k : k + 2]))
+        weights = sum(each[fullest : fullest + 2])
+        # What is predicted for the copies as operations of the device; they run beside its own.
+        copied = (2 * residence.fetched + 3 * residence.written) / self.rates.bytes
+        copied += self.rates.start * sum(map(len, (*blocks, *back)))
+        share = self.batch / images
+        return Visits(
+            kept=kept,
+            weights=weights,
+            state=sum(sizes[fullest : fullest + 2]) - weights,
+            peak=peak,
+            fetched=residence.fetched,
+            written=residence.written,
+            alone=sizes[0] + _size(back[-1]),
+            flops=round(work.flops * share),
+            seconds=(work.seconds - copied) * share,
+        )
+
+    def _ready(self, network: LocalNetwork, method: Method) -> tuple[LocalNetwork, Tensor, Any, int]:
+        """The network to run on fake tensors, with at most two micro-batches, their inputs, targets and images."""
         parts = method.micro_batches
         images = self.batch if parts == 1 else 2 * -(-self.batch // parts)
-        ran = min(parts, 2)
+        network = _without_data(network, self._fake)
+        network.method = replace(method, accumulate=Accumulate(min(parts, 2), method.accumulate.wait))
+        network.train()
+        x = torch.empty(images, *self.shape, device=self.device, dtype=self.dtype)
+        with torch.device(self.device):
+            y = self._targets(images)
+        return network, x, y, images
+
+    def _waited(
+        self, timeline: list[tuple[int, int]], done: Sequence[_Done], network: LocalNetwork, method: Method
+    ) -> list[tuple[int, int]]:
+        """The timeline with what waits of the micro-batches that were not run."""
+        if method.micro_batches <= 2:
+            return timeline
+        lasts = {group[-1] for group in groups(network.spans(0), network.num_blocks)}
+        return _with_waiting(timeline, [one for one in done if one.block in lasts], method.micro_batches)
+
+    def _step(self, network: LocalNetwork, method: Method) -> Predicted:
         with self.mode:
-            network = _without_data(network, self._fake)
-            network.method = replace(method, accumulate=Accumulate(ran, method.accumulate.wait))
-            network.train()
-            x = torch.empty(images, *self.shape, device=self.device, dtype=self.dtype)
-            with torch.device(self.device):
-                y = self._targets(images)
+            network, x, y, images = self._ready(network, method)
             trained = [p for p in network.parameters() if p.requires_grad]
             sizes = [_size(network.block_parameters(k)) for k in range(network.num_blocks)]
             work, tracker = Work(self.rates), LiveBytes(trained)
@@ -246,10 +361,7 @@ class Planner:
                 for _, loss in local_losses(network, x, y, autocast=self.autocast, on_block_done=note):
                     loss.backward()
                 del loss
-            lasts = {group[-1] for group in groups(network.spans(0), network.num_blocks)}
-        timeline = tracker.timeline
-        if parts > ran:
-            timeline = _with_waiting(timeline, [one for one in done if one.block in lasts], parts)
+        timeline = self._waited(tracker.timeline, done, network, method)
         given = _size([x, *tensors_in(y)]) * self.batch // images  # the whole batch waits on the device
         # The optimizer makes one copy of what it steps (torch's multi-tensor SGD with weight decay, and AdamW).
         whole = max([*timeline, (2 * _size(trained), _size(trained))])

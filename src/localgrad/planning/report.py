@@ -11,6 +11,7 @@ from localgrad.measure.plots import INK, REFERENCES, log_scale, new_figure, save
 from localgrad.measure.sizes import size
 from localgrad.measure.tables import aligned
 from localgrad.measure.work import Rates
+from localgrad.planning.streaming import Traffic
 
 EXACT, MICRO, LOCAL = "exact", "exact, BatchNorm over micro-batches", "local"
 OWN_LOSS = "task.loss(model(x), localgrad.Batch(x, y, step=0))"
@@ -23,7 +24,8 @@ class Option:
 
     Args:
         name: for instance ``local K=8, per-block step``.
-        kind: ``plain``, ``accumulation``, ``checkpointing`` or ``local``.
+        kind: ``plain``, ``accumulation``, ``checkpointing``, ``local``, ``resident`` (local, one block on the device at
+            a time), or ``offloaded``: what others move to the host, by formula and for comparison only.
         method: the expression that makes the method, for instance ``localgrad.methods.dgl(task)``.
         cuts: paths of the modules that blocks begin with, as for `localgrad.localize`; ``recompute`` the indices of
             the blocks that are recomputed unit by unit.
@@ -36,6 +38,7 @@ class Option:
         flops_ratio: FLOPs of a step as a ratio to plain training; ``time_ratio`` the same for its predicted duration.
         update: what the gradients are: ``exact``, ``exact, BatchNorm over micro-batches`` or ``local``.
         fits: whether ``peak`` is within the memory; None without a budget.
+        traffic: between host and device, which is part of ``time_ratio``; None where there is none.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Option:
     time_ratio: float
     update: str
     fits: bool | None = None
+    traffic: Traffic | None = None
 
     @property
     def peak(self) -> int:
@@ -106,8 +110,12 @@ class Plan:
 
     @property
     def recommended(self) -> Option | None:
-        """The fastest option that fits; among those within 5 % of it exact gradients first, then the fewest parts."""
-        fitting = [option for option in self.options if option.fits]
+        """The fastest option that fits; among those within 5 % of it exact gradients first, then the fewest parts.
+
+        One that brings blocks from the host only where no other fits.
+        """
+        fitting = [option for option in self.options if option.fits and option.traffic is None]
+        fitting = fitting or [option for option in self.options if option.fits and option.kind == "resident"]
         if not fitting:
             return None
         if fitting[0].kind == "plain":
@@ -133,10 +141,10 @@ class Plan:
             )
         if best.kind == "plain":
             return f"Plain training fits ({size(best.peak)}): you need none of this library to train this model."
-        exact = [o for o in self.options if o.fits and o.kind != "local"]
+        exact = [o for o in self.options if o.fits and o.kind not in ("local", "resident")]
         text = f"Plain training does not fit ({size(self.options[0].peak)}). Use {best.name}: {size(best.peak)}, "
         text += f"{best.time_ratio:.2f} of the time of a plain step, gradients {best.update}."
-        if best.kind != "local":
+        if best.kind not in ("local", "resident"):
             return text + " Local learning is not needed."
         if exact:
             other = min(exact, key=lambda option: option.time_ratio)
@@ -177,6 +185,8 @@ class Plan:
         ]
         arguments = "network, x, y, step" + ", autocast=torch.bfloat16" * bf16
         if option.per_block:
+            if option.kind == "resident":
+                lines.append('localgrad.resident(network, "cuda" if torch.cuda.is_available() else "cpu")')
             lines += [
                 "blocks = [network.block_parameters(k) for k in range(network.num_blocks)]",
                 f"optimizers = [{make.format('parameters')} for parameters in blocks]",
@@ -196,7 +206,7 @@ class Plan:
         ]
         if not option.per_block:
             lines += ["    optimizer.step()", "    optimizer.zero_grad()"]
-        if option.kind == "local":
+        if option.kind in ("local", "resident"):
             lines.append("    localgrad.exchange(network)")
         return "\n".join(lines)
 
@@ -236,6 +246,8 @@ class Plan:
             least = min(cut, key=lambda option: option.activations)
             notes += f"; {least.name} needs {least.activations / self.largest_unit:.2f} times that for activations"
         notes += "."
+        streamed = [(o, o.traffic) for o in self.options if o.traffic is not None and o.kind == "resident"]
+        notes += "".join(f"\n{traffic.told(o.name, o.micro_batches, self.rates)}" for o, traffic in streamed)
         skipped = [f"Left out: {reason}" for reason in self.skipped]
         return "\n".join([title, *lines, notes, *skipped, "", self.verdict])
 
@@ -251,6 +263,9 @@ _STYLES = {
     "local, recomputed, per-block step": ("<", "#8e44ad"),
     "local, micro-batches": ("P", "#d35400"),
     "local, micro-batches, per-block step": ("X", "#d35400"),
+    "resident, per-block step": ("D", "#16a085"),
+    "resident, micro-batches, per-block step": ("d", "#16a085"),
+    "offloaded": ("1", INK),
 }  # marker and color
 
 
@@ -271,6 +286,7 @@ def _draw(plan: Plan, path: Path) -> None:
         axis.plot(x, y, marker=marker, color=color, linewidth=1, alpha=0.85, label=group, markersize=7)
         for option, a, b in zip(members, x, y, strict=True):
             note = f"x{option.micro_batches}" if option.micro_batches > 1 else f"K={option.num_blocks}"
+            note = option.name if option.kind == "offloaded" else note
             crowded = any(abs(math.log(a / c)) < 0.04 and abs(b - d) < 0.02 for c, d in labelled)
             if option.kind != "plain" and not crowded:
                 labelled.append((a, b))

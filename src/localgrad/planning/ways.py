@@ -24,6 +24,7 @@ from localgrad.network import LocalNetwork
 from localgrad.partition.choose import Held
 from localgrad.planning.planner import PRECISIONS, Planner, Predicted
 from localgrad.planning.report import EXACT, LOCAL, MICRO, Option, Plan
+from localgrad.planning.streaming import exact_ways, traffic
 from localgrad.spec import MethodSpec, as_code, build_method, parse_method
 from localgrad.task import Task
 
@@ -281,6 +282,8 @@ class _Ways:
             network = self.planner.network(self.local, leanest.cuts, again)
             label = f"local K={leanest.num_blocks}" + ", units recomputed" * bool(again) + ", accumulation"
             self.accumulated(label, "local", network, self.local, self.text, least=1, recompute=again)
+            self.offloaded()
+            self.resident()
         return self.options, self.skipped
 
     def counts(self) -> list[int]:
@@ -343,6 +346,67 @@ class _Ways:
             self.add(f"{label} x{parts}", kind, network, several, wrapped, recompute=recompute)
             parts, tried = 2 * parts, tried + 1
 
+    def resident(self) -> None:
+        """Local learning in as many blocks as there are, each on the device only while it runs; until one way fits."""
+        planner, plain = self.planner, self.plain
+        assert plain is not None
+        cuts = [cut.name for cut in planner.cuts(self.counts()[-1], self.local, "own")]
+        network = planner.network(self.local, cuts)
+        parts = 1
+        while parts <= min(MOST_PARTS, max(1, planner.batch // 2)):
+            method = methods.accumulation(self.local, parts=parts) if parts > 1 else self.local
+            text = f"localgrad.methods.accumulation({self.text}, parts={parts})" if parts > 1 else self.text
+            visits = planner.visits(network, method, self.states)
+            moved = visits.fetched + visits.written
+            copies = traffic(moved, visits.alone, visits.seconds, plain.seconds, planner.rates)
+            gradients, rest = visits.peak
+            option = Option(
+                name=f"resident K={network.num_blocks}" + f", accumulation x{parts}" * (parts > 1),
+                kind="resident",
+                method=text,
+                cuts=tuple(cuts),
+                recompute=(),
+                micro_batches=parts,
+                per_block=True,
+                weights=visits.kept + visits.weights,
+                optimizer=visits.state,
+                gradients=gradients,
+                activations=rest - visits.weights - visits.state,
+                flops_ratio=visits.flops / plain.flops,
+                time_ratio=copies.time,
+                update=LOCAL,
+                traffic=copies,
+            )
+            self.options.append(self.judged(option))
+            if self.options[-1].fits is not False:
+                return
+            parts *= 4
+
+    def offloaded(self) -> None:
+        """What others move to the host, on top of plain training and of the leanest checkpointing."""
+        planner, plain = self.planner, self.plain
+        assert plain is not None
+        ways = [self.options[0]]
+        if any(option.kind == "checkpointing" for option in self.options):
+            ways.append(self.leanest("checkpointing"))
+        finest = planner.network(self.e2e, [cut.name for cut in planner.cuts(self.counts()[-1], self.e2e)])
+        unit = max(sum(p.nbytes for p in finest.parameters_of(k)) for k in range(finest.num_blocks))
+        for option in ways:
+            waiting = planner.waiting(option.cuts) // option.micro_batches
+            computing = option.time_ratio * plain.seconds
+            for name, differing, moved, alone in exact_ways(option, plain.trained, plain.weights, unit, waiting):
+                times = option.micro_batches if "FSDP2" in name or "checkpoints" in name else 1
+                copies = traffic(times * moved, alone, computing, plain.seconds, planner.rates)
+                made = replace(
+                    option, name=option.name + name, kind="offloaded", time_ratio=copies.time, traffic=copies,
+                    **differing,
+                )  # fmt: skip
+                self.options.append(self.judged(made))
+
+    def judged(self, option: Option) -> Option:
+        """The option, and whether it fits."""
+        return replace(option, fits=None if self.limit is None else option.peak <= self.limit)
+
     def add(
         self,
         name: str,
@@ -383,4 +447,4 @@ class _Ways:
             known = min((o.peak for o in same), default=math.inf)
             if (by_block and kind != "local") or ((by_block or recompute) and option.peak >= 0.98 * known):
                 continue
-            self.options.append(replace(option, fits=None if self.limit is None else option.peak <= self.limit))
+            self.options.append(self.judged(option))

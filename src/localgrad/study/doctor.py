@@ -14,6 +14,7 @@ import torch
 from localgrad import __version__, data
 from localgrad.config import Config, DataConfig
 from localgrad.data.loaders import Files, Loader
+from localgrad.measure.work import measure_link
 from localgrad.train.experiment import device_of, load_data
 
 OPTIONAL = {
@@ -36,6 +37,8 @@ def findings() -> list[dict[str, str]]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             rows.append(_row(f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
+            link = measure_link(torch.device("cuda", index)) / 1e9
+            rows.append(_row(f"link to cuda:{index}", f"{link:.1f} GB/s", "from pinned memory; see plan --rates"))
     else:
         rows.append(_row("CUDA", "no device", "training runs on the CPU"))
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1

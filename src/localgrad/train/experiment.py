@@ -27,6 +27,7 @@ from localgrad.models import freeze_batchnorm, load_pretrained
 from localgrad.network import LocalNetwork
 from localgrad.randomness import random_states, seeded, set_random_states
 from localgrad.recipes import safe_yaml
+from localgrad.residence import resident
 from localgrad.spec import MethodSpec, build_method
 from localgrad.task import Task
 from localgrad.train import loggers
@@ -38,7 +39,7 @@ from localgrad.train.optim import BUILT_IN, Stepper
 # Settings that may change in mid-run, since they do not decide what it comes to.
 FREE = (
     "beside", "about", "data.root", "data.workers",
-    "train.checkpoint_every", "train.device", "train.threads", "train.profile", "train.loggers",
+    "train.checkpoint_every", "train.device", "train.threads", "train.profile", "train.loggers", "train.resident",
 )  # fmt: skip
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -96,7 +97,9 @@ class Experiment:
 
     @property
     def steps_as(self) -> str:
-        """How its steps ran on a CUDA device, if not as they are and without a word."""
+        """How its steps ran, if not as they are and without a word."""
+        if self.network.residence is not None:
+            return str(self.network.residence)
         if self.captured is not None:
             return str(self.captured)
         return f"no CUDA graphs: a step {self.capture_remark}" if self.capture_remark else ""
@@ -179,7 +182,8 @@ class Average(AveragedModel):
 
     def __init__(self, network: LocalNetwork, decay: float) -> None:
         move = get_ema_multi_avg_fn(decay)
-        super().__init__(network, device=network.device, multi_avg_fn=move, use_buffers=True)
+        device = network.device if network.residence is None else None  # where the weights wait
+        super().__init__(network, device=device, multi_avg_fn=move, use_buffers=True)
         self.move: Callable[..., None] = move
         self.begun = False
 
@@ -420,14 +424,17 @@ def build(config: Config, replica: int = 0, num_replicas: int = 1) -> Experiment
         ConfigError, DataError, PartitionError, MethodError: what is wrong, in one paragraph.
     """
     loggers.known(config.train.loggers)
+    check_resident(config)
     device = set_up_torch(config)
     loaded = load_data(config, device, replica, num_replicas)
     network = build_network(
         config,
         build_task(config, loaded.num_classes, loaded.mean, loaded.std, loaded.kind, loaded.classes),
         loaded.input_shape,
-        device,
+        torch.device("cpu") if config.train.resident else device,
     )
+    if config.train.resident:
+        resident(network, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     capture, remark = captures(config, network)
     stepper = Stepper(network, config.optim, scaler, capture)
@@ -442,13 +449,29 @@ def build(config: Config, replica: int = 0, num_replicas: int = 1) -> Experiment
     return Experiment(config, loaded, network, stepper, average, Meter(network), capture_remark=remark)
 
 
+def check_resident(config: Config) -> None:
+    """Raise `ConfigError` for settings that keep more than one block on the device."""
+    if not config.train.resident:
+        return
+    if not config.optim.per_block:
+        raise ConfigError(
+            "train.resident=true with optim.per_block=false: a step at the end would need the gradients of all blocks; "
+            "add optim.per_block=true"
+        )
+    for name in ("compile", "capture"):
+        if getattr(config.train, name) is True:
+            raise ConfigError(
+                f"train.resident=true with train.{name}=true, which keeps track of where weights are; leave one out"
+            )
+
+
 def captures(config: Config, network: LocalNetwork) -> tuple[bool, str]:
     """Whether steps are to be recorded as CUDA graphs, and why not where ``train.capture=auto`` would have them so.
 
     Raises:
         ConfigError: ``train.capture=true``, and steps cannot be recorded.
     """
-    reason = unfit(network.method)
+    reason = unfit(network.method) if network.residence is None else "fetches blocks as it goes"
     if config.train.precision == "fp16":
         reason = "scales fp16 losses, which reads gradients back; bf16 does not"
     if config.optim.name not in BUILT_IN:

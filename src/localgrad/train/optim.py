@@ -57,13 +57,19 @@ def learning_rate(config: OptimConfig, epoch: int, progress: float, epochs: int)
     return 0.5 * config.lr * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor | None = None) -> torch.optim.Optimizer:
+def build(
+    config: OptimConfig,
+    parameters: Sequence[nn.Parameter],
+    rate: Tensor | None = None,
+    place: torch.device | None = None,
+) -> torch.optim.Optimizer:
     """SGD or AdamW over ``parameters``; for all of them at once in small networks, on CUDA in one kernel.
 
     Args:
         config: which, and its settings.
         parameters: on one device.
         rate: the learning rate as a scalar on that device, for steps that are captured; None for ``config.lr``.
+        place: where they are when it steps; None for where they are now.
 
     Raises:
         ConfigError: no such optimizer, or options that it does not take.
@@ -71,7 +77,7 @@ def build(config: OptimConfig, parameters: Sequence[nn.Parameter], rate: Tensor 
     if config.name not in BUILT_IN:
         return _named(config, parameters, rate)
     lr = config.lr if rate is None else rate
-    device = parameters[0].device.type
+    device = (place or parameters[0].device).type
     # On the CPU fused kernels would round otherwise than one parameter after the other, and ``foreach`` needs as much
     # memory again as the gradients: for small networks, where starting operations is what costs.
     small = device == "cpu" and not config.per_block and sum(parameter.numel() for parameter in parameters) <= SMALL
@@ -180,7 +186,7 @@ class Stepper:
                 f"optim.per_block: block {idle} has nothing to train; unfreeze it or switch per_block off"
             )
         self.rate = torch.tensor(config.lr, device=network.device) if capture else None
-        self.optimizers = [build(config, parameters, self.rate) for parameters in self.parameters]
+        self.optimizers = [build(config, parameters, self.rate, network.device) for parameters in self.parameters]
         for index, parameter in enumerate(trained if config.in_backward else ()):
             parameter.register_post_accumulate_grad_hook(partial(self._step_parameter, index))
         patterns = network.method.spans.patterns(network.num_blocks)

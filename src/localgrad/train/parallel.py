@@ -212,6 +212,8 @@ def _check(config: Config, layout: Layout) -> None:
         raise ConfigError("--parallel trains one method; add beside=[]")
     if config.train.precision == "fp16" and layout.block > 1:
         raise ConfigError("train.precision=fp16 scales the loss of all blocks by one number; use bf16 with block > 1")
+    if config.train.resident and layout.block > 1:
+        raise ConfigError("train.resident=true has all blocks in one process; leave it out with block > 1")
     if config.train.capture is True:
         raise ConfigError("train.capture=true records the steps of one process; leave it out with --parallel")
     if config.train.profile is not None:
