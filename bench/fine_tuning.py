@@ -29,7 +29,7 @@ from localgrad.costs import cost
 from localgrad.method import Method
 from localgrad.study.rows import add_row, read_rows
 
-SIDE, BATCH, IMAGES, EPOCHS, RATES = 16, 64, 2000, 10, (0.01, 0.05)
+SIDE, BATCH, IMAGES, EPOCHS, RATES = 16, 64, 2000, 10, (0.01, 0.05, 0.2)
 TASK = localgrad.tasks.classification(10)
 
 

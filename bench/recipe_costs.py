@@ -73,7 +73,7 @@ def text_entry(config: Config) -> dict[str, Any]:
     """The same of a recipe for text, for a million tokens of it."""
     vocabulary = 256 if config.data.tokenizer == "bytes" else config.data.tokenizer
     assert isinstance(vocabulary, int)
-    kept = {"data": {"name": config.data.name}}
+    kept = {"data": {"name": config.data.name}, "task": config.task}
     kept |= {key: value for key, value in dataclasses.asdict(config).items() if key in ("model", "blocks", "method")}
     found, reference = (
         measured((config.data.context,), vocabulary, json.dumps(kept | changes))

@@ -26,6 +26,8 @@ PUBLIC = {
     "localgrad.layout": "Forms of features",
     "localgrad.models": "Networks",
     "localgrad.data": "Data",
+    "localgrad.data.text": "Text",
+    "localgrad.train.loggers": "Experiment tracking",
     "localgrad.planning": "What fits in memory",
     "localgrad.recompute.pointwise": "Pointwise recomputation",
     "localgrad.measure.memory": "Bytes alive in a step",

@@ -61,7 +61,7 @@ class DataConfig:
         _require(0 <= self.validation < 1, f"data.validation={self.validation}; it must be a fraction in [0, 1)")
         _whole("data.workers", self.workers, 0, _PROCESSES)
         _whole("data.limit", self.limit, 1, _MOST)
-        _whole("data.context", self.context, 2, 2**24)
+        _whole("data.context", self.context, 2, 2**16)
         for name in ("image_size", "crop_size", "longest_side"):
             sides = getattr(self, name)
             for side in sides if isinstance(sides, tuple) else (sides,):

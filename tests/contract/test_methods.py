@@ -480,7 +480,7 @@ def test_print_shows_what_differs_and_repr_is_exact() -> None:
     method = methods.pgl(methods.man(methods.infopro(task)))
     shown = str(method)
     assert len(shown) <= 300 and len(shown.splitlines()) > 4 and "bound method" not in shown
-    assert shown in (Path(__file__).parents[2] / "README.md").read_text()
+    assert shown in (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
     assert "decay" not in shown and "decay=0.9" in str(methods.man(methods.dgl(task), decay=0.9))
     assert "decay=0.995" in repr(method)
 

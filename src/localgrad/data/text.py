@@ -124,9 +124,10 @@ def load(
         >>> inputs, targets = next(data.train.epoch(0))
         >>> inputs.shape, data.num_classes
         (torch.Size([4, 16]), 256)
+        >>> folder.cleanup()
     """
-    if isinstance(context, bool) or not 2 <= context <= 2**24:
-        raise ConfigError(f"context={context}; a window has at least 2 tokens")
+    if isinstance(context, bool) or not 2 <= context <= 2**16:
+        raise ConfigError(f"context={context}; a window has 2 to {2**16} tokens")
     device, path = torch.device(device), _path(name, root)
     documents = _documents(path)
     words, streams = _streams(documents, tokenizer)

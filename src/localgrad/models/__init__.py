@@ -128,7 +128,10 @@ def create(
     library, _, short = name.rpartition(":")
     if library == "transformers":
         if image_size is not None:
-            raise ConfigError(f"{name} reads tokens, and these are images; text is written text:PATH (data.name)")
+            raise ConfigError(
+                f"{name} reads tokens; train it on text, written text:PATH. Only models of images can be planned, "
+                "summarised and run by bench and simulate"
+            )
         return causal_lm(short, num_classes, context, options)
     if context is not None and not named.is_named(name):
         raise ConfigError(

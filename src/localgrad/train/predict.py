@@ -40,7 +40,7 @@ class Trained:
     config: Config
     kind: str
     classes: tuple[str, ...]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     min_score: float = 0.3
@@ -61,14 +61,15 @@ class TrainedOn:
 
     kind: str
     classes: list[str]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     mean: list[float]
     std: list[float]
 
     def __post_init__(self) -> None:
-        channels, *sides = self.input_shape
-        if not (1 <= channels <= 1024 and all(1 <= side <= 2**16 for side in sides)):
-            raise ValueError(f"input_shape={list(self.input_shape)} is no (C, H, W) of an image")
+        image = len(self.input_shape) == 3
+        channels = self.input_shape[0] if image else 0  # text has none
+        if not (image or len(self.input_shape) == 1) or not all(1 <= side <= 2**16 for side in self.input_shape):
+            raise ValueError(f"input_shape={list(self.input_shape)} is neither (C, H, W) of an image nor (T,) of text")
         if not 1 <= len(self.classes) <= 2**20:
             raise ValueError(f"{len(self.classes)} classes; there is at least 1")
         if not (len(self.mean) == len(self.std) == channels):
@@ -110,7 +111,7 @@ def load_trained(run_dir: Path, device: str = "auto") -> Trained:
     config, told = read_config(run_dir), _trained_on(run_dir / RESULT)
     kind = task_name(config, told.kind)
     if kind not in SHOWN:
-        raise DataError(f"no way to show the answers of a {kind} network; known: {', '.join(SHOWN)}")
+        raise DataError(f"a {kind} network answers no pictures, as those for {', '.join(SHOWN)} do; load its weights")
     if not named.is_named(config.data.name) and told.kind != data.kind_of(config.data.name):
         raise CheckpointError(
             f"{run_dir / RESULT} says {told.kind}, but {config.data.name} is for {data.kind_of(config.data.name)}"
@@ -183,7 +184,8 @@ def _sized(read: Any, picture: Tensor, trained: Trained) -> Tensor:
     if trained.kind not in ("segmentation", "detection"):
         if data.reads_files(trained.config.data.name):
             return folders.transforms(trained.input_shape[1])[1](read, 0)[0].as_subclass(Tensor)
-        size = trained.input_shape[1:]
+        _, height, width = trained.input_shape
+        size = height, width
     return picture if size is None else resize(picture, list(size), antialias=True)  # type: ignore[arg-type]
 
 
