@@ -123,6 +123,21 @@ class _Unit(NamedTuple):
     buffers: list[Place]
 
 
+_ALL: weakref.WeakSet[Residence] = weakref.WeakSet()
+
+
+@functools.cache
+def _listen() -> None:
+    """Be told of every optimizer that steps, for good: torch iterates over hooks, and none may go meanwhile."""
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for residence in list(_ALL):
+        if optimizer not in residence._known:
+            residence.follow(optimizer)
+
+
 class Residence:
     """Which blocks of a network are on the device; see `resident`.
 
@@ -149,13 +164,8 @@ class Residence:
         self._steppers: dict[int, tuple[torch.optim.Optimizer, bool]] = {}
         self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._hooks: list[Any] = []
-        myself = weakref.ref(self)
-
-        def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            if (residence := myself()) is not None and optimizer not in residence._known:
-                residence.follow(optimizer)
-
-        weakref.finalize(self, register_optimizer_step_pre_hook(before_step).remove)
+        _listen()
+        _ALL.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Residence:
         stream = None if self._stream is None else torch.cuda.Stream(self.device)

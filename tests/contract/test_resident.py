@@ -473,3 +473,26 @@ def test_frozen_weights_come_and_are_not_written_back() -> None:
     fetched, written = residence.fetched - before[0], residence.written - before[1]
     assert fetched - written == frozen - runs[0].network.model.layers[1].norm2.weight.nbytes
     assert torch.equal(*(run.network.model.layers[1].norm2.weight for run in runs))
+
+
+def test_a_network_that_is_collected_while_an_optimizer_steps_harms_nobody() -> None:
+    """A cycle holds it, so that the collector decides when it goes: here as another hook of the same step runs."""
+    import gc
+
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], 0.5)
+    parameter.grad = torch.ones(2)
+    first = register_optimizer_step_pre_hook(lambda *_: (gc.collect(), None)[1])
+    try:
+        x = torch.randn(4, 4)
+        model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(2)))
+        network = localgrad.localize(model, localgrad.methods.dgl(localgrad.tasks.classification(4)), 2, example=x)
+        localgrad.resident(network, "cpu")
+        network.cycle = [network]
+        del network, model
+        optimizer.step()
+    finally:
+        first.remove()
+    assert torch.equal(parameter.detach(), torch.full((2,), 0.5))

@@ -64,6 +64,7 @@ class RunFolder:
         self.first = True  # of the processes that train the run: the one that writes what people read
         self.checkpoints: Checkpoints | None = None
         self._lock = FileLock(path / LOCK)
+        self._begun = False  # by this process, whose settings lie there
         self.key = uuid.uuid4().hex[:12]  # by which trackers know the run
         self._loggers: Loggers | None = None
 
@@ -145,6 +146,7 @@ class RunFolder:
         sealed.write(self.path / CONFIG, sealed.yaml_text(settings))
         self.key = self.begun().get("key", self.key)
         sealed.write(self.path / RUN, sealed.json_text({"job": job, "wire": wire, "key": self.key}))
+        self._begun = True
 
     def open(self, run: Experiment, timeout: timedelta | None = None) -> str | None:
         """Prepare to save and, where the run continues, restore it; returns a remark to show, if any.
@@ -191,8 +193,16 @@ class RunFolder:
         return True
 
     def save(self, run: Experiment) -> None:
-        """Write a checkpoint, unless the run is spoilt: a loss that was not finite raises `TrainingError`."""
+        """Write a checkpoint, unless the run is spoilt: a loss that was not finite raises `TrainingError`.
+
+        Raises:
+            CheckpointError: the directory is gone; it is not made anew, as settings and lock went with it.
+        """
         assert self.checkpoints is not None
+        if self._begun and not (self.path / CONFIG).is_file():
+            raise CheckpointError(
+                f"the run directory {self.path}/ is gone, or its {CONFIG}: nothing can be saved there"
+            )
         run.meter.check_finite(run.step)
         replicas = run.network.replicas
         if replicas is not None:
