@@ -27,7 +27,6 @@ PUBLIC = {
     "localgrad.models": "Networks",
     "localgrad.data": "Data",
     "localgrad.data.text": "Text",
-    "localgrad.train.loggers": "Experiment tracking",
     "localgrad.planning": "What fits in memory",
     "localgrad.recompute.pointwise": "Pointwise recomputation",
     "localgrad.measure.memory": "Bytes alive in a step",

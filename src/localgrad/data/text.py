@@ -1,8 +1,12 @@
 """Plain text as sequences of tokens, packed without padding and mapped from disk.
 
-documents   |first play|second play|third ...          files, in the order of their paths
-stream      first play\\0second play\\0third ...\\0       one separator after each
-windows       [context ][context ][context ]           an epoch of training begins at a place of its own
+::
+
+    documents   |first play|second play|third ...          files, in the order of their paths
+    stream      first play\\0second play\\0third ...\\0       one separator after each
+    windows       [context ][context ][context ]           an epoch of training begins at a place of its own
+
+Windows of an epoch do not overlap.
 """
 
 from __future__ import annotations
