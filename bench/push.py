@@ -79,8 +79,9 @@ def run(asked: argparse.Namespace) -> None:
         experiment = build(validate(settings_of(way, asked.seed, asked.epochs), "bench/push.py"))
         inputs, targets = next(iter(experiment.data.train.epoch(0)))
         step = cost(experiment.network, inputs.contiguous(memory_format=torch.channels_last), targets)
+        print(key, flush=True)
         started = time.process_time()
-        train(experiment, lambda _: None, lambda state: print(key, state.epoch, flush=True))
+        train(experiment, lambda _: None, lambda state: print(state.epoch, flush=True))
         row = {
             "run": key,
             "way": way,
@@ -126,5 +127,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=10)
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     {"run": run, "table": table}[asked.command](asked)
