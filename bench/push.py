@@ -48,6 +48,7 @@ WAYS = {
     "lean(depth=3, factor=4), 5 blocks": Way(5, f"{DEEPER}, {FIRST}"),
     "linear heads, 5 blocks, the second half end to end": Way(5, "{dgl: {head: linear}}", 0.5),
     "lean(depth=3, factor=4), 5 blocks, the second half end to end": Way(5, DEEPER, 0.5),
+    "lean(depth=3), 2 blocks, 2 micro-batches": Way(2, "{lean: {depth: 3}}, {accumulation: {parts: 2}}"),
 }
 
 
