@@ -174,12 +174,10 @@ def lean(path: Path, runs: Path, costs_of_8: Path, costs_of_16: Path) -> None:
     columns = ("activations", "time", "FLOPs")
     with drawing(path, 3, 5.2) as (figure, axes):
         points: list[list[tuple[float, ...]]] = [[], [], []]
-        colors = []
         for number, (name, blocks, spellings, costed, color) in enumerate(_FINALISTS, start=1):
             settings = [(row["settings"], 100 * row["score"]) for row in rows]
             scores = [s for run, s in settings if run["method"] in spellings and run["blocks"]["num_blocks"] == blocks]
             marker = {1: "*", 8: "^", 16: "s"}[blocks]
-            colors.append(INK)
             for axis, column, found in zip(axes, columns, points, strict=True):
                 style = {"color": color, "marker": marker, "label": f"{number}  {name}"}
                 found.append(_scatter(axis, costs[blocks][costed][column], scores, markersize=7, **style))
@@ -191,7 +189,7 @@ def lean(path: Path, runs: Path, costs_of_8: Path, costs_of_16: Path) -> None:
         figure.suptitle("ResNet-32, 20,000 images of CIFAR-10 at 16 pixels, 10 epochs; bars span three seeds")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         for axis, found in zip(axes, points, strict=True):
-            label(axis, found, [str(k + 1) for k in range(len(found))], colors)
+            label(axis, found, [str(k + 1) for k in range(len(found))])
 
 
 def _front(axis: Any, points: list[tuple[float, ...]], **style: Any) -> None:
@@ -218,13 +216,16 @@ def frontier(path: Path, *sources: Path) -> None:
                 shown.setdefault(name, (line, reference_of(lines)))
     names = {"e2e": "end to end", "e2e+checkpointing": "checkpointing", "e2e+accumulation(parts=4)": "accumulation x4"}
     with drawing(path, height=5.4) as (figure, (axis,)):
-        points, texts, colors = [], [], []
+        points, texts = [], []
         for name, (line, reference) in shown.items():
             assert line.cost is not None and reference.cost is not None
             ratio, time = line.cost["activation_bytes"] / reference.cost["activation_bytes"], line.cost["time_ratio"]
-            colors.append(KINDS[line.kind])
-            marker = "o" if line.kind == "local" else "s"
-            points.append(_scatter(axis, ratio, line.scores, color=colors[-1], marker=marker, markersize=6 * time**0.5))
+            style = {
+                "color": KINDS[line.kind],
+                "marker": "o" if line.kind == "local" else "s",
+                "markersize": 6 * time**0.5,
+            }
+            points.append(_scatter(axis, ratio, line.scores, **style))
             texts.append(f"{names.get(name, name)} ({time:.1f})")
         local = [point for point, (line, _) in zip(points, shown.values(), strict=True) if line.kind == "local"]
         _front(axis, points, color=MUTED, label="Pareto front of all ways")
@@ -236,8 +237,9 @@ def frontier(path: Path, *sources: Path) -> None:
         axis.set_xlabel("activations of a step, end to end = 1")
         axis.set_ylabel("test accuracy, last epoch, %")
         axis.set_title("ResNet-32, 20,000 images of CIFAR-10 at 16 pixels, 10 epochs; bars span seeds")
-        figure.legend(loc="outside lower center", ncols=2, title="in brackets, and as area: time of a step")
-        label(axis, points, texts, colors)
+        told = "in brackets, and as area: time of a step, end to end = 1"
+        figure.legend(loc="outside lower center", ncols=2, title=told)
+        label(axis, points, texts)
 
 
 def detection(path: Path, source: Path) -> None:

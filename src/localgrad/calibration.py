@@ -147,5 +147,4 @@ class Curve:
             axis.set_ylabel("accuracy, %")
             axis.set_xlim(left=0)
             axis.legend(loc="lower right")
-            named = [f"block {boundary}" for boundary in self.boundaries[:-1]]
-            label(axis, prefixes, named, [INK] * len(named))
+            label(axis, prefixes, [f"block {boundary}" for boundary in self.boundaries[:-1]])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 WIDTH = 9.0  # inches of every picture: 1,170 dots, of which a page shows about 830
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "figure.titlesize": 11,
     "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.title_fontsize": 9,
     "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
@@ -22,13 +22,13 @@ STYLE = {
 # light, so what is told by colour is told by marker, line or hatch as well.
 INK, MUTED = "#000000", "#6b6b6b"
 BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"
-PALETTE, MARKERS, LINES = (BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY), "os^DvPX", ("-", "--", "-.", ":")
+PALETTE, MARKERS, LINES = (BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY), "os^DvPX<>pd", ("-", "--", "-.", ":")
 REFERENCES = {"end-to-end": INK, "checkpointing": ORANGE, "accumulation": GREEN}  # what is no local learning
 KINDS = {**REFERENCES, "local": BLUE}  # these four differ in grey
 
 
 def series(index: int) -> dict[str, Any]:
-    """Colour, marker and line of one of up to 42 series; neighbours differ in all three."""
+    """Colour, marker and line of a series; neighbours differ in all three, the first eleven in their markers."""
     return {
         "color": PALETTE[index % len(PALETTE)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -75,7 +75,7 @@ def log_scale(axis: Any, values: Sequence[float]) -> None:
 
 
 def label(
-    axis: Any, points: Sequence[tuple[float, ...]], texts: Sequence[str], colors: Sequence[str],
+    axis: Any, points: Sequence[tuple[float, ...]], texts: Sequence[str],
     degrees: Sequence[int] = (0, 35, -35, 90, -90, 180, 145, -145),
 ) -> list[Any]:  # fmt: skip
     """Write a text beside each point, where it covers no point, no bar and no other text; returns the annotations.
@@ -99,25 +99,25 @@ def label(
         ends = [axis.transData.transform((x, end)) for end in bar or (y, y)]
         taken.append(Bbox([ends[0] - 5 * dots, ends[1] + 5 * dots]))
     notes = []
-    for point, (x, y, *_), text, color in zip(at, points, texts, colors, strict=True):
-        if not text:
+    for k in sorted(range(len(points)), key=lambda k: -at[k][0]):  # from the right, as most texts stand to the right
+        if not texts[k]:
             continue
+        line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
         note = axis.annotate(
-            text, (x, y), (0, 0), textcoords="offset points", color=color, fontsize=9, va="center", ha="center",
-            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}, zorder=6,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            texts[k], points[k][:2], (0, 0), textcoords="offset points", color=INK, fontsize=9, va="center",
+            ha="center", arrowprops=line, zorder=6, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
         )  # fmt: skip
         note.set_in_layout(False)
         width, height = note.get_window_extent(renderer).size
         fewest = 2 * len(taken) + 1
         for distance, angle in product((8, 14, 22, 32, 44, 58), map(math.radians, degrees)):
-            x = point[0] + math.cos(angle) * (distance * dots + width / 2)
-            y = point[1] + math.sin(angle) * (distance * dots + height / 2)
+            x = at[k][0] + math.cos(angle) * (distance * dots + width / 2)
+            y = at[k][1] + math.sin(angle) * (distance * dots + height / 2)
             box = Bbox.from_bounds(x - width / 2, y - height / 2, width, height)
             inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
             covered = sum(box.overlaps(other) for other in taken) + (0 if inside else len(taken))
             if covered < fewest:
-                fewest, chosen, offset, far = covered, box, (x - point[0], y - point[1]), distance > 8
+                fewest, chosen, offset, far = covered, box, (x - at[k][0], y - at[k][1]), distance > 8
             if not covered:
                 break
         note.set_position((offset[0] / dots, offset[1] / dots))

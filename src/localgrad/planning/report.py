@@ -276,7 +276,8 @@ def _draw(plan: Plan, path: Path) -> None:
         group += ", recomputed" * (option.kind == "local" and "recomputed" in option.name and not in_parts)
         group += ", per-block step" * option.per_block
         groups.setdefault(group, []).append(option)
-    points, texts, colors = [], [], []
+    points: list[tuple[float, float]] = []
+    texts = []
     with drawing(path, height=6.2) as (figure, (axis,)):
         for group, members in groups.items():
             marker, color = styles.get(group, (".", INK))
@@ -286,10 +287,10 @@ def _draw(plan: Plan, path: Path) -> None:
                       markersize=7)  # fmt: skip
             for option, place in zip(members, places, strict=True):
                 note = f"x{option.micro_batches}" if option.micro_batches > 1 else f"K={option.num_blocks}"
+                note = option.name.rpartition(", ")[2] if option.kind == "offloaded" else note
                 crowded = any(abs(math.log(place[0] / c)) < 0.04 and abs(place[1] - d) < 0.02 for c, d in points)
                 points.append(place)
-                texts.append("" if option.kind in ("plain", "offloaded") or crowded else note)
-                colors.append(color)
+                texts.append("" if option.kind == "plain" or crowded else note)
         if plan.memory is not None:
             for limit, style in ((plan.memory, "-"), (plan.memory * (1 - plan.headroom), ":")):
                 axis.axvline(limit / 2**30, color=INK, linewidth=1, linestyle=style)
@@ -303,4 +304,4 @@ def _draw(plan: Plan, path: Path) -> None:
         axis.set_ylabel("predicted step time, plain training = 1")
         axis.set_title(f"{plan.model}, {plan.batch_size} images, {plan.optimizer}, {plan.precision}")
         figure.legend(loc="outside lower center", ncols=3)
-        label(axis, points, texts, colors)
+        label(axis, points, texts)

@@ -279,7 +279,7 @@ def picture(out: Path, path: Path) -> None:
     columns = ("activations of a step", "time of training", "FLOPs of training")
     with drawing(path, 3, 4.2 + 0.1 * len(shown)) as (figure, axes):
         points: list[list[tuple[float, ...]]] = [[] for _ in columns]
-        keys, numbers, colors = [], [], []
+        keys = []
         for number, (name, line) in enumerate(zip(names, shown, strict=True), start=1):
             assert line.cost is not None and line.mean is not None
             local = line.kind == "local"
@@ -289,8 +289,6 @@ def picture(out: Path, path: Path) -> None:
             held, low, high = line.cost["activation_bytes"], min(line.scores), max(line.scores)
             flops = (line.flops or 0.0) / (reference.flops or line.flops or 1.0)
             seconds = line.cost["time_ratio"] * line.epochs / reference.epochs
-            numbers.append(str(number))
-            colors.append(style["color"])
             places = held and held / reference.cost["activation_bytes"], seconds, flops
             for axis, found, place in zip(axes, points, places, strict=True):
                 place = math.nan if place is None else place  # a compiler's tensors cannot be seen
@@ -308,7 +306,7 @@ def picture(out: Path, path: Path) -> None:
         figure.legend(handles=keys, loc="outside lower center", ncols=min(3, len(keys)))
         for axis, found in zip(axes, points, strict=True):
             seen = [k for k, point in enumerate(found) if not math.isnan(point[0])]
-            label(axis, [found[k] for k in seen], [numbers[k] for k in seen], [colors[k] for k in seen])
+            label(axis, [found[k] for k in seen], [str(k + 1) for k in seen])
 
 
 def report(out: Path) -> str:

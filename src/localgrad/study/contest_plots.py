@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from textwrap import wrap
 
 from localgrad.errors import ConfigError
 from localgrad.measure.plots import INK, KINDS, MUTED, PURPLE, drawing, label, log_scale
@@ -47,9 +46,9 @@ def pareto_picture(found: Contest, path: Path) -> None:
         figure.legend(handles=names, loc="outside lower right", title="not dominated (filled)", alignment="left",
                       handlelength=0, ncols=2 if max(len(key.get_label()) for key in names) < 30 else 1)  # fmt: skip
         others = [row for row in rows if row not in frontier]
-        label(axis, [places[row] for row in [*frontier, *others]],
-              [*(str(k + 1) for k in range(len(frontier))), *("" for _ in others)],
-              [KINDS[row.kind] for row in [*frontier, *others]], degrees=(-145, 180, -90, -35, 35, 0, 90))  # fmt: skip
+        numbers = [*(str(k + 1) for k in range(len(frontier))), *("" for _ in others)]
+        below = (-145, 180, -90, -35, 35, 0, 90)  # the line goes up and to the right
+        label(axis, [places[row] for row in [*frontier, *others]], numbers, below)
 
 
 def _form(row: Row) -> str:
@@ -88,7 +87,7 @@ def timeline_picture(found: Contest, path: Path) -> None:
             share = f" = {max(live) / highest:.2f}" if row is not rows[0] else ""
             axis.annotate(f"{max(live):.0f} MiB{share}", (0.98, max(live)), (0, 3), xycoords=("axes fraction", "data"),
                           textcoords="offset points", ha="right", color=INK)  # fmt: skip
-            axis.set_title("\n".join(wrap(_short(row.label), 28)))
+            axis.set_title(_short(row.label).replace(", ", ",\n", 1))
             axis.set_xlim(0, 100)
             axis.set_ylim(0, 1.12 * highest)
             axis.set_xlabel("% of the step")
