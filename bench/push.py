@@ -1,6 +1,6 @@
 """How near a local form comes to end-to-end training at 32 pixels, with and without the average of its heads.
 
-    python bench/push.py run --out results/push-2026-11-28 --seed 0 "e2e" "lean, 5 blocks"
+    python bench/push.py run --out results/push-2026-11-28 --seed 0 e2e "lean(depth=3, factor=4), 5 blocks"
     python bench/push.py table --out results/push-2026-11-28
 
 ResNet-32 on the first 20,000 images of CIFAR-10, 18,000 of which train and 2,000 validate. ``run`` trains each way that
@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +26,56 @@ from localgrad.costs import cost
 from localgrad.recipes import override, read_recipe
 from localgrad.spec import parse_method
 from localgrad.study.rows import add_row, read_rows
-from localgrad.train.experiment import build
+from localgrad.train.experiment import Experiment, build
 from localgrad.train.loop import train
 
 FIRST = "{checkpointing: {where: pointwise, first: 1}}"
 DEEPER = "{lean: {depth: 3, factor: 4}}"
-# Name: blocks by bytes, method.
+STEPS = 282  # of an epoch
+
+
+@dataclass(frozen=True)
+class Way:
+    """Blocks by bytes, the plug-ins of a method, and the share of the run after which every step is guided."""
+
+    blocks: int
+    method: str
+    local: float = 1.0
+
+
 WAYS = {
-    "e2e": (1, "e2e"),
-    "lean, 5 blocks": (5, f"[lean, {FIRST}]"),
-    "lean(depth=3, factor=4), 5 blocks": (5, f"[{DEEPER}, {FIRST}]"),
-    "lean(depth=4, factor=4), 5 blocks": (5, f"[{{lean: {{depth: 4, factor: 4}}}}, {FIRST}]"),
-    "lean(depth=3, factor=4), 4 blocks": (4, f"[{DEEPER}, {FIRST}]"),
-    "dgl, 4 blocks": (4, "dgl"),
+    "e2e": Way(1, "e2e"),
+    "lean(depth=3, factor=4), 5 blocks": Way(5, f"{DEEPER}, {FIRST}"),
+    "linear heads, 5 blocks, the second half end to end": Way(5, "{dgl: {head: linear}}", 0.5),
+    "lean(depth=3, factor=4), 5 blocks, the second half end to end": Way(5, DEEPER, 0.5),
+    "lean(depth=3), 2 blocks, 2 micro-batches": Way(2, "{lean: {depth: 3}}, {accumulation: {parts: 2}}"),
 }
 
 
-def settings_of(way: str, seed: int, epochs: int) -> dict[str, Any]:
-    blocks, method = WAYS[way]
+def settings_of(way: Way, seed: int, epochs: int, start: int) -> dict[str, Any]:
+    """The settings of a run whose steps are guided from ``start`` on, if any are."""
+    guided = f", {{pgl: {{every: 1, start: {start}}}}}" if way.local < 1 else ""
     chosen = [
         "data.limit=20000", "data.validation=0.1", "train.batch_size=64", "train.threads=1", "train.channels_last=true",
-        f"blocks.num_blocks={blocks}", "blocks.balance=bytes", f"train.epochs={epochs}", f"train.seed={seed}",
+        f"blocks.num_blocks={way.blocks}", "blocks.balance=bytes", f"train.epochs={epochs}", f"train.seed={seed}",
     ]  # fmt: skip
-    return override(read_recipe("cifar10_resnet32"), chosen) | {"method": parse_method(method)}
+    return override(read_recipe("cifar10_resnet32"), chosen) | {"method": parse_method(f"[{way.method}{guided}]")}
+
+
+def built(way: Way, seed: int, epochs: int, start: int) -> Experiment:
+    return build(validate(settings_of(way, seed, epochs, start), "bench/push.py"))
+
+
+def cost_of(way: Way) -> tuple[int, float]:
+    """Activation bytes of the dearest step, and FLOPs of the mean one."""
+    found = []
+    for start in (1, 0)[: 2 if way.local < 1 else 1]:  # step 0 is what is measured
+        experiment = built(way, 0, 1, start)
+        inputs, targets = next(iter(experiment.data.train.epoch(0)))
+        found.append(cost(experiment.network, inputs.contiguous(memory_format=torch.channels_last), targets))
+    shares = (way.local, 1 - way.local)[: len(found)]
+    mean = sum(share * one.flops for share, one in zip(shares, found, strict=True))
+    return max(one.activation_bytes for one in found), mean
 
 
 @torch.no_grad()
@@ -76,21 +104,20 @@ def run(asked: argparse.Namespace) -> None:
         key = f"{way}, {asked.epochs} epochs, seed {asked.seed}"
         if key in read_rows(path, "run"):
             continue
-        experiment = build(validate(settings_of(way, asked.seed, asked.epochs), "bench/push.py"))
-        inputs, targets = next(iter(experiment.data.train.epoch(0)))
-        step = cost(experiment.network, inputs.contiguous(memory_format=torch.channels_last), targets)
+        bytes_, flops = cost_of(WAYS[way])
+        experiment = built(WAYS[way], asked.seed, asked.epochs, int(WAYS[way].local * asked.epochs * STEPS))
         print(key, flush=True)
         started = time.process_time()
         train(experiment, lambda _: None, lambda state: print(state.epoch, flush=True))
         row = {
             "run": key,
             "way": way,
-            "blocks": WAYS[way][0],
+            "blocks": WAYS[way].blocks,
             "seed": asked.seed,
             "epochs": asked.epochs,
             "cpu_seconds": round(time.process_time() - started, 1),
-            "activation_bytes": step.activation_bytes,
-            "flops": step.flops,
+            "activation_bytes": bytes_,
+            "flops": flops,
             "validation": scores(experiment.network, experiment.data.validation),
             "test": scores(experiment.network, experiment.data.test),
             "torch": torch.__version__,

@@ -17,6 +17,11 @@ DIGITS = ("digits", "beside=[]", "data.limit=200", "train.device=cpu")
 # Network of bench/ladder.py: images in a step, seconds with steps as they are, seconds more for the compiled rows.
 LADDERS = {"resnet50": 256, "resnet101": 128, "vit_s": 256, "vit_b": 128, "swin_t": 128}
 LINEAR = "{dgl: {head: linear}}"
+DEEPER = "{lean: {depth: 3, factor: 4}}"
+HALF = "{pgl: {every: 1, start: 1127}}"  # of 46 epochs of 49 steps
+PUSHED = {
+    "e2e": "e2e", "lean": f"[{DEEPER}]", "lean-half": f"[{DEEPER}, {HALF}]", "linear-half": f"[{LINEAR}, {HALF}]",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,15 @@ def benched(model: str, batch_size: int, side: int, blocks: int, *options: str) 
     return (*words, "-k", str(blocks), "--balance", "bytes", *options, "--out", "{out}")
 
 
-def _accuracy(method: str, blocks: int, priority: int) -> Experiment:
+def _accuracy(method: str, blocks: int, priority: int, epochs: int = 46) -> Experiment:
     end_to_end = method == "e2e"
+    name = ("accuracy" if epochs == 46 else f"accuracy-{epochs}") + f"-{method}"
     return Experiment(
-        name=f"accuracy-{method}" if end_to_end else f"accuracy-{method}-k{blocks}",
+        name=name if end_to_end else f"{name}-k{blocks}",
         priority=priority,
-        seconds=150,
-        decides=f"test accuracy of {method} after 46 epochs" + ("" if end_to_end else f", {blocks} blocks"),
-        command=trained(method, CIFAR, 46, "--num-blocks", str(blocks)),
+        seconds=150 * epochs // 46,
+        decides=f"test accuracy of {method} after {epochs} epochs" + ("" if end_to_end else f", {blocks} blocks"),
+        command=trained(method, CIFAR, epochs, "--num-blocks", str(blocks)),
     )
 
 
@@ -132,9 +138,17 @@ def _on_a_gpu() -> list[Experiment]:
         )
         for captured in (True, False) for method in METHODS
     ]  # fmt: skip
+    pushed = [
+        Experiment(
+            f"push-{name}-seed{seed}", 5, 160, "whether this form of bench/push.py is within a point of end to end",
+            trained(method, CIFAR, 46, "--num-blocks", "5", "blocks.balance=bytes", f"train.seed={seed}"),
+        )
+        for seed in (0, 1, 2) for name, method in PUSHED.items()
+    ]  # fmt: skip
     first = [_accuracy(method, 16, 4) for method in METHODS]
     fewer = [_accuracy(method, blocks, 6) for blocks in (8, 4, 2) for method in METHODS if method != "e2e"]
-    return [*tests, *never, *ladders, *first, *speeds, *fewer]
+    published = [_accuracy(method, 16, 8, epochs=400) for method in METHODS]
+    return [*tests, *never, *ladders, *first, *speeds, *pushed, *fewer, *published]
 
 
 def _on_a_cpu() -> list[Experiment]:

@@ -17,7 +17,7 @@ TEMPERATURES = (1 / 20, 20.0)
 CANDIDATES = 200  # thresholds that are tried
 
 
-def confidence(logits: Tensor, temperature: Tensor) -> Tensor:
+def confidence(logits: Tensor, temperature: Tensor | float) -> Tensor:
     """``max(softmax(z / T))`` (B,) float32, as thresholds are, of logits (B, C)."""
     return (widened(logits) / temperature).softmax(1).amax(1).float()
 

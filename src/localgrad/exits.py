@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from localgrad.batches import call_model, num_samples, rows
 from localgrad.calibration import Answered, Curve, Outcome, confidence, fitted_temperature
 from localgrad.errors import MethodError, PartitionError, TrainingError
+from localgrad.losses.precision import widened
 from localgrad.measure.work import Rates, Work
 from localgrad.method import Auxiliary, Method
 from localgrad.partition import Cut, Partition
@@ -77,7 +79,8 @@ class Answers(NamedTuple):
     """What `Exits` answers, in the order of the inputs.
 
     Args:
-        logits: (B, C), of the head that answered; temperatures do not divide them.
+        logits: (B, C), of the head that answered, not divided by its temperature; with ``average`` the logarithms of
+            the mean probabilities, float32 at least.
         block: (B,) int64, the block behind which that head reads, from 1; K for the model's own.
     """
 
@@ -88,8 +91,9 @@ class Answers(NamedTuple):
 class Exits(_Inference):
     """A network that answers each sample at the first head that is sure enough; see `LocalNetwork.exits`.
 
-    Exit e answers a sample if ``max(softmax(z_e / T_e)) >= t_e``, z_e being its logits (C,); the last exit, the model's
-    own head, answers all that are left. Samples that have an answer leave the batch.
+    Exit e answers a sample if ``max(p_e) >= t_e``, p_e being ``softmax(z_e / T_e)`` of its logits z_e (C,), or with
+    ``average`` the mean of these over exits 1 to e. The last exit, the model's own head with T = 1, answers all that
+    are left. Samples that have an answer leave the batch.
 
     Under `torch.export` and `torch.onnx.export`, whose graphs have no such branches, every exit answers the whole batch
     and the first sure answer is selected: the same answers without the saving.
@@ -102,7 +106,8 @@ class Exits(_Inference):
 
     Source: Teerapittayanon et al., BranchyNet, ICPR 2016, arXiv:1709.01686.
     Differs: sure is who has a large maximum probability, as in Huang et al., ICLR 2018, arXiv:1703.09844, instead of a
-    small entropy; probabilities are calibrated by a temperature (Guo et al., ICML 2017, arXiv:1706.04599).
+    small entropy; probabilities are calibrated by a temperature (Guo et al., ICML 2017, arXiv:1706.04599). Means over
+    exits are those of Wolczyk et al., NeurIPS 2021, arXiv:2106.05409, arithmetic and without learned weights.
     """
 
     temperature: Tensor
@@ -115,13 +120,14 @@ class Exits(_Inference):
         logits: Callable[[Any], Tensor],
         several: bool,
         threshold: float,
+        average: bool,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(block.eval_graph for block in blocks)
         self.names = [block.names(False) for block in blocks]
         self.heads = nn.ModuleDict({str(boundary): head for boundary, head in heads.items()})
         self.boundaries = (*heads, len(blocks))
-        self.logits, self.several = logits, several
+        self.logits, self.several, self.average = logits, several, average
         self.register_buffer("temperature", torch.ones(len(heads)))
         self.register_buffer("threshold", torch.full((len(heads),), threshold))
         self.per_sample: dict[str, tuple[bool, ...]] = {}  # of each value that crosses: which of its leaves have rows
@@ -131,22 +137,24 @@ class Exits(_Inference):
     def forward(self, *inputs: Any) -> Answers:
         """Answers to inputs of the model, each by the first exit that is sure."""
         if torch.compiler.is_exporting():
-            logits, block = self._selected([logits for _, logits in self._every(inputs)])
+            logits, block = self._selected(self._answers([logits for _, logits in self._every(inputs)]))
             return logits, block  # type: ignore[return-value]  # no class of ours where it is loaded
         samples = torch.arange(num_samples(inputs) or 0, device=self.threshold.device)
         values: dict[str, Any] = {INPUTS: inputs if self.several else inputs[0]}
         found: list[tuple[Tensor, Tensor, Tensor]] = []
+        read: list[Tensor] = []  # the logits of every exit so far, of the samples that have no answer
         for index in range(len(self.blocks)):
             features = self._run(index, values)
             if index + 1 not in self.boundaries:
                 continue
-            logits = self._read(index, features)
+            read.append(self._read(index, features))
+            logits = self._answers(read)[-1]
             sure = self._sure(self.boundaries.index(index + 1), logits)
             if sure.any():
                 found.append((samples[sure], logits[sure], torch.full_like(samples[sure], index + 1)))
                 if sure.all():
                     break
-                samples, values = samples[~sure], self._rows(values, ~sure)
+                samples, values, read = samples[~sure], self._rows(values, ~sure), [one[~sure] for one in read]
         if not found:  # no samples
             found.append((samples, logits, samples))
         order, given, blocks = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -160,6 +168,20 @@ class Exits(_Inference):
             features = self._run(index, values)
             if index + 1 in self.boundaries:
                 yield index + 1, self._read(index, features)
+
+    def _answers(self, read: list[Tensor]) -> list[Tensor]:
+        """What each exit answers with, (B, C) each, of the logits that its head and those before it read."""
+        if not self.average:
+            return read
+        each = torch.stack([(widened(z) / self._temperature(place)).log_softmax(1) for place, z in enumerate(read)])
+        return [each[:count].logsumexp(0) - math.log(count) for count in range(1, len(read) + 1)]
+
+    def _temperature(self, place: int) -> Tensor | float:
+        return self.temperature[place] if place < len(self.heads) else 1.0
+
+    def _confidence(self, place: int, answer: Tensor) -> Tensor:
+        """The largest probability (B,) of an exit, of what it answers with."""
+        return confidence(answer, 1.0 if self.average else self._temperature(place))
 
     def _selected(self, logits: list[Tensor]) -> Answers:
         answer, block = logits[-1], torch.full_like(logits[-1][:, 0], self.boundaries[-1], dtype=torch.int64)
@@ -187,7 +209,7 @@ class Exits(_Inference):
         """Which samples (B,) an exit answers."""
         if place == len(self.heads):
             return torch.ones_like(logits[:, 0], dtype=torch.bool)
-        return confidence(logits, self.temperature[place]) >= self.threshold[place]
+        return self._confidence(place, logits) >= self.threshold[place]
 
     def _rows(self, values: dict[str, Any], stay: Tensor) -> dict[str, Any]:
         kept = {}
@@ -257,8 +279,9 @@ class Exits(_Inference):
     def _answered(self, logits: list[Tensor], targets: Tensor) -> Answered:
         heads = itertools.accumulate(self.head_flops)
         flops = [blocks + sofar for blocks, sofar in zip(self.block_flops, heads, strict=True)]
-        sure = [confidence(one, t) for one, t in zip(logits, self.temperature, strict=False)]
-        right = torch.stack([one.argmax(1) == targets for one in logits])
+        answers = self._answers(logits)
+        sure = [self._confidence(place, answer) for place, answer in enumerate(answers[:-1])]
+        right = torch.stack([one.argmax(1) == targets for one in answers])
         return Answered(right, torch.stack(sure), torch.tensor(flops, dtype=torch.float64, device=targets.device))
 
     @torch.no_grad()
@@ -395,7 +418,7 @@ def prefix_of(network: Network, block: int) -> Prefix:
     return _copied(Prefix(first.eval_graph, head, _several(network)))
 
 
-def exits_of(network: Network, threshold: float) -> Exits:
+def exits_of(network: Network, threshold: float, average: bool) -> Exits:
     """See `LocalNetwork.exits`."""
     if not threshold >= 0:
         raise MethodError(
@@ -414,4 +437,4 @@ def exits_of(network: Network, threshold: float) -> Exits:
         )
     heads = {b: head for b in range(1, network.num_blocks) if (head := _head_at(network, b)) is not None}
     blocks = separate_blocks(network.partition, network.cuts, why="exits")
-    return _copied(Exits(blocks, heads, logits, _several(network), threshold))._tried(example)
+    return _copied(Exits(blocks, heads, logits, _several(network), threshold, average))._tried(example)

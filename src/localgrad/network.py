@@ -266,11 +266,13 @@ class LocalNetwork(nn.Module):
         self._check_whole()
         return prefix_of(self, block)
 
-    def exits(self, threshold: float = 0.9) -> Exits:
+    def exits(self, threshold: float = 0.9, *, average: bool = False) -> Exits:
         """A copy for inference that answers each sample at the first head that is sure enough of a class.
 
         Args:
             threshold: the probability from which a head is sure; `localgrad.exits.Exits.calibrate` chooses better ones.
+            average: an exit answers with the mean of the probabilities of all heads up to its own. With a threshold
+                above 1 all heads answer every sample together.
 
         Raises:
             PartitionError: the blocks cannot be called one by one, or samples depend on one another.
@@ -286,7 +288,7 @@ class LocalNetwork(nn.Module):
             >>> found = exits.calibrate([(x, y)], points=1.0)
         """
         self._check_whole()
-        return exits_of(self, threshold)
+        return exits_of(self, threshold, average)
 
     def _check_whole(self) -> None:
         if self.stage is not None:

@@ -76,7 +76,7 @@ def heads_of(network: LocalNetwork, inputs: Tensor) -> list[Tensor]:
 
 # What every head answers to each sample alone, by the model's own forward.
 ALONE = [heads_of(NETWORK, sample[None]) for sample in INPUTS]
-EXITS = NETWORK.exits()
+EXITS = {average: NETWORK.exits(average=average) for average in (False, True)}
 
 
 @given(
@@ -84,23 +84,34 @@ EXITS = NETWORK.exits()
     st.integers(1, SAMPLES),
     st.lists(st.integers(0, SAMPLES - 1), min_size=2, max_size=2),
     st.lists(st.floats(0.3, 3.0), min_size=2, max_size=2),
+    st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
 def test_each_sample_is_answered_by_the_first_head_that_is_sure(
-    order: list[int], size: int, ranks: list[int], temperatures: list[float]
+    order: list[int], size: int, ranks: list[int], temperatures: list[float], average: bool
 ) -> None:
-    exits, order = copy.deepcopy(EXITS), order[:size]
-    sure = []
+    exits, order = copy.deepcopy(EXITS[average]), order[:size]
+    likely = [[shares(heads[e], t) for heads in ALONE] for e, t in enumerate([*temperatures, 1.0])]
+    if average:
+        likely = [[[sum(c) / (e + 1) for c in zip(*one, strict=True)] for one in zip(*likely[: e + 1], strict=True)]
+                  for e in range(3)]  # fmt: skip
+    sure = [[max(values) for values in each] for each in likely]
     for place, temperature in enumerate(temperatures):
-        exponents = [[math.exp(z / temperature) for z in heads[place][0].tolist()] for heads in ALONE]
-        sure.append([max(values) / sum(values) for values in exponents])
-        exits.temperature[place], exits.threshold[place] = temperature, sorted(sure[-1])[ranks[place]] - 1e-6
+        exits.temperature[place], exits.threshold[place] = temperature, sorted(sure[place])[ranks[place]] - 1e-6
     wanted = [next((e for e in range(2) if sure[e][sample] >= exits.threshold[e]), 2) for sample in order]
     found = exits(INPUTS[order])
     assert found.block.tolist() == [exits.boundaries[place] for place in wanted]
-    torch.testing.assert_close(
-        found.logits, torch.cat([ALONE[sample][place] for sample, place in zip(order, wanted, strict=True)])
-    )
+    for answer, sample, place in zip(found.logits, order, wanted, strict=True):
+        if average:
+            torch.testing.assert_close(answer.exp().tolist(), likely[place][sample], rtol=1e-6, atol=1e-6)
+        else:
+            torch.testing.assert_close(answer, ALONE[sample][place][0])
+
+
+def shares(logits: Tensor, temperature: float) -> list[float]:
+    """softmax(z / T) of one sample, literally."""
+    exponents = [math.exp(z / temperature) for z in logits[0].tolist()]
+    return [value / sum(exponents) for value in exponents]
 
 
 @pytest.mark.parametrize("name", ["dgl", "man", "lean", "infopro", "mlaan", "deep_supervision"])
@@ -191,8 +202,9 @@ def test_thresholds_keep_the_accuracy_that_was_asked_for(seed: int, points: floa
         assert other.flops >= found.flops or other.accuracy < float(right[-1].double().mean()) - points / 100
 
 
-def test_calibration_and_what_is_measured_agree_with_the_answers() -> None:
-    exits, targets = NETWORK.exits(), torch.arange(SAMPLES) % CLASSES
+@pytest.mark.parametrize("average", [False, True])
+def test_calibration_and_what_is_measured_agree_with_the_answers(average: bool) -> None:
+    exits, targets = NETWORK.exits(average=average), torch.arange(SAMPLES) % CLASSES
     batches = [(INPUTS[:7], targets[:7]), (INPUTS[7:], targets[7:])]
     chosen = exits.calibrate(batches, points=10.0)
     found = exits.measure(batches)
@@ -200,7 +212,9 @@ def test_calibration_and_what_is_measured_agree_with_the_answers() -> None:
     answers = exits(INPUTS)
     assert found.accuracy == pytest.approx(float((answers.logits.argmax(1) == targets).double().mean()))
     assert found.shares == pytest.approx([float((answers.block == k).double().mean()) for k in (1, 2, 3)])
-    own = float((NETWORK.model(INPUTS).argmax(1) == targets).double().mean())
+    everyone = NETWORK.exits(1.01, average=average)
+    everyone.temperature.copy_(exits.temperature)
+    own = float((everyone(INPUTS).logits.argmax(1) == targets).double().mean())
     assert found.accuracy >= own - 0.1 - 1e-6
     before = copy.deepcopy(exits.state_dict())
     curve = exits.curve(batches, iter(batches), points=(10.0, 100.0))
@@ -293,17 +307,17 @@ def leaves(answers: Any) -> tuple[Tensor, ...]:
     return tuple(tree_leaves(answers))
 
 
-@pytest.mark.parametrize("which", ["model", "prefix", "exits"])
+@pytest.mark.parametrize("which", ["model", "prefix", "exits", "averaged exits"])
 def test_torch_and_onnx_export_the_same_answers(which: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
     inputs = torch.randn(8, 3, 8, 8)
     network = trained(Skipping(), methods.dgl(TASK, head="linear"), ("second", "third"), inputs)
-    exits = network.exits()
+    exits = network.exits(average=which == "averaged exits")
     for place, head in enumerate(heads_of(network, inputs)[:2]):
         exits.threshold[place] = confidence(head, exits.temperature[place]).sort().values[4:6].mean()
-    assert set(exits(inputs).block.tolist()) == {1, 2, 3}
-    module = {"model": network.model, "prefix": network.prefix(2), "exits": exits}[which]
+    assert len(exits(inputs).block.unique()) > 1
+    module = {"model": network.model, "prefix": network.prefix(2)}.get(which, exits)
     sizes = torch.export.ShapesCollection()
     sizes[inputs] = {0: torch.export.Dim("batch", min=1)}
     program = torch.export.export(module, (inputs,), dynamic_shapes=sizes)
