@@ -42,9 +42,10 @@ def pareto_picture(found: Contest, path: Path) -> None:
         keys += [Line2D([], [], color=MUTED, marker=MARKERS[form], linestyle="", fillstyle="none", label=form)
                  for form in forms]  # fmt: skip
         figure.legend(handles=keys, loc="outside lower left", title="what it is", alignment="left", ncols=2)
-        names = [Line2D([], [], linestyle="", label=f"{k + 1}  {_short(row.label)}") for k, row in enumerate(frontier)]
+        texts = [f"{k + 1}  {_short(row.label)}" for k, row in enumerate(frontier)]
+        names = [Line2D([], [], linestyle="", label=text) for text in texts]
         figure.legend(handles=names, loc="outside lower right", title="not dominated (filled)", alignment="left",
-                      handlelength=0, ncols=2 if max(len(_short(row.label)) for row in frontier) < 26 else 1)  # fmt: skip
+                      handlelength=0, ncols=2 if max(map(len, texts)) < 30 else 1)  # fmt: skip
         others = [row for row in rows if row not in frontier]
         numbers = [*(str(k + 1) for k in range(len(frontier))), *("" for _ in others)]
         below = (-145, 180, -90, -35, 35, 0, 90)  # the line goes up and to the right
