@@ -1,4 +1,4 @@
-"""Two ranks of sleeping blocks on the wall clock, block-parallel local learning above a forecast of 1F1B.
+"""Two ranks of sleeping blocks on the wall clock, by block-parallel local learning; a trace of what ran when.
 
 ``torchrun --nproc-per-node=2 bench/block_parallel_timeline.py results/distributed-2026-11-21``
 """
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 import localgrad
 from localgrad.distributed import block_parallel
 from localgrad.distributed.agreement import everyone, gather_text
-from localgrad.distributed.simulate import BlockCost, LinkSpeed, forecast
-from localgrad.distributed.timeline import Event, chrome_trace, picture
+from localgrad.distributed.timeline import Event, chrome_trace
 
 FORWARD, BACKWARD, STEPS = 0.03, 0.06, 10
 
@@ -47,7 +46,7 @@ class Block(nn.Linear):
 
 
 def main(folder: Path) -> None:
-    """Train, and write ``timeline.png`` and ``timeline.json``."""
+    """Train, and write ``timeline.json``; scripts/figures.py draws it."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.manual_seed(0)
     first, last = Block(8, 8), nn.Sequential(Block(8, 8), nn.Linear(8, 4))
@@ -67,19 +66,8 @@ def main(folder: Path) -> None:
     rows = gather_text(everyone(), json.dumps([asdict(event) for event in events]))
     if dist.get_rank() == 0:
         measured = {rank: [Event(**event) for event in json.loads(row)] for rank, row in enumerate(rows)}
-        cost = BlockCost(FORWARD, BACKWARD, BACKWARD, 0, 0)
-        ends = [max(e.end for e in measured[1] if e.step == step) for step in (3, STEPS - 1)]
-        seconds = (ends[1] - ends[0]) / (STEPS - 4)
-        others = {}
-        for micro in (1, 4):
-            found = forecast([cost] * 2, LinkSpeed(1e9, 0.0), 8, "1f1b", stages=2, micro_batches=micro)
-            title = f"1F1B, {micro} micro-batches, forecast: {found.seconds:.3f} s a step, {found.bubble:.0%} waiting"
-            others[title] = dict(enumerate(found.events))
-        title = f"block-parallel local learning, measured: {seconds:.3f} s a step"
         folder.mkdir(parents=True, exist_ok=True)
-        picture({title: measured} | others, folder / "timeline.png", 0.0, 0.6)
         (folder / "timeline.json").write_text(chrome_trace(measured))
-        print(title, *others, sep="\n")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -4,7 +4,7 @@ localgrad train cifar10_resnet32 --model resnet20 --num-blocks 4 --epochs 6 data
     --run-dir runs/exits
 python bench/exits.py runs/exits --out results/exits-2026-11-28
 
-Writes exits.json, exits.md and exits.png.
+Writes exits.json and exits.md; scripts/figures.py draws the picture.
 """
 
 from __future__ import annotations
@@ -69,7 +69,6 @@ if __name__ == "__main__":
     alone = timed(ways, [image[None] for image in images[0][:200]], arguments.rounds)
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    curve.picture(arguments.out / "exits.png")
     heads = [["head", "test accuracy", "FLOPs of blocks and head", "share of the model's"]]
     for boundary, score, flops in zip(curve.boundaries, curve.heads, curve.flops, strict=True):
         name = "the model" if boundary == curve.boundaries[-1] else f"prefix({boundary})"

@@ -4,8 +4,8 @@
     python bench/language_models.py report --out results/language-models-2026-11-28
 
 ``run`` trains each way that has no row yet, one after the other, and adds its row to ``runs-SEED.jsonl``. It can be
-stopped and started again. ``report`` prints the tables and draws the curves. PATH is a folder with ``train`` and
-``test``, of plain text.
+stopped and started again. ``report`` prints the tables; scripts/figures.py draws the curves. PATH is a folder with
+``train`` and ``test``, of plain text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 import localgrad
 from localgrad.costs import cost
 from localgrad.data.text import load
-from localgrad.measure.plots import new_figure, save_figure
 from localgrad.method import Method
 from localgrad.models import ChunkedLM
 from localgrad.study.rows import add_row, read_rows
@@ -152,7 +151,7 @@ def bits_at(curve: list[dict[str, float]], seconds: float) -> float:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Tables at equal tokens and at equal processor time, the gap over training, and the curves as a picture."""
+    """Tables at equal tokens and at equal processor time, and the gap over training."""
     out = Path(arguments.out)
     rows: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(out.glob("runs-*.jsonl")):
@@ -192,25 +191,6 @@ def report(arguments: argparse.Namespace) -> None:
             ]
             cells.append(f"{statistics.mean(gaps):+.1%}")
         print(f"| {name} | " + " | ".join(cells) + " |")
-    draw(rows, out / "curves.png")
-
-
-def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """How far each way is above end to end, in percent of its bits, over the steps."""
-    figure, (axes,) = new_figure(1, height=4, width=7)
-    for name in (name for name in WAYS if name in rows and name != "e2e"):
-        curves = [row["curve"] for row in rows[name]]
-        wholes = [next(w["curve"] for w in rows["e2e"] if w["seed"] == row["seed"]) for row in rows[name]]
-        steps = [point["step"] for point in curves[0]]
-        above = [
-            statistics.mean(100 * (c[k]["model"] / w[k]["model"] - 1) for c, w in zip(curves, wholes, strict=True))
-            for k in range(len(steps))
-        ]
-        axes.plot(steps, above, label=f"{name} ({len(curves)} seeds)" if len(curves) > 1 else name, marker=".")
-    axes.axhline(0, color="black", linewidth=1)
-    axes.set(xlabel="steps of 2,048 bytes", ylabel="bits per byte above end to end, %", ylim=(-1, 12))
-    axes.legend(fontsize=8)
-    save_figure(figure, path)
 
 
 def main() -> None:

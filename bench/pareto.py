@@ -1,6 +1,6 @@
 """The ways that matter for ResNet-50 and ResNet-101 at 224 pixels, whose steps are too long for `localgrad bench`.
 
-python bench/pareto.py resnet101 results/bench-2026-11-21    # batch 4; or resnet50; writes .json, .md and two pictures
+python bench/pareto.py resnet101 results/bench-2026-11-21    # batch 4; or resnet50; writes .json and .md
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from localgrad.cutting import auxiliary_bytes
 from localgrad.partition import Partition, by_bytes
 from localgrad.partition.choose import unit_storages
 from localgrad.study.contest import contest
-from localgrad.study.contest_plots import pareto_picture, timeline_picture
 from localgrad.study.ways import REFERENCE, UNITS, Way
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,12 +69,9 @@ found = contest(
     ways,
     batch_size=arguments.batch_size,
     rounds=arguments.rounds,
-    timeline=True,
     progress=lambda what: print(what, file=sys.stderr, flush=True),
 )
 found = replace(found, model=f"torchvision:{arguments.model}")
 arguments.out.mkdir(exist_ok=True)
 (arguments.out / f"{arguments.model}.json").write_text(json.dumps(found.as_dict(), indent=1) + "\n")
 (arguments.out / f"{arguments.model}.md").write_text(f"{found}\n")
-pareto_picture(found, arguments.out / f"{arguments.model}.png")
-timeline_picture(found, arguments.out / f"{arguments.model}-timeline.png")

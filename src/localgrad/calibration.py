@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from localgrad.losses.precision import widened
-from localgrad.measure.plots import INK, new_figure, save_figure
+from localgrad.measure.plots import BLUE, INK, ORANGE, drawing, label
 from localgrad.measure.tables import markdown
 
 NEVER = 2.0  # a threshold that no probability reaches
@@ -132,20 +132,19 @@ class Curve:
 
     def picture(self, path: Path) -> None:
         """Draw accuracy against compute: the exits, each head alone, and the model."""
-        figure, (axis,) = new_figure(1, 4.0, 6.0)
         outcomes = sorted(self.outcomes, key=lambda found: found.flops)
         compute = [found.flops / self.flops[-1] for found in outcomes]
         accuracy = [100 * found.accuracy for found in outcomes]
-        axis.plot(compute, accuracy, color="#c0392b", marker="o", markersize=5, linewidth=1.8, label="exits")
-        alone = [flops / self.flops[-1] for flops in self.flops[:-1]]
-        axis.scatter(alone, [100 * score for score in self.heads[:-1]], color="#7f8c8d", marker="s", s=36, zorder=3,
-                     label="a prefix and its head")  # fmt: skip
-        for boundary, x, score in zip(self.boundaries, alone, self.heads, strict=False):
-            axis.annotate(f"block {boundary}", (x, 100 * score), (6, -4), textcoords="offset points", fontsize=8)
-        axis.scatter([1.0], [100 * self.heads[-1]], color=INK, marker="*", s=110, zorder=4, label="the model")
-        axis.axhline(100 * self.heads[-1], color=INK, linewidth=0.8, linestyle=":")
-        axis.set_xlabel("FLOPs of a sample, the model's = 1")
-        axis.set_ylabel("accuracy, %")
-        axis.set_xlim(left=0)
-        axis.legend(fontsize=8, frameon=False, loc="lower right")
-        save_figure(figure, path)
+        alone = [(flops / self.flops[-1], 100 * score) for flops, score in zip(self.flops, self.heads, strict=True)]
+        *prefixes, model = alone
+        with drawing(path, height=4.0) as (_, (axis,)):
+            axis.plot(compute, accuracy, color=BLUE, marker="o", markersize=5, linewidth=1.8, label="exits")
+            axis.scatter(*zip(*prefixes, strict=True), color=ORANGE, marker="s", s=36, zorder=3,
+                         label="a prefix and its head")  # fmt: skip
+            axis.scatter(*model, color=INK, marker="*", s=110, zorder=4, label="the model")
+            axis.axhline(model[1], color=INK, linewidth=0.8, linestyle=":")
+            axis.set_xlabel("FLOPs of a sample, the model's = 1")
+            axis.set_ylabel("accuracy, %")
+            axis.set_xlim(left=0)
+            axis.legend(loc="lower right")
+            label(axis, prefixes, [f"block {boundary}" for boundary in self.boundaries[:-1]])

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from localgrad.measure.plots import BLUE, ORANGE, PURPLE, SKY, drawing
+
 
 @dataclass(frozen=True)
 class Event:
@@ -102,28 +104,34 @@ def chrome_trace(events: dict[int, Iterable[Event]]) -> str:
     return json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"})
 
 
-COLOURS = {"forward": "#4c72b0", "loss": "#dd8452", "back": "#c44e52", "backward": "#c44e52", "average": "#8172b3"}
-
-
-def picture(rows: dict[str, dict[int, Iterable[Event]]], path: Path, begin: float, end: float) -> None:
+def picture(runs: dict[str, dict[int, Iterable[Event]]], path: Path, begin: float, end: float) -> None:
     """One row of bars for each rank of each named run, between two times in seconds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(10, 0.9 + 0.45 * sum(len(ranks) + 1 for ranks in rows.values())), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (title, ranks) in zip(axes, rows.items(), strict=True):
-        for rank, events in ranks.items():
-            for event in (e for e in events if e.end > e.start and e.end > begin and e.start < end):
-                axis.barh(
-                    rank, event.end - event.start, left=event.start - begin, color=COLOURS[event.kind], edgecolor="w"
-                )
-        axis.set(title=title, yticks=list(ranks), yticklabels=[f"rank {r}" for r in ranks], xlim=(0, end - begin))
-        axis.invert_yaxis()
-    axes[-1].set_xlabel("seconds")
-    kinds = {e.kind for ranks in rows.values() for events in ranks.values() for e in events if e.end > e.start}
-    handles = [Patch(color=COLOURS[kind], label=kind) for kind in COLOURS if kind in kinds]
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
-    figure.savefig(path, dpi=110)
+    every = {
+        "forward": (SKY, ""), "loss": (ORANGE, "//"), "back": (BLUE, "\\\\"), "backward": (BLUE, "\\\\"),
+        "average": (PURPLE, ".."),
+    }  # fmt: skip
+    kept = {
+        (title, rank): [e for e in events if e.end > e.start and e.end > begin and e.start < end]
+        for title, ranks in runs.items()
+        for rank, events in ranks.items()
+    }
+    kinds = {event.kind for events in kept.values() for event in events}
+    looks = {kind: {"color": color, "hatch": hatch} for kind, (color, hatch) in every.items() if kind in kinds}
+    height = 0.9 + 0.45 * (len(kept) + len(runs))
+    with drawing(path, 1, height, rows=len(runs)) as (figure, axes):
+        for axis, (title, ranks) in zip(axes, runs.items(), strict=True):
+            for rank in ranks:
+                for event in kept[title, rank]:
+                    look = looks[event.kind]
+                    axis.barh(rank, event.end - event.start, left=event.start - begin, facecolor=look["color"],
+                              hatch=look["hatch"], edgecolor="white")  # fmt: skip
+            axis.set(title=title, yticks=list(ranks), yticklabels=[f"rank {r}" for r in ranks], xlim=(0, end - begin))
+            axis.grid(False)
+            axis.invert_yaxis()
+            axis.label_outer()
+        axes[-1].set_xlabel("seconds")
+        handles = [Patch(facecolor=look["color"], hatch=look["hatch"], edgecolor="white", label=kind)
+                   for kind, look in looks.items()]  # fmt: skip
+        figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))

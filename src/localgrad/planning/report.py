@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from localgrad.measure.plots import INK, REFERENCES, log_scale, new_figure, save_figure
+from localgrad.measure.plots import BLUE, INK, KINDS, PURPLE, SKY, VERMILLION, drawing, label, log_scale
 from localgrad.measure.sizes import size
 from localgrad.measure.tables import aligned
 from localgrad.measure.work import Rates
@@ -252,26 +252,23 @@ class Plan:
         return "\n".join([title, *lines, notes, *skipped, "", self.verdict])
 
 
-_STYLES = {
-    "plain": ("*", INK),
-    "accumulation": ("s", REFERENCES["accumulation"]),
-    "checkpointing": ("o", REFERENCES["checkpointing"]),
-    "checkpointing, micro-batches": ("P", REFERENCES["checkpointing"]),
-    "local": ("o", "#d35400"),
-    "local, per-block step": ("^", "#d35400"),
-    "local, recomputed": ("v", "#8e44ad"),
-    "local, recomputed, per-block step": ("<", "#8e44ad"),
-    "local, micro-batches": ("P", "#d35400"),
-    "local, micro-batches, per-block step": ("X", "#d35400"),
-    "resident, per-block step": ("D", "#16a085"),
-    "resident, micro-batches, per-block step": ("d", "#16a085"),
-    "offloaded": ("1", INK),
-}  # marker and color
-
-
 def _draw(plan: Plan, path: Path) -> None:
     """One point for each option, a line for each kind, the budget and what is recommended."""
-    figure, (axis,) = new_figure(1, 4.6, width=8.4)
+    styles = {
+        "plain": ("*", INK),
+        "accumulation": ("s", KINDS["accumulation"]),
+        "checkpointing": ("o", KINDS["checkpointing"]),
+        "checkpointing, micro-batches": ("p", KINDS["checkpointing"]),
+        "local": ("D", BLUE),
+        "local, per-block step": ("^", BLUE),
+        "local, recomputed": ("v", PURPLE),
+        "local, recomputed, per-block step": ("<", PURPLE),
+        "local, micro-batches": ("P", BLUE),
+        "local, micro-batches, per-block step": ("X", BLUE),
+        "resident, per-block step": ("h", SKY),
+        "resident, micro-batches, per-block step": ("d", SKY),
+        "offloaded": ("1", INK),
+    }  # marker and color
     groups: dict[str, list[Option]] = {}
     for option in plan.options:
         in_parts = option.micro_batches > 1 and option.kind != "accumulation"
@@ -279,31 +276,32 @@ def _draw(plan: Plan, path: Path) -> None:
         group += ", recomputed" * (option.kind == "local" and "recomputed" in option.name and not in_parts)
         group += ", per-block step" * option.per_block
         groups.setdefault(group, []).append(option)
-    labelled: list[tuple[float, float]] = []
-    for group, members in groups.items():
-        marker, color = _STYLES.get(group, ("o", "#7f8c8d"))
-        x, y = [o.peak / 2**30 for o in members], [o.time_ratio for o in members]
-        axis.plot(x, y, marker=marker, color=color, linewidth=1, alpha=0.85, label=group, markersize=7)
-        for option, a, b in zip(members, x, y, strict=True):
-            note = f"x{option.micro_batches}" if option.micro_batches > 1 else f"K={option.num_blocks}"
-            note = option.name if option.kind == "offloaded" else note
-            crowded = any(abs(math.log(a / c)) < 0.04 and abs(b - d) < 0.02 for c, d in labelled)
-            if option.kind != "plain" and not crowded:
-                labelled.append((a, b))
-                axis.annotate(note, (a, b), (3, 4), textcoords="offset points", fontsize=7, color=color)
-    if plan.memory is not None:
-        for limit, style in ((plan.memory, "-"), (plan.memory * (1 - plan.headroom), ":")):
-            axis.axvline(limit / 2**30, color=INK, linewidth=1, linestyle=style)
-        axis.annotate(
-            f" {size(plan.memory)}", (plan.memory / 2**30, 0.98), xycoords=("data", "axes fraction"),
-            fontsize=8, va="top",
-        )  # fmt: skip
-    if (best := plan.recommended) is not None:
-        ring = {"s": 230, "facecolors": "none", "edgecolors": "#c0392b", "linewidths": 1.8, "zorder": 5}
-        axis.scatter([best.peak / 2**30], [best.time_ratio], label="recommended", **ring)
-    log_scale(axis, [o.peak / 2**30 for o in plan.options])
-    axis.set_xlabel("predicted peak, GiB")
-    axis.set_ylabel("predicted step time, plain training = 1")
-    axis.set_title(f"{plan.model}, {plan.batch_size} images, {plan.optimizer}, {plan.precision}", fontsize=10)
-    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    save_figure(figure, path)
+    points: list[tuple[float, float]] = []
+    texts = []
+    with drawing(path, height=6.2) as (figure, (axis,)):
+        for group, members in groups.items():
+            marker, color = styles.get(group, (".", INK))
+            places = [(o.peak / 2**30, o.time_ratio) for o in members]
+            line = "" if group == "offloaded" else "-"
+            axis.plot(*zip(*places, strict=True), marker=marker, color=color, linestyle=line, linewidth=1, label=group,
+                      markersize=7)  # fmt: skip
+            for option, place in zip(members, places, strict=True):
+                note = f"x{option.micro_batches}" if option.micro_batches > 1 else f"K={option.num_blocks}"
+                note = option.name.rpartition(", ")[2] if option.kind == "offloaded" else note
+                crowded = any(abs(math.log(place[0] / c)) < 0.04 and abs(place[1] - d) < 0.02 for c, d in points)
+                points.append(place)
+                texts.append("" if option.kind == "plain" or crowded else note)
+        if plan.memory is not None:
+            for limit, style in ((plan.memory, "-"), (plan.memory * (1 - plan.headroom), ":")):
+                axis.axvline(limit / 2**30, color=INK, linewidth=1, linestyle=style)
+            axis.annotate(f" {size(plan.memory)}", (plan.memory / 2**30, 0.98), xycoords=("data", "axes fraction"),
+                          va="top")  # fmt: skip
+        if (best := plan.recommended) is not None:
+            ring = {"s": 230, "facecolors": "none", "edgecolors": VERMILLION, "linewidths": 1.8, "zorder": 5}
+            axis.scatter([best.peak / 2**30], [best.time_ratio], label="recommended", **ring)
+        log_scale(axis, [o.peak / 2**30 for o in plan.options])
+        axis.set_xlabel("predicted peak, GiB")
+        axis.set_ylabel("predicted step time, plain training = 1")
+        axis.set_title(f"{plan.model}, {plan.batch_size} images, {plan.optimizer}, {plan.precision}")
+        figure.legend(loc="outside lower center", ncols=3)
+        label(axis, points, texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from localgrad.errors import ConfigError
-from localgrad.measure.plots import REFERENCES, new_figure, save_figure
+from localgrad.measure.plots import REFERENCES, drawing, label, series
 from localgrad.measure.tables import markdown
 from localgrad.sealed import write
 from localgrad.spec import described
@@ -265,7 +266,6 @@ def _rivals(line: Line, lines: Sequence[Line], reference: Line) -> list[str]:
 
 def picture(out: Path, path: Path) -> None:
     """Score against activations, time and FLOPs of training; a bar spans the seeds. Drawn once a run has ended."""
-    from matplotlib import colormaps
     from matplotlib.lines import Line2D
 
     lines = lines_of(out)
@@ -275,44 +275,38 @@ def picture(out: Path, path: Path) -> None:
     if not shown or reference.cost is None:
         return
     methods = list(dict.fromkeys(described(line.settings["method"]) for line in shown if line.kind == "local"))
-    spectrum = colormaps["tab20"] if len(methods) > 10 else colormaps["tab10"]
-    colors = {method: spectrum(k % spectrum.N) for k, method in enumerate(methods)}
-    blocks = list(dict.fromkeys(line.settings["blocks"]["num_blocks"] for line in shown))
-    markers = dict(zip(blocks, "os^DvPX*<>" * len(blocks), strict=False))
-    figure, axes = new_figure(3, 4.6)
-    columns = ("activations of a step", "time of training", "FLOPs of training")
-    keys = []
-    for number, (name, line) in enumerate(zip(names, shown, strict=True), start=1):
-        assert line.cost is not None and line.mean is not None
-        color = REFERENCES.get(line.kind) or colors[described(line.settings["method"])]
-        marker = markers[line.settings["blocks"]["num_blocks"]]
-        flops = (line.flops or 0.0) / (reference.flops or line.flops or 1.0)
-        seconds = line.cost["time_ratio"] * line.epochs / reference.epochs
-        held = line.cost["activation_bytes"]
-        places = held and held / reference.cost["activation_bytes"], seconds, flops
-        error = [[line.mean - min(line.scores)], [max(line.scores) - line.mean]]
-        for axis, place in zip(axes, places, strict=True):
-            if place is None:
-                continue  # a compiler's tensors cannot be seen
-            axis.errorbar(
-                place, line.mean, yerr=error, fmt=marker, color=color, markersize=7, elinewidth=1.0, capsize=2
-            )
-            axis.annotate(
-                str(number), (place, line.mean), (5, 4), textcoords="offset points", fontsize=7.5, color=color
-            )
-        keys.append(Line2D([], [], color=color, marker=marker, linestyle="", label=f"{number}  {name}"))
-    for axis, column in zip(axes, columns, strict=True):
-        axis.set_xlabel(f"{column}, end-to-end = 1")
-        axis.margins(x=0.12, y=0.12)
-        low, high = axis.get_xlim()
-        if high / max(low, 1e-9) > 4:
-            axis.set_xlim(left=0)
     row = next(row for line in shown for row in line.rows if "metrics" in row)
-    axes[0].set_ylabel(f"{row.get('split', 'test')} {next(iter(row['metrics']))}, last epoch, %")
-    figure.suptitle(f"{reference.settings['model']['name']} on {row['data']}, {reference.epochs} epochs", fontsize=11)
-    figure.legend(handles=keys, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.0),
-                  ncols=min(3, len(keys)))  # fmt: skip
-    save_figure(figure, path)
+    columns = ("activations of a step", "time of training", "FLOPs of training")
+    with drawing(path, 3, 4.2 + 0.1 * len(shown)) as (figure, axes):
+        points: list[list[tuple[float, ...]]] = [[] for _ in columns]
+        keys = []
+        for number, (name, line) in enumerate(zip(names, shown, strict=True), start=1):
+            assert line.cost is not None and line.mean is not None
+            local = line.kind == "local"
+            style = {**series(methods.index(described(line.settings["method"])) if local else 0), "linestyle": ""}
+            style |= {} if local else {"color": REFERENCES[line.kind], "marker": "*"}
+            keys.append(Line2D([], [], label=f"{number}  {name}", **style))
+            held, low, high = line.cost["activation_bytes"], min(line.scores), max(line.scores)
+            flops = (line.flops or 0.0) / (reference.flops or line.flops or 1.0)
+            seconds = line.cost["time_ratio"] * line.epochs / reference.epochs
+            places = held and held / reference.cost["activation_bytes"], seconds, flops
+            for axis, found, place in zip(axes, points, places, strict=True):
+                place = math.nan if place is None else place  # a compiler's tensors cannot be seen
+                error = [[line.mean - low], [high - line.mean]]
+                axis.errorbar(place, line.mean, yerr=error, markersize=7, elinewidth=1.0, capsize=2, **style)
+                found.append((place, line.mean, low, high))
+        for axis, column in zip(axes, columns, strict=True):
+            axis.set_xlabel(f"{column},\nend-to-end = 1")
+            axis.margins(x=0.12, y=0.12)
+            low, high = axis.get_xlim()
+            if high / max(low, 1e-9) > 4:
+                axis.set_xlim(left=0)
+        axes[0].set_ylabel(f"{row.get('split', 'test')} {next(iter(row['metrics']))}, last epoch, %")
+        figure.suptitle(f"{reference.settings['model']['name']} on {row['data']}, {reference.epochs} epochs")
+        figure.legend(handles=keys, loc="outside lower center", ncols=min(3, len(keys)))
+        for axis, found in zip(axes, points, strict=True):
+            seen = [k for k, point in enumerate(found) if not math.isnan(point[0])]
+            label(axis, [found[k] for k in seen], [str(k + 1) for k in seen])
 
 
 def report(out: Path) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from localgrad.errors import ConfigError
-from localgrad.measure.plots import REFERENCES, log_scale, new_figure, save_figure
+from localgrad.measure.plots import INK, KINDS, MUTED, PURPLE, drawing, label, log_scale
 from localgrad.study.contest_report import Contest, Row
 
-COLORS = {**REFERENCES, "local": "#d35400"}
 MARKERS = {"": "o", "per-block step": "^", "checkpointing inside": "v", "micro-batches": "P"}
 
 
@@ -17,39 +15,41 @@ def pareto_picture(found: Contest, path: Path) -> None:
     """Memory of a step against its time, one point for each way; a line joins those that no other one dominates.
 
     Args:
-        found: its first row is (1, 1).
+        found: its first row is (1, 1). Where no row counts weights, activations and gradients stand alone.
     """
     from matplotlib.lines import Line2D
 
-    figure, (axis,) = new_figure(1, 5.2, width=11.5)
     places = {row: (row.memory_ratio(found.rows[0]) or 0.0, row.time_ratio) for row in found.rows if row.memory}
     rows, frontier = list(places), found.frontier
-    steps = sorted(places[row] for row in frontier)
-    axis.step(*zip(*steps, strict=True), where="post", color="#999999", linewidth=1.4, zorder=1)
-    for row in rows:
-        on = row in frontier
-        color, marker = COLORS[row.kind], MARKERS[_form(row)]
-        axis.scatter(*places[row], s=75, marker=marker, zorder=3, linewidths=1.3, edgecolors=color,
-                     facecolors=color if on else "white")  # fmt: skip
-    for k, row in enumerate(frontier):
-        axis.annotate(str(k + 1), places[row], (-6, -12), textcoords="offset points", fontsize=8.5, ha="right",
-                      color=COLORS[row.kind], fontweight="bold", zorder=4)  # fmt: skip
-    log_scale(axis, [memory for memory, _ in places.values()])
-    axis.margins(y=0.12)
-    axis.set_xlabel("weights, optimizer state and the peak above them, end-to-end = 1")
-    axis.set_ylabel("time of a step, end-to-end = 1")
-    shape = "x".join(map(str, found.image_shape))
-    axis.set_title(f"{found.model}, {found.batch_size} images of {shape}, {found.device}", fontsize=10.5)
     kinds = list(dict.fromkeys(row.kind for row in rows))
     forms = [form for form in dict.fromkeys(_form(row) for row in rows) if form]
-    keys = [Line2D([], [], color=COLORS[kind], marker="o", linestyle="", label=kind) for kind in kinds]
-    keys += [Line2D([], [], color="#777777", marker=MARKERS[f], linestyle="", fillstyle="none", label=f) for f in forms]
-    legend = axis.legend(handles=keys, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    axis.add_artist(legend)
-    blank = [Line2D([], [], linestyle="", label=f"{k + 1}  {_short(row.label)}") for k, row in enumerate(frontier)]
-    axis.legend(handles=blank, fontsize=7.5, frameon=False, loc="lower left", bbox_to_anchor=(1.01, -0.02),
-                title="not dominated (filled)", title_fontsize=8, alignment="left", handlelength=0)  # fmt: skip
-    save_figure(figure, path)
+    with drawing(path, height=6.2) as (figure, (axis,)):
+        steps = sorted(places[row] for row in frontier)
+        axis.step(*zip(*steps, strict=True), where="post", color=MUTED, linewidth=1.2, zorder=1)
+        for row in rows:
+            color, marker = KINDS[row.kind], MARKERS[_form(row)]
+            axis.scatter(*places[row], s=75, marker=marker, zorder=3, linewidths=1.3, edgecolors=color,
+                         facecolors=color if row in frontier else "white")  # fmt: skip
+        log_scale(axis, [memory for memory, _ in places.values()])
+        axis.margins(y=0.12)
+        above = "activations and gradients at the peak"
+        counted = f"weights, optimizer state, {above}" if any(row.weight_bytes for row in rows) else above
+        axis.set_xlabel(f"{counted}, end-to-end = 1")
+        axis.set_ylabel("time of a step, end-to-end = 1")
+        shape = "x".join(map(str, found.image_shape))
+        axis.set_title(f"{found.model}, {found.batch_size} images of {shape}, {found.device}")
+        keys = [Line2D([], [], color=KINDS[kind], marker="s", linestyle="", label=kind) for kind in kinds]
+        keys += [Line2D([], [], color=MUTED, marker=MARKERS[form], linestyle="", fillstyle="none", label=form)
+                 for form in forms]  # fmt: skip
+        figure.legend(handles=keys, loc="outside lower left", title="what it is", alignment="left", ncols=2)
+        texts = [f"{k + 1}  {_short(row.label)}" for k, row in enumerate(frontier)]
+        names = [Line2D([], [], linestyle="", label=text) for text in texts]
+        figure.legend(handles=names, loc="outside lower right", title="not dominated (filled)", alignment="left",
+                      handlelength=0, ncols=2 if max(map(len, texts)) < 30 else 1)  # fmt: skip
+        others = [row for row in rows if row not in frontier]
+        numbers = [*(str(k + 1) for k in range(len(frontier))), *("" for _ in others)]
+        below = (-145, 180, -90, -35, 35, 0, 90)  # the line goes up and to the right
+        label(axis, [places[row] for row in [*frontier, *others]], numbers, below)
 
 
 def _form(row: Row) -> str:
@@ -71,31 +71,31 @@ def timeline_picture(found: Contest, path: Path) -> None:
         found: with timelines.
     """
     rows = timeline_rows(found)
-    figure, axes = new_figure(len(rows), 3.2, width=3.8)
     highest = max(live for row in rows for _, live, _ in row.timeline) / 2**20
-    for axis, row in zip(axes, rows, strict=True):
-        end = row.timeline[-1][0]
-        moments = [100 * seconds / end for seconds, _, _ in row.timeline]
-        live = [total / 2**20 for _, total, _ in row.timeline]
-        gradients = [grads / 2**20 for _, _, grads in row.timeline]
-        style: dict[str, Any] = {"step": "post", "linewidth": 0}
-        axis.fill_between(moments, gradients, live, color=COLORS[row.kind], alpha=0.4, label="activations", **style)
-        axis.fill_between(moments, 0, gradients, color="#8e44ad", alpha=0.75, label="gradients", **style)
-        axis.step(moments, live, where="post", color=COLORS[row.kind], linewidth=0.9)
-        axis.axhline(max(live), color=COLORS[row.kind], linewidth=0.8, linestyle=":")
-        share = f" = {max(live) / highest:.2f}" if row is not rows[0] else ""
-        axis.annotate(f"{max(live):.0f} MiB{share}", (0.98, max(live)), (0, 3), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", ha="right", fontsize=8.5, color=COLORS[row.kind])  # fmt: skip
-        axis.set_title(_short(row.label), fontsize=9.5)
-        axis.set_xlim(0, 100)
-        axis.set_ylim(0, 1.1 * highest)
-        axis.set_xlabel("% of the step", fontsize=9)
-        axis.tick_params(labelsize=8)
-    axes[0].set_ylabel("alive above weights, MiB", fontsize=9)
-    axes[-1].legend(fontsize=8, frameon=False, loc="center right")
-    shape = "x".join(map(str, found.image_shape))
-    figure.suptitle(f"{found.model}, {found.batch_size} images of {shape}", fontsize=10.5)
-    save_figure(figure, path)
+    with drawing(path, len(rows), 3.2) as (figure, axes):
+        for axis, row in zip(axes, rows, strict=True):
+            end = row.timeline[-1][0]
+            moments = [100 * seconds / end for seconds, _, _ in row.timeline]
+            live = [total / 2**20 for _, total, _ in row.timeline]
+            gradients = [grads / 2**20 for _, _, grads in row.timeline]
+            color = KINDS[row.kind]
+            axis.fill_between(moments, gradients, live, facecolor=color, alpha=0.35, label="activations",
+                              step="post", linewidth=0)  # fmt: skip
+            axis.fill_between(moments, 0, gradients, facecolor=PURPLE, hatch="////", edgecolor="white",
+                              label="gradients", step="post", linewidth=0)  # fmt: skip
+            axis.step(moments, live, where="post", color=color, linewidth=0.9)
+            axis.axhline(max(live), color=color, linewidth=0.8, linestyle=":")
+            share = f" = {max(live) / highest:.2f}" if row is not rows[0] else ""
+            axis.annotate(f"{max(live):.0f} MiB{share}", (0.98, max(live)), (0, 3), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", ha="right", color=INK)  # fmt: skip
+            axis.set_title(_short(row.label).replace(", ", ",\n", 1))
+            axis.set_xlim(0, 100)
+            axis.set_ylim(0, 1.12 * highest)
+            axis.set_xlabel("% of the step")
+        axes[0].set_ylabel("alive above weights, MiB")
+        axes[-1].legend(loc="center right")
+        shape = "x".join(map(str, found.image_shape))
+        figure.suptitle(f"{found.model}, {found.batch_size} images of {shape}")
 
 
 def timeline_rows(found: Contest) -> list[Row]:

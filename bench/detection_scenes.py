@@ -1,8 +1,8 @@
 """A RetinaNet trained by local learning on drawn scenes, and the boxes it finds in new ones.
 
-    python bench/detection_picture.py docs/detection.png
+    python bench/detection_scenes.py results/scenes-2026-11-28/detection.npz
 
-Scenes hold discs and squares of any colour on noise, made here, so the picture is free to show.
+Scenes hold discs and squares of any colour on noise, made here, so a picture of them is free to show.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torchvision.transforms.v2.functional import to_pil_image
-from torchvision.utils import draw_bounding_boxes, make_grid
 
 import localgrad
 
@@ -72,16 +70,15 @@ def main(path: Path) -> None:
         output = model((images - 0.5) / 0.25)
     metric.update(output, targets)
     print({name: round(value, 3) for name, value in metric.compute().items() if name.startswith("map")})
-    drawn = []
-    for image, found in zip(images[:SHOWN], task.detections(output, targets), strict=False):
+    kept: dict[str, list[np.ndarray]] = {"scene": [], "boxes": [], "labels": [], "scores": []}
+    for index, found in enumerate(task.detections(output, targets)[:SHOWN]):
         sure = found["scores"] >= 0.4
-        large = F.interpolate(image[None], scale_factor=2.0)[0]
-        names = [f"{CLASSES[k]} {s:.0%}" for k, s in zip(found["labels"][sure], found["scores"][sure], strict=True)]
-        colours = [("yellow", "cyan")[k] for k in found["labels"][sure].tolist()]
-        drawn.append(
-            draw_bounding_boxes((255 * large).to(torch.uint8), 2 * found["boxes"][sure], names, colours, width=2)
-        )
-    to_pil_image(make_grid(drawn, nrow=SHOWN, padding=4, pad_value=255)).quantize(64).save(path)
+        kept["scene"] += [np.full(int(sure.sum()), index, np.uint8)]
+        for name in ("boxes", "labels", "scores"):
+            kept[name] += [found[name][sure].numpy()]
+    pixels = (31 * images[:SHOWN]).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    columns = {name: np.concatenate(parts) for name, parts in kept.items()}
+    np.savez_compressed(path, images=pixels, classes=np.array(CLASSES), **columns)
 
 
 if __name__ == "__main__":

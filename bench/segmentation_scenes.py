@@ -1,6 +1,6 @@
-"""The picture of docs/segmentation.md: drawn scenes, a U-Net trained on them by local learning, what it says.
+"""Drawn street scenes, a U-Net trained on them by local learning, what it says of new ones.
 
-python bench/segmentation_picture.py docs/segmentation.png
+python bench/segmentation_scenes.py results/scenes-2026-11-28/segmentation.npz
 
 The scenes are drawn here because the pictures of CamVid may not be passed on under this repository's licence.
 """
@@ -10,17 +10,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.utils import save_image
 
 import localgrad
-from localgrad.train.predict import overlay
 
 CLASSES = ("sky", "building", "road", "car")
 COLOURS = torch.tensor([[0.55, 0.75, 0.95], [0.6, 0.45, 0.4], [0.4, 0.4, 0.42], [0.8, 0.15, 0.15]])
-HEIGHT, WIDTH = 64, 96
+HEIGHT, WIDTH, SHOWN = 64, 96, 3
 
 
 def scene(seed: int) -> tuple[Tensor, Tensor]:
@@ -55,7 +54,7 @@ def batch(seeds: range) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("answers", type=Path)
     parser.add_argument("--steps", type=int, default=150)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -80,11 +79,10 @@ def main() -> None:
         answers = network(images)
     metric.update(answers, masks)
     print({name: round(value, 3) for name, value in metric.compute().items()})
-    rows = []
-    for image, mask, answer in zip(images[:3], masks, answers, strict=False):
-        pixels = (255 * image).to(torch.uint8)
-        rows += [pixels, *(overlay(pixels, m, len(CLASSES)) for m in (mask, answer.argmax(0)))]
-    save_image(F.interpolate(torch.stack(rows).float() / 255, scale_factor=2.0), asked.picture, nrow=3, padding=4)
+    pixels = (31 * images[:SHOWN]).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    said = answers[:SHOWN].argmax(1).to(torch.uint8).numpy()
+    truth = masks[:SHOWN].to(torch.uint8).numpy()
+    np.savez_compressed(asked.answers, images=pixels, masks=truth, answers=said, classes=np.array(CLASSES))
 
 
 if __name__ == "__main__":
