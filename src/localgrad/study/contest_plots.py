@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,29 +73,62 @@ def timeline_picture(found: Contest, path: Path) -> None:
     """
     rows = timeline_rows(found)
     figure, axes = new_figure(len(rows), 3.2, width=3.8)
-    highest = max(live for row in rows for _, live, _ in row.timeline) / 2**20
+    highest = max(live for row in rows for _, live, *_ in row.timeline) / 2**20
     for axis, row in zip(axes, rows, strict=True):
-        end = row.timeline[-1][0]
-        moments = [100 * seconds / end for seconds, _, _ in row.timeline]
-        live = [total / 2**20 for _, total, _ in row.timeline]
-        gradients = [grads / 2**20 for _, _, grads in row.timeline]
-        style: dict[str, Any] = {"step": "post", "linewidth": 0}
-        axis.fill_between(moments, gradients, live, color=COLORS[row.kind], alpha=0.4, label="activations", **style)
-        axis.fill_between(moments, 0, gradients, color="#8e44ad", alpha=0.75, label="gradients", **style)
-        axis.step(moments, live, where="post", color=COLORS[row.kind], linewidth=0.9)
-        axis.axhline(max(live), color=COLORS[row.kind], linewidth=0.8, linestyle=":")
-        share = f" = {max(live) / highest:.2f}" if row is not rows[0] else ""
-        axis.annotate(f"{max(live):.0f} MiB{share}", (0.98, max(live)), (0, 3), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", ha="right", fontsize=8.5, color=COLORS[row.kind])  # fmt: skip
+        _draw_step(axis, row, highest)
         axis.set_title(_short(row.label), fontsize=9.5)
-        axis.set_xlim(0, 100)
-        axis.set_ylim(0, 1.1 * highest)
-        axis.set_xlabel("% of the step", fontsize=9)
-        axis.tick_params(labelsize=8)
     axes[0].set_ylabel("alive above weights, MiB", fontsize=9)
     axes[-1].legend(fontsize=8, frameon=False, loc="center right")
     shape = "x".join(map(str, found.image_shape))
     figure.suptitle(f"{found.model}, {found.batch_size} images of {shape}", fontsize=10.5)
+    save_figure(figure, path)
+
+
+def _draw_step(axis: Any, row: Row, highest: float, held: int = 0) -> None:
+    """What is alive during a step, in MiB, above ``held`` bytes that are there all the time."""
+    moments = [100 * seconds / row.timeline[-1][0] for seconds, *_ in row.timeline]
+    weights = [(held + visiting) / 2**20 for *_, visiting in row.timeline]
+    gradients = [(held + visiting + grads) / 2**20 for _, _, grads, visiting in row.timeline]
+    live = [(held + total) / 2**20 for _, total, *_ in row.timeline]
+    style: dict[str, Any] = {"step": "post", "linewidth": 0}
+    axis.fill_between(moments, gradients, live, color=COLORS[row.kind], alpha=0.4, label="activations", **style)
+    axis.fill_between(moments, weights, gradients, color="#8e44ad", alpha=0.75, label="gradients", **style)
+    if max(weights):
+        axis.fill_between(moments, 0, weights, color="#7f8c8d", alpha=0.6, label="weights and state", **style)
+    axis.step(moments, live, where="post", color=COLORS[row.kind], linewidth=0.9)
+    axis.axhline(max(live), color=COLORS[row.kind], linewidth=0.8, linestyle=":")
+    share = f" = {max(live) / highest:.2f}" if max(live) < highest else ""
+    axis.annotate(f"{max(live):.{0 if highest > 100 else 1}f} MiB{share}", (0.98, max(live)), (0, 3),
+                  xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=8.5,
+                  color=COLORS[row.kind])  # fmt: skip
+    axis.set_xlim(0, 100)
+    axis.set_ylim(0, 1.1 * highest)
+    axis.set_xlabel("% of the step", fontsize=9)
+    axis.tick_params(labelsize=8)
+
+
+def demo_picture(found: Contest, rows: Sequence[Row], accuracy: Mapping[Row, float], title: str, path: Path) -> None:
+    """Everything that is alive during a step of ``rows``, and of all ways accuracy against the most that is."""
+    figure, axes = new_figure(len(rows) + 1, 3.4, width=3.2)
+    highest = max(row.memory or 0 for row in found.rows) / 2**20
+    for axis, row in zip(axes, rows, strict=False):
+        _draw_step(axis, row, highest, row.weight_bytes + row.state_bytes)
+        axis.set_title(row.name, fontsize=9.5)
+    axes[0].set_ylabel("alive in a step, MiB", fontsize=9)
+    axes[len(rows) - 1].legend(fontsize=8, frameon=False, loc="center right")
+    last = axes[-1]
+    for number, (row, score) in enumerate(accuracy.items(), start=1):
+        place = ((row.memory or 0) / 2**20, 100 * score)
+        last.scatter(*place, s=60, color=COLORS[row.kind], linewidths=0, label=f"{number}  {row.name}")
+        last.annotate(str(number), place, (0, 7 if number % 2 else -14), textcoords="offset points", fontsize=8,
+                      ha="center", color=COLORS[row.kind])  # fmt: skip
+    last.legend(fontsize=7.5, frameon=False, loc="lower right")
+    last.set_xlim(0, 1.1 * highest)
+    last.set_ylim(0, 110)
+    last.set_xlabel("most that is alive in a step, MiB", fontsize=9)
+    last.set_title("test accuracy, %", fontsize=9.5)
+    last.tick_params(labelsize=8)
+    figure.suptitle(f"{title}, a step of {found.batch_size} images", fontsize=10.5)
     save_figure(figure, path)
 
 
