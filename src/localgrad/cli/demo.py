@@ -12,9 +12,9 @@ from localgrad.cli.console import new_console, new_table
 from localgrad.cli.options import settings_of
 
 NEXT = (
-    "localgrad plan timm:vit_base_patch16_224 --batch-size 32 --memory 8GiB",
+    "localgrad plan torchvision:vit_b_16 --batch-size 32 --memory 8GiB",
     "localgrad bench resnet32 --batch-size 64 -m dgl -k 4 --out runs/bench",
-    "localgrad train --model timm:vit_tiny_patch16_224 --data FOLDER -m lean -k 4",
+    "localgrad train --model torchvision:vit_b_16 --data FOLDER -m dgl -k 12 optim.name=adamw optim.lr=1e-3",
 )
 
 
@@ -45,7 +45,7 @@ def demo(
             f"{memory / 2**20:.1f} MiB",
             f"{memory / (first.memory or 1):.2f}x",
             f"{row.time_ratio:.2f}x",
-            f"{line.score:.1%}" if line.trained else "same",
+            f"{line.score:.1%}" if line.trained else "=",
         )
     console.print(
         f"\n{config.model.name}, AdamW, steps of {config.train.batch_size} images; local: dgl in "
@@ -55,7 +55,7 @@ def demo(
     console.print(table)
     console.print(
         "Memory: weights, gradients, optimizer state and activations at the peak, counted tensor by tensor.\n"
-        "Same: not trained; the weights would be those of end-to-end or of local, up to rounding.\n"
+        "=: not trained; the weights are those of end-to-end, or of local, up to rounding.\n"
         "One block resident: the others' weights and state wait on the host; here both are this machine's memory.",
         style="dim",
     )

@@ -28,7 +28,7 @@ from localgrad.train.finished import model_of
 from localgrad.train.folder import RunFolder
 from localgrad.train.run import run
 
-PARTS, ROUNDS = 4, 5  # micro-batches, timed steps of each way
+PARTS, ROUNDS = 4, 3  # micro-batches, timed steps of each way
 PICTURE = "demo.png"
 PICTURED = (REFERENCE, "checkpointing", f"accumulation x{PARTS}", f"local x{PARTS}, one block resident")
 

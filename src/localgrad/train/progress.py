@@ -63,7 +63,8 @@ class Progress:
         now = run.meter.read()
         table = Table(
             title=f"{self.title}: epoch {run.epoch + 1}/{run.config.train.epochs}, "
-            f"batch {run.batch}/{len(run.data.train)}{self._rest(run, ', ')}"
+            f"batch {run.batch}/{len(run.data.train)}",
+            caption=", ".join(self._rest(run)),
         )
         for heading in ("head", "training loss", "training accuracy"):
             table.add_column(heading, justify="right" if heading != "head" else "left")
@@ -82,15 +83,16 @@ class Progress:
         if len(inner) > 4:
             inner = [*inner[:2], "..", *inner[-2:]]
         blocks = f"blocks {' '.join(inner)} model " if inner else ""
+        words = [
+            f"{self.title} {row['epoch']}/{run.config.train.epochs}",
+            f"loss {row['train']['loss']['model']:.3f}",
+            f"{split} {blocks}{100 * scores['model']:.1f} %",
+            *self._rest(run),
+        ]
         with self._written():
-            self.console.print(
-                f"{self.title} {row['epoch']}/{run.config.train.epochs}  loss {row['train']['loss']['model']:.3f}  "
-                f"{split} {blocks}{100 * scores['model']:.1f} %{self._rest(run, '  ')}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            self.console.print("  ".join(words), highlight=False, soft_wrap=True)
 
-    def _rest(self, run: Experiment, between: str) -> str:
+    def _rest(self, run: Experiment) -> list[str]:
         """The most memory that was taken so far, and the time left at the pace since the beginning."""
         peak = peak_memory(run.network.device)
         left = run.config.train.epochs * len(run.data.train) - run.step
@@ -98,4 +100,4 @@ class Progress:
         if left and self.steps:
             seconds = round((time.monotonic() - self.began) / self.steps * left)
             words.append(f"{timedelta(seconds=seconds)} left")
-        return "".join(between + word for word in words)
+        return words
