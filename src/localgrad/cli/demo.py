@@ -12,7 +12,7 @@ from localgrad.cli.console import new_console, new_table
 from localgrad.cli.options import settings_of
 
 NEXT = (
-    "localgrad plan torchvision:vit_b_16 --batch-size 32 --memory 8GiB",
+    "localgrad plan torchvision:resnet50 --batch-size 256 --memory 8GiB",
     "localgrad bench resnet32 --batch-size 64 -m dgl -k 4 --out runs/bench",
     "localgrad train --model torchvision:vit_b_16 --data FOLDER -m dgl -k 12 optim.name=adamw optim.lr=1e-3",
 )
