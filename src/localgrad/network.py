@@ -27,6 +27,11 @@ class Residence(Protocol):
     """Who brings blocks to the device only while they run; see `localgrad.resident`."""
 
     device: torch.device
+    here: int
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """The parameters and buffers that stay on the device."""
 
     def stepping(self) -> contextlib.AbstractContextManager[None]:
         """Around a step, or an evaluation."""

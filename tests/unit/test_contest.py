@@ -227,11 +227,11 @@ def test_the_frontier_is_what_brute_force_finds(found: Contest) -> None:
 
 def test_timelines_end_where_the_step_does(found: Contest) -> None:
     for r in found.rows:
-        seconds = [at for at, _, _ in r.timeline]
+        seconds = [at for at, *_ in r.timeline]
         assert seconds == sorted(seconds)
-        assert max(live for _, live, _ in r.timeline) == r.total_bytes
-        assert max(live - gradients for _, live, gradients in r.timeline) == r.activation_bytes
-        assert all(0 <= gradients <= live for _, live, gradients in r.timeline)
+        assert max(live for _, live, *_ in r.timeline) == r.total_bytes
+        assert max(live - gradients for _, live, gradients, _ in r.timeline) == r.activation_bytes
+        assert all(0 <= gradients <= live for _, live, gradients, _ in r.timeline)
     names = [r.name for r in timeline_rows(found)]
     assert names[0] == "end-to-end" and names[1].startswith("checkpointing") and names[2].startswith("dgl")
 

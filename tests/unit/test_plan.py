@@ -300,6 +300,15 @@ def test_recommendations(resnet: Plan) -> None:
     assert fitting("plain", "local K=2").recommended == replace(resnet.options[0], fits=True)
     best = fitting("accumulation x4", "local K=2").recommended
     assert best is not None and best.name == "accumulation x4"  # as fast within 5 %, and the gradients are better
+    for ratio, chosen in ((1.19, "accumulation x4"), (1.21, "local K=2")):  # a local form must be worth its accuracy
+        slower = fitting("accumulation x4", "local K=2")
+        local = next(o for o in slower.options if o.name == "local K=2")
+        slow = [
+            replace(o, time_ratio=ratio * local.time_ratio) if o.name == "accumulation x4" else o
+            for o in slower.options
+        ]
+        best = replace(slower, options=tuple(slow)).recommended
+        assert best is not None and best.name == chosen
     only = fitting("local K=4")
     assert only.recommended is not None and only.recommended.kind == "local"
     assert "Neither accumulation nor checkpointing fits" in only.verdict

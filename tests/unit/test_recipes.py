@@ -40,7 +40,7 @@ def recipe(name: str) -> Config:
 @functools.cache
 def partition(model: str, options: tuple[tuple[str, Any], ...]) -> Partition:
     """The cut points of a network, found on one that is as deep but as thin as its constructor allows."""
-    thin: dict[str, Any] = {"embed_dim": 12, "num_heads": 3} if "vit" in model else {}
+    thin: dict[str, Any] = {"embed_dim": 12, "num_heads": 3} if "timm:vit" in model else {}
     if model in ("torchvision:resnet101", "torchvision:resnet152"):
         thin = {"width_per_group": 1}
     if model.startswith("transformers:"):

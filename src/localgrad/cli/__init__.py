@@ -19,6 +19,7 @@ import typer
 from localgrad import named
 from localgrad.cli.bench import bench
 from localgrad.cli.compare import compare
+from localgrad.cli.demo import demo
 from localgrad.cli.doctor import doctor
 from localgrad.cli.evaluate import evaluate
 from localgrad.cli.export import export
@@ -38,12 +39,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Supervised local learning for PyTorch: cut a network into blocks, train each by its own loss, and free its "
     "activations before the next one runs.",
-    epilog="Begin with: localgrad train digits",
+    epilog="Begin with: localgrad demo",
 )
 
 _COMMANDS: dict[str, Callable[..., None]] = {
-    "train": train, "eval": evaluate, "predict": predict, "export": export, "simulate": simulate, "list": list_,
-    "summary": summary, "doctor": doctor, "survey": survey, "plan": plan, "bench": bench, "compare": compare,
+    "demo": demo, "train": train, "eval": evaluate, "predict": predict, "export": export, "simulate": simulate,
+    "list": list_, "summary": summary, "doctor": doctor, "survey": survey, "plan": plan, "bench": bench,
+    "compare": compare,
 }  # fmt: skip
 _held = contextlib.ExitStack()  # the standard error of ranks whose words another one says too
 

@@ -29,6 +29,19 @@ def peak_growth(step: Callable[[], None], device: torch.device) -> int | None:
     return allocated_growth(step) if device.type == "cuda" else resident_growth(step)
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """The most that this process has taken so far, in bytes: of CUDA's allocator, on a CPU resident memory.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return _status("VmHWM")
+    except (OSError, StopIteration):
+        return None
+
+
 @contextlib.contextmanager
 def storages_mapped() -> Iterator[None]:
     """Lets the C library map every large tensor by itself and hand it back when it is freed.

@@ -16,11 +16,13 @@ from localgrad.models.chunked_lm import ChunkedLM, causal_lm, causal_types
 from localgrad.models.detection import Detector, fcos, retinanet
 from localgrad.models.pretrained import load_pretrained
 from localgrad.models.resnet_cifar import CifarResNet, resnet8, resnet20, resnet32, resnet56, resnet110
+from localgrad.models.small_vit import SmallViT, vit8
 
 __all__ = [
     "ChunkedLM",
     "CifarResNet",
     "Detector",
+    "SmallViT",
     "available",
     "create",
     "fcos",
@@ -32,10 +34,11 @@ __all__ = [
     "resnet56",
     "resnet8",
     "retinanet",
+    "vit8",
 ]
 
 OWN: dict[str, Callable[..., nn.Module]] = {
-    f.__name__: f for f in (resnet8, resnet20, resnet32, resnet56, resnet110, retinanet, fcos)
+    f.__name__: f for f in (resnet8, resnet20, resnet32, resnet56, resnet110, vit8, retinanet, fcos)
 }
 LIBRARIES = ("timm", "torchvision", "smp", "transformers")
 

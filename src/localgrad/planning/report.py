@@ -16,6 +16,7 @@ from localgrad.planning.streaming import Traffic
 EXACT, MICRO, LOCAL = "exact", "exact, BatchNorm over micro-batches", "local"
 OWN_LOSS = "task.loss(model(x), localgrad.Batch(x, y, step=0))"
 TIE = 1.05  # predicted step times closer than this count as equal
+WORTH = 1.2  # so much faster a local form must be to be recommended where better gradients fit
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Plan:
     def recommended(self) -> Option | None:
         """The fastest option that fits; among those within 5 % of it exact gradients first, then the fewest parts.
 
-        One that brings blocks from the host only where no other fits.
+        A local form only where no other fits or all are 1.2 times as slow, as it costs accuracy. One that brings blocks
+        from the host only where no other fits.
         """
         fitting = [option for option in self.options if option.fits and option.traffic is None]
         fitting = fitting or [option for option in self.options if option.fits and option.kind == "resident"]
@@ -120,6 +122,10 @@ class Plan:
             return None
         if fitting[0].kind == "plain":
             return fitting[0]
+        fastest = min(option.time_ratio for option in fitting)
+        others = [option for option in fitting if option.kind not in ("local", "resident")]
+        if any(option.time_ratio <= WORTH * fastest for option in others):
+            fitting = others
         limit = TIE * min(option.time_ratio for option in fitting)
         order = (EXACT, MICRO)
         return min(

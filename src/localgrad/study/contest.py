@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from localgrad import cuts, models
-from localgrad.costs import Cost, cost_of
+from localgrad.costs import Cost, cost, cost_of
 from localgrad.cutting import as_cutting
 from localgrad.engine import local_losses
 from localgrad.errors import ConfigError, MethodError, PartitionError, TrainingError
@@ -32,6 +32,7 @@ from localgrad.network import LocalNetwork, exchange
 from localgrad.partition import Partition
 from localgrad.planning import EXACT, LOCAL, MICRO
 from localgrad.planning.planner import several_units
+from localgrad.residence import resident
 from localgrad.study.contest_report import Contest, Row
 from localgrad.study.ways import Way
 from localgrad.train.experiment import explained
@@ -45,14 +46,18 @@ class _Contestant:
 
     def __init__(self, way: Way, model: nn.Module, inputs: Tensor, targets: Tensor, balance: Balance) -> None:
         self.way, self.inputs, self.targets = way, inputs, targets
-        # Modules are compiled in place, and some optimizers leave hooks on parameters, which other ways run without.
-        if way.has("compile") or way.in_backward or is_named(way.optimizer):
+        # Modules are compiled in place, and some ways leave hooks, which others run without.
+        if way.has("compile") or way.in_backward or way.resident or is_named(way.optimizer):
             model = copy.deepcopy(model)
         self.network = network = _cut(way, model, inputs[:2], balance, len(inputs)).train()
         if way.has("channels_last"):
             network.to(memory_format=torch.channels_last)
         if way.has("compile"):
             network.compile_blocks(backend=_compiler(*way.budgets))
+        self.activations = None
+        if way.resident:  # whose copies of weights and state would count as activations
+            self.activations = cost(network, inputs, targets, way.autocast).activation_bytes
+            resident(network, inputs.device)
         self.stepper = Stepper(network, way.optim, torch.amp.GradScaler(inputs.device.type, enabled=False))
 
     def step(self) -> None:
@@ -86,17 +91,23 @@ class _Contestant:
         except torch._dynamo.exc.TorchDynamoException as error:
             raise TrainingError(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
         network, device = self.network, self.inputs.device
-        cost: Cost | None = None
-        ops: tuple[tuple[float, int, int], ...] = ()
+        staying = [*network.parameters(), *network.buffers()]
+        state: Any = [one.state_dict() for one in self.stepper.optimizers]
+        if network.residence is not None:
+            staying = network.residence.kept
+            state = [one.state[p] for one in self.stepper.optimizers for p in staying if p in one.state]
+        found: Cost | None = None
+        ops: tuple[tuple[float, int, int, int], ...] = ()
         if self.way.has("compile"):
             peak = peak_growth(self.step, device)
         else:
             seen: list[tuple[Cost, Memory]] = []
-            with _Moments() as moments:
+            with _Moments(network) as moments:
                 peak = peak_growth(lambda: seen.append(cost_of(network, self.step, timeline)), device)
-            ((cost, memory),) = seen
+            ((found, memory),) = seen
             if timeline:
-                ops = tuple((at, *alive) for at, alive in zip(moments.seconds, memory.timeline, strict=True))
+                alive = zip(moments.seconds, memory.timeline, moments.visiting, strict=True)
+                ops = tuple((at, *live, here) for at, live, here in alive)
         return Row(
             name=self.way.name,
             kind=self.way.kind,
@@ -106,12 +117,12 @@ class _Contestant:
             gradients=self.gradients(),
             num_blocks=network.num_blocks,
             cuts=tuple(cut.name for cut in network.cuts),
-            weight_bytes=held_bytes([*network.parameters(), *network.buffers()], device),
-            state_bytes=held_bytes([one.state_dict() for one in self.stepper.optimizers], device),
-            activation_bytes=None if cost is None else cost.activation_bytes,
-            total_bytes=None if cost is None else cost.total_bytes,
+            weight_bytes=held_bytes(staying, device),
+            state_bytes=held_bytes(state, device),
+            activation_bytes=self.activations or (None if found is None else found.activation_bytes),
+            total_bytes=None if found is None else found.total_bytes,
             peak_bytes=peak,
-            flops=None if cost is None else cost.flops,
+            flops=None if found is None else found.flops,
             auxiliary_parameters=sum(p.numel() for p in network.auxiliary.parameters() if p.requires_grad),
             timeline=ops,
         )
@@ -128,17 +139,20 @@ def _compiler(budget: float | None = None) -> Callable[..., Any]:
 
 
 class _Moments(TorchDispatchMode):
-    """When each op was done, in seconds since the first one began."""
+    """When each op was done, in seconds since the first one began, and what of a resident network was there then."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: LocalNetwork) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.network = network
         self.seconds: list[float] = []
+        self.visiting: list[int] = []
         self.start: float | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.start = time.process_time() if self.start is None else self.start
         result = func(*args, **(kwargs or {}))
         self.seconds.append(time.process_time() - self.start)
+        self.visiting.append(0 if self.network.residence is None else self.network.residence.here)
         return result
 
 

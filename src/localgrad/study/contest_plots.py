@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from localgrad.errors import ConfigError
 from localgrad.measure.plots import INK, KINDS, MUTED, PURPLE, drawing, label, log_scale
@@ -71,31 +73,60 @@ def timeline_picture(found: Contest, path: Path) -> None:
         found: with timelines.
     """
     rows = timeline_rows(found)
-    highest = max(live for row in rows for _, live, _ in row.timeline) / 2**20
+    highest = max(live for row in rows for _, live, *_ in row.timeline) / 2**20
     with drawing(path, len(rows), 3.2) as (figure, axes):
         for axis, row in zip(axes, rows, strict=True):
-            end = row.timeline[-1][0]
-            moments = [100 * seconds / end for seconds, _, _ in row.timeline]
-            live = [total / 2**20 for _, total, _ in row.timeline]
-            gradients = [grads / 2**20 for _, _, grads in row.timeline]
-            color = KINDS[row.kind]
-            axis.fill_between(moments, gradients, live, facecolor=color, alpha=0.35, label="activations",
-                              step="post", linewidth=0)  # fmt: skip
-            axis.fill_between(moments, 0, gradients, facecolor=PURPLE, hatch="////", edgecolor="white",
-                              label="gradients", step="post", linewidth=0)  # fmt: skip
-            axis.step(moments, live, where="post", color=color, linewidth=0.9)
-            axis.axhline(max(live), color=color, linewidth=0.8, linestyle=":")
-            share = f" = {max(live) / highest:.2f}" if row is not rows[0] else ""
-            axis.annotate(f"{max(live):.0f} MiB{share}", (0.98, max(live)), (0, 3), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", ha="right", color=INK)  # fmt: skip
+            _draw_step(axis, row, highest)
             axis.set_title(_short(row.label).replace(", ", ",\n", 1))
-            axis.set_xlim(0, 100)
-            axis.set_ylim(0, 1.12 * highest)
-            axis.set_xlabel("% of the step")
         axes[0].set_ylabel("alive above weights, MiB")
         axes[-1].legend(loc="center right")
         shape = "x".join(map(str, found.image_shape))
         figure.suptitle(f"{found.model}, {found.batch_size} images of {shape}")
+
+
+def _draw_step(axis: Any, row: Row, highest: float, held: int = 0) -> None:
+    """What is alive during a step, in MiB, above ``held`` bytes that are there all the time."""
+    moments = [100 * seconds / row.timeline[-1][0] for seconds, *_ in row.timeline]
+    weights = [(held + visiting) / 2**20 for *_, visiting in row.timeline]
+    gradients = [(held + visiting + grads) / 2**20 for _, _, grads, visiting in row.timeline]
+    live = [(held + total) / 2**20 for _, total, *_ in row.timeline]
+    color, style = KINDS[row.kind], {"step": "post", "linewidth": 0}
+    axis.fill_between(moments, gradients, live, facecolor=color, alpha=0.35, label="activations", **style)
+    axis.fill_between(
+        moments, weights, gradients, facecolor=PURPLE, hatch="////", edgecolor="white", label="gradients", **style
+    )
+    if max(weights):
+        axis.fill_between(moments, 0, weights, facecolor=MUTED, alpha=0.6, label="weights and state", **style)
+    axis.step(moments, live, where="post", color=color, linewidth=0.9)
+    axis.axhline(max(live), color=color, linewidth=0.8, linestyle=":")
+    share = f" = {max(live) / highest:.2f}" if max(live) < highest else ""
+    axis.annotate(f"{max(live):.{0 if highest > 100 else 1}f} MiB{share}", (0.98, max(live)), (0, 3), ha="right",
+                  xycoords=("axes fraction", "data"), textcoords="offset points", color=INK)  # fmt: skip
+    axis.set_xlim(0, 100)
+    axis.set_ylim(0, 1.12 * highest)
+    axis.set_xlabel("% of the step")
+
+
+def demo_picture(found: Contest, rows: Sequence[Row], accuracy: Mapping[Row, float], title: str, path: Path) -> None:
+    """Everything that is alive during a step of ``rows``, and of all ways accuracy against the most that is."""
+    highest = max(row.memory or 0 for row in found.rows) / 2**20
+    with drawing(path, len(rows) + 1, 3.4) as (figure, axes):
+        for axis, row in zip(axes, rows, strict=False):
+            _draw_step(axis, row, highest, row.weight_bytes + row.state_bytes)
+            axis.set_title(row.name.replace(", ", ",\n", 1))
+        axes[0].set_ylabel("alive in a step, MiB")
+        axes[len(rows) - 1].legend(loc="center right")
+        last = axes[-1]
+        for number, (row, score) in enumerate(accuracy.items(), start=1):
+            place = ((row.memory or 0) / 2**20, 100 * score)
+            last.scatter(*place, s=60, color=KINDS[row.kind], linewidths=0, label=f"{number}  {row.name}")
+            last.annotate(str(number), place, (0, 7 if number % 2 else -14), textcoords="offset points", ha="center")
+        last.legend(loc="lower right")
+        last.set_xlim(0, 1.1 * highest)
+        last.set_ylim(0, 110)
+        last.set_xlabel("most that is alive in a step, MiB")
+        last.set_title("test accuracy, %")
+        figure.suptitle(f"{title}, a step of {found.batch_size} images")
 
 
 def timeline_rows(found: Contest) -> list[Row]:

@@ -16,7 +16,8 @@ class Row:
     Args:
         gradients: ``exact``, ``exact, BatchNorm over micro-batches`` or ``local``.
         num_blocks: K, and ``cuts`` the paths of the modules that blocks 1 .. K-1 begin with.
-        weight_bytes: of parameters and buffers, those of heads and twins too.
+        weight_bytes: of parameters and buffers, those of heads and twins too; of a resident network those that stay on
+            the device, and ``state_bytes`` of these. What visits it is in ``total_bytes``.
         state_bytes: of the optimizers' state on the device, scales and tables of 8-bit state too.
         activation_bytes: the most that was alive at once, gradients of parameters left out; ``total_bytes`` with them.
             Live tensors, above weights and optimizer state; None for compiled ways, whose tensors cannot be seen. Nor
@@ -28,8 +29,9 @@ class Row:
         rounds: seconds of each.
         flops: of forward and backward, 2 per multiply-add; None for compiled ways.
         auxiliary_parameters: trained besides the model's.
-        timeline: (seconds, live bytes, gradients among them) after every op of a step, if it was asked for. The seconds
-            hold what tracking costs, and on CUDA they are those at which the op was started.
+        timeline: (seconds, live bytes, gradients among them, weights and state that visit the device among them) after
+            every op of a step, if it was asked for. The seconds hold what tracking costs, and on CUDA they are those at
+            which the op was started.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Row:
     seconds: float = 0.0
     time_ratio: float = 0.0
     rounds: tuple[float, ...] = ()
-    timeline: tuple[tuple[float, int, int], ...] = ()
+    timeline: tuple[tuple[float, int, int, int], ...] = ()
 
     @property
     def memory(self) -> int | None:

@@ -35,6 +35,7 @@ class Way:
         per_block: whether each block steps, and frees its gradients, as soon as its backward pass is done.
         inside: recompute the units inside a block in its backward pass, all but the last.
         in_backward: each parameter steps, and frees its gradient, as soon as the gradient is there.
+        resident: each block is on the device only while it runs (`localgrad.resident`).
         offload: what waits for the backward pass waits on the host (``torch.autograd.graph.save_on_cpu``).
         budgets: values of ``torch._functorch.config.activation_memory_budget`` to compile with; the leanest counts.
         variant: ``fp32`` or ``bf16`` (autocast), then any of ``channels_last`` and ``compile``, joined by ``+``.
@@ -48,6 +49,7 @@ class Way:
     per_block: bool = False
     inside: bool = False
     in_backward: bool = False
+    resident: bool = False
     offload: bool = False
     budgets: tuple[float, ...] = ()
     variant: str = "fp32"
