@@ -20,8 +20,10 @@ from localgrad.planning.report import Option, Plan
 from localgrad.planning.streaming import Traffic
 from localgrad.spec import described
 from localgrad.study.compare_report import Line, lines_of, reference_of
-from localgrad.study.contest_plots import pareto_picture, timeline_picture
+from localgrad.study.contest_plots import demo_picture, pareto_picture, timeline_picture
 from localgrad.study.contest_report import Contest, Row
+from localgrad.study.demo import PICTURED
+from localgrad.study.ways import REFERENCE
 
 
 def _read(path: Path) -> Any:
@@ -75,6 +77,15 @@ def timeline(path: Path, source: Path) -> None:
     """What is alive during a step, from what bench/timelines.py wrote."""
     values = _read(source)
     timeline_picture(_made(Contest, values, rows=[_made(Row, row) for row in values["rows"]]), path)
+
+
+def demo(path: Path, source: Path) -> None:
+    """What `localgrad demo` draws, from what it wrote."""
+    values = _read(source)
+    rows = {row.name: row for row in (_made(Row, row) for row in values["rows"])}
+    scores = {name: values["scores"][row.kind if row.kind == "local" else REFERENCE] for name, row in rows.items()}
+    found = _made(Contest, values, rows=tuple(rows.values()))
+    demo_picture(found, {rows[name]: scores[name] for name in PICTURED}, values["title"], path)
 
 
 def plan(path: Path, source: Path) -> None:

@@ -16,13 +16,13 @@ from rich.console import Console
 import localgrad
 from localgrad.cli.options import settings_of
 from localgrad.measure.memory import LiveBytes
-from localgrad.study.demo import PARTS, PICTURE, Line, demo, ways_of
+from localgrad.study.demo import BATCH, PARTS, PICTURE, Line, demo, ways_of
 from localgrad.train.progress import Progress
 
-DEPTH, BATCH = 3, 16
+DEPTH = 3
 SIZES = [f"model.options.depth={DEPTH}", "model.options.width=32", f"blocks.num_blocks={DEPTH}", "train.epochs=1",
-         f"train.batch_size={BATCH}", "data.limit=48"]  # fmt: skip
-LOCAL = [f"local{more}" for more in ("", f" x{PARTS}", f" x{PARTS}, one block resident")]
+         "train.batch_size=16", "data.limit=48"]  # fmt: skip
+LOCAL = [f"local{more}" for more in ("", f" x{PARTS}", f" x{PARTS}, one block")]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Line], Path]:
 
 
 def network() -> localgrad.network.LocalNetwork:
-    model = localgrad.models.vit8(10, 1, depth=DEPTH, width=32)
+    model = localgrad.models.vit8(10, 1, depth=DEPTH, width=32, patch=2)
     method = localgrad.methods.dgl(localgrad.tasks.classification(10), head="linear")
     return localgrad.localize(model, method, DEPTH, example=torch.randn(2, 1, 8, 8)).train()
 
@@ -91,7 +91,7 @@ def test_micro_batches_and_residence_come_to_the_same_weights() -> None:
     config = settings_of("demo", SIZES)
     task = localgrad.tasks.classification(10)
     torch.manual_seed(0)
-    model = localgrad.models.vit8(10, 1, depth=DEPTH, width=32).double()
+    model = localgrad.models.vit8(10, 1, depth=DEPTH, width=32, patch=2).double()
     x, y = torch.randn(BATCH, 1, 8, 8, dtype=torch.float64), torch.randint(10, (BATCH,))
     found = {}
     for way in ways_of(config, task):

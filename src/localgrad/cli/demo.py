@@ -27,9 +27,9 @@ def demo(
 
     [bold]localgrad demo[/bold]
 
-    A minute on one core. Checkpointing, micro-batches and one block on the device are beside them.
+    A minute on two cores. Checkpointing, micro-batches and one block on the device are beside them.
     """
-    from localgrad.study.demo import PICTURE
+    from localgrad.study.demo import BATCH, PICTURE
     from localgrad.study.demo import demo as study
 
     console, out = new_console(), out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -48,15 +48,15 @@ def demo(
             f"{line.score:.1%}" if line.trained else "=",
         )
     console.print(
-        f"\n{config.model.name}, AdamW, steps of {config.train.batch_size} images; local: dgl in "
-        f"{config.blocks.num_blocks} blocks that step one by one",
+        f"\nA step of {BATCH} images by {config.model.name} with AdamW. Local: dgl in {config.blocks.num_blocks} blocks"
+        f"\nthat step one by one. Accuracy is that of runs in steps of {config.train.batch_size}.",
         style="bold",
     )
     console.print(table)
     console.print(
         "Memory: weights, gradients, optimizer state and activations at the peak, counted tensor by tensor.\n"
         "=: not trained; the weights are those of end-to-end, or of local, up to rounding.\n"
-        "One block resident: the others' weights and state wait on the host; here both are this machine's memory.",
+        "One block: the others' weights and state wait on the host; here both are this machine's memory.",
         style="dim",
     )
     console.print(f"Picture: {out / PICTURE}\n\nNext:", soft_wrap=True)

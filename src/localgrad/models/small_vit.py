@@ -28,7 +28,7 @@ class SmallViT(nn.Module):
         patch: int = 4,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.patches = nn.Conv2d(in_channels, width, patch, patch)
+        self.patches = nn.Conv2d(in_channels, width, 2 * patch - 1, patch, padding=patch - 1)
         self.layers = nn.Sequential(
             *(
                 nn.TransformerEncoderLayer(

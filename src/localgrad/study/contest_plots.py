@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,25 +107,15 @@ def _draw_step(axis: Any, row: Row, highest: float, held: int = 0) -> None:
     axis.set_xlabel("% of the step")
 
 
-def demo_picture(found: Contest, rows: Sequence[Row], accuracy: Mapping[Row, float], title: str, path: Path) -> None:
-    """Everything that is alive during a step of ``rows``, and of all ways accuracy against the most that is."""
-    highest = max(row.memory or 0 for row in found.rows) / 2**20
-    with drawing(path, len(rows) + 1, 3.4) as (figure, axes):
-        for axis, row in zip(axes, rows, strict=False):
+def demo_picture(found: Contest, accuracy: Mapping[Row, float], title: str, path: Path) -> None:
+    """Everything that is alive during a step of each way, above it the test accuracy that the way comes to."""
+    highest = max(row.memory or 0 for row in accuracy) / 2**20
+    with drawing(path, len(accuracy), 3.4) as (figure, axes):
+        for axis, (row, score) in zip(axes, accuracy.items(), strict=True):
             _draw_step(axis, row, highest, row.weight_bytes + row.state_bytes)
-            axis.set_title(row.name.replace(", ", ",\n", 1))
+            axis.set_title(f"{row.name}\n{row.time_ratio:.2f} of the time\n{score:.1%} right")
         axes[0].set_ylabel("alive in a step, MiB")
-        axes[len(rows) - 1].legend(loc="center right")
-        last = axes[-1]
-        for number, (row, score) in enumerate(accuracy.items(), start=1):
-            place = ((row.memory or 0) / 2**20, 100 * score)
-            last.scatter(*place, s=60, color=KINDS[row.kind], linewidths=0, label=f"{number}  {row.name}")
-            last.annotate(str(number), place, (0, 7 if number % 2 else -14), textcoords="offset points", ha="center")
-        last.legend(loc="lower right")
-        last.set_xlim(0, 1.1 * highest)
-        last.set_ylim(0, 110)
-        last.set_xlabel("most that is alive in a step, MiB")
-        last.set_title("test accuracy, %")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.suptitle(f"{title}, a step of {found.batch_size} images")
 
 

@@ -29,8 +29,9 @@ from localgrad.train.folder import RunFolder
 from localgrad.train.run import run
 
 PARTS, ROUNDS = 4, 3  # micro-batches, timed steps of each way
+BATCH = 128  # images of a measured step; training takes small ones, as the digits are few
 PICTURE = "demo.png"
-PICTURED = (REFERENCE, "checkpointing", f"accumulation x{PARTS}", f"local x{PARTS}, one block resident")
+PICTURED = (REFERENCE, "checkpointing", f"accumulation x{PARTS}", "local", f"local x{PARTS}, one block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def ways_of(config: Config, task: Task) -> list[Way]:
         ),
         one,
         parts,
-        dataclasses.replace(parts, name=f"{parts.name}, one block resident", resident=True),
+        dataclasses.replace(parts, name=f"{parts.name}, one block", resident=True),
     ]
 
 
@@ -84,12 +85,13 @@ def demo(config: Config, out: Path, console: Console) -> list[Line]:
     channels, side, _ = shape = trained.data.input_shape
     found = contest(
         model_of(config, trained.data.num_classes, shape), ways_of(config, trained.network.method.task),
-        batch_size=config.train.batch_size, image_size=side, channels=channels, num_classes=trained.data.num_classes,
+        batch_size=BATCH, image_size=side, channels=channels, num_classes=trained.data.num_classes,
         device=trained.network.device, rounds=ROUNDS, timeline=True,
         progress=lambda what: console.print(what, style="dim"),
     )  # fmt: skip
     accuracy = {row: scores[row.kind if row.kind in scores else REFERENCE] for row in found.rows}
-    write(out / "demo.json", json.dumps({"scores": scores, **found.as_dict()}, indent=1) + "\n")
-    pictured = [row for row in found.rows if row.name in PICTURED]
-    demo_picture(found, pictured, accuracy, f"{config.model.name} on {trained.data.title}", out / PICTURE)
+    title = f"{config.model.name} on {trained.data.title}"
+    write(out / "demo.json", json.dumps({"title": title, "scores": scores, **dataclasses.asdict(found)}) + "\n")
+    pictured = {row: score for row, score in accuracy.items() if row.name in PICTURED}
+    demo_picture(found, pictured, title, out / PICTURE)
     return [Line(row, accuracy[row], row.name in scores) for row in found.rows]
