@@ -21,6 +21,7 @@ from localgrad.partition import Partition, by_bytes
 from localgrad.partition.choose import unit_storages
 from localgrad.spec import parse_method
 from localgrad.study.contest import contest
+from localgrad.study.contest_report import thinned
 from localgrad.study.ways import REFERENCE, SGD, UNITS, standard_ways
 
 # Model, batch, image size, method and blocks of local learning.
@@ -30,14 +31,6 @@ STEPS = {
     "vit_small": ("timm:vit_small_patch16_224", 8, 224, LINEAR, 13),
     "resnet101": ("torchvision:resnet101", 4, 224, LINEAR, 8),
 }
-
-
-def thinned(timeline: tuple[tuple[float, int, int], ...], count: int = 400) -> list[tuple[float, int, int]]:
-    """Percent of the step, bytes alive, bytes of gradients among them."""
-    stride = -(-len(timeline) // count)
-    fullest = [max(timeline[k : k + stride], key=lambda row: row[1]) for k in range(0, len(timeline), stride)]
-    end = timeline[-1][0]
-    return [(round(100 * seconds / end, 2), live, grads) for seconds, live, grads in [*fullest[:-1], timeline[-1]]]
 
 
 def main() -> None:

@@ -8,6 +8,16 @@ from typing import Any
 from localgrad.measure.tables import markdown
 from localgrad.study.ways import labelled
 
+Timeline = tuple[tuple[float, int, int, int], ...]
+
+
+def thinned(timeline: Timeline, count: int = 400) -> Timeline:
+    """The fullest moment of each of ``count`` stretches, and the last one; times in percent of the step."""
+    stride = -(-len(timeline) // count)
+    fullest = [max(timeline[k : k + stride], key=lambda row: row[1]) for k in range(0, len(timeline), stride)]
+    end = timeline[-1][0]
+    return tuple((round(100 * seconds / end, 2), *live) for seconds, *live in [*fullest[:-1], timeline[-1]])  # type: ignore[misc]  # three of them
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,7 +62,7 @@ class Row:
     seconds: float = 0.0
     time_ratio: float = 0.0
     rounds: tuple[float, ...] = ()
-    timeline: tuple[tuple[float, int, int, int], ...] = ()
+    timeline: Timeline = ()
 
     @property
     def memory(self) -> int | None:

@@ -20,7 +20,7 @@ from localgrad.sealed import write
 from localgrad.spec import MethodSpec, build_method
 from localgrad.study.contest import contest
 from localgrad.study.contest_plots import demo_picture
-from localgrad.study.contest_report import Row
+from localgrad.study.contest_report import Row, thinned
 from localgrad.study.ways import ADAMW, REFERENCE, Way
 from localgrad.task import Task
 from localgrad.train.experiment import with_method
@@ -91,7 +91,9 @@ def demo(config: Config, out: Path, console: Console) -> list[Line]:
     )  # fmt: skip
     accuracy = {row: scores[row.kind if row.kind in scores else REFERENCE] for row in found.rows}
     title = f"{config.model.name} on {trained.data.title}"
-    write(out / "demo.json", json.dumps({"title": title, "scores": scores, **dataclasses.asdict(found)}) + "\n")
+    rows = [dataclasses.asdict(row) | {"timeline": thinned(row.timeline)} for row in found.rows]
+    kept = {"title": title, "scores": scores, **dataclasses.asdict(found), "rows": rows}
+    write(out / "demo.json", json.dumps(kept) + "\n")
     pictured = {row: score for row, score in accuracy.items() if row.name in PICTURED}
     demo_picture(found, pictured, title, out / PICTURE)
     return [Line(row, accuracy[row], row.name in scores) for row in found.rows]
