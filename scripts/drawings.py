@@ -82,7 +82,8 @@ def timeline(path: Path, source: Path) -> None:
 def demo(path: Path, source: Path) -> None:
     """What `localgrad demo` draws, from what it wrote."""
     values = _read(source)
-    rows = {row.name: row for row in (_made(Row, row) for row in values["rows"])}
+    made = (_made(Row, row, timeline=tuple(map(tuple, row["timeline"]))) for row in values["rows"])
+    rows = {row.name: row for row in made}
     scores = {name: values["scores"][row.kind if row.kind == "local" else REFERENCE] for name, row in rows.items()}
     found = _made(Contest, values, rows=tuple(rows.values()))
     demo_picture(found, {rows[name]: scores[name] for name in PICTURED}, values["title"], path)
@@ -135,13 +136,13 @@ def language_models(path: Path, *sources: Path) -> None:
         for index, (name, curves) in enumerate(rows.items()):
             steps = [point["step"] for point in curves[0]]
             above = [
-                statistics.mean(100 * (c[k]["model"] / w[k]["model"] - 1) for c, w in zip(curves, whole, strict=True))
+                statistics.mean(100 * (c[k]["model"] / w[k]["model"] - 1) for c, w in zip(curves, whole, strict=False))
                 for k in range(len(steps))
             ]
-            axis.plot(steps, above, label=f"{name} ({len(curves)} seeds)", **series(index))
+            axis.plot(steps, above, label=f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)})", **series(index))
         axis.axhline(0, color=INK, linewidth=1)
-        axis.set(xlabel="steps of 2,048 bytes", ylabel="bits per byte above end to end, %", ylim=(-1, 12))
-        axis.legend()
+        axis.set(xlabel="steps of 2,048 bytes", ylabel="bits per byte above end to end, %", ylim=(-2, 12))
+        axis.legend(ncols=2)
 
 
 def _scatter(axis: Any, x: float, scores: list[float], **style: Any) -> tuple[float, ...]:

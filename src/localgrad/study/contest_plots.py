@@ -115,7 +115,7 @@ def demo_picture(found: Contest, accuracy: Mapping[Row, float], title: str, path
             _draw_step(axis, row, highest, row.weight_bytes + row.state_bytes)
             axis.set_title(f"{row.name}\n{row.time_ratio:.2f} of the time\n{score:.1%} right")
         axes[0].set_ylabel("alive in a step, MiB")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.suptitle(f"{title}, a step of {found.batch_size} images")
 
 
