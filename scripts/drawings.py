@@ -126,17 +126,17 @@ def ranks(path: Path, source: Path) -> None:
 
 def language_models(path: Path, *sources: Path) -> None:
     """How far each way is above end to end, in percent of its bits, over the steps; means over the seeds."""
-    rows: dict[str, list[list[dict[str, float]]]] = {}
+    rows: dict[str, dict[int, list[dict[str, float]]]] = {}
     for source in sources:
         for line in source.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            rows.setdefault(row["way"], []).append(row["curve"])
+            rows.setdefault(row["way"], {})[row["seed"]] = row["curve"]
     whole = rows.pop("e2e")
     with drawing(path, height=4.0) as (_, (axis,)):
         for index, (name, curves) in enumerate(rows.items()):
-            steps = [point["step"] for point in curves[0]]
+            steps = [point["step"] for point in next(iter(curves.values()))]
             above = [
-                statistics.mean(100 * (c[k]["model"] / w[k]["model"] - 1) for c, w in zip(curves, whole, strict=False))
+                statistics.mean(100 * (c[k]["model"] / whole[seed][k]["model"] - 1) for seed, c in curves.items())
                 for k in range(len(steps))
             ]
             axis.plot(steps, above, label=f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)})", **series(index))

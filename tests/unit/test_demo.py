@@ -11,11 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 import localgrad
 from localgrad.cli.options import settings_of
 from localgrad.measure.memory import LiveBytes
+from localgrad.study.contest_report import thinned
 from localgrad.study.demo import BATCH, PARTS, PICTURE, Line, demo, ways_of
 from localgrad.train.progress import Progress
 
@@ -46,6 +49,15 @@ def test_rows_and_files(shown: tuple[list[Line], Path]) -> None:
     assert len({line.score for line in lines[:4]}) == len({line.score for line in lines[4:]}) == 1
     assert (out / PICTURE).stat().st_size > 10_000 and (out / "demo.json").is_file()
     assert {run.name for run in out.iterdir() if run.is_dir()} == {"end-to-end", "local"}
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=50), st.integers(1, 20))
+def test_a_thinned_timeline_keeps_the_peak_and_the_end(alive: list[int], count: int) -> None:
+    timeline = tuple((0.5 * (k + 1), live, live // 2, live // 3) for k, live in enumerate(alive))
+    kept = thinned(timeline, count)
+    assert len(kept) <= count + 1 and kept[-1] == (100.0, *timeline[-1][1:])
+    assert {row[1:] for row in kept} <= {row[1:] for row in timeline}
+    assert max(live for _, live, *_ in kept) == max(alive)
 
 
 def test_bytes_are_those_of_independent_counts(shown: tuple[list[Line], Path]) -> None:

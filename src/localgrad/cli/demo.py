@@ -10,6 +10,7 @@ import typer
 
 from localgrad.cli.console import new_console, new_table
 from localgrad.cli.options import settings_of
+from localgrad.spec import described
 
 NEXT = (
     "localgrad plan torchvision:resnet50 --batch-size 256 --memory 8GiB",
@@ -27,7 +28,7 @@ def demo(
 
     [bold]localgrad demo[/bold]
 
-    A minute on two cores. Checkpointing, micro-batches and one block on the device are beside them.
+    A minute on one core. Checkpointing, micro-batches and one block on the device are beside them.
     """
     from localgrad.study.demo import BATCH, PICTURE
     from localgrad.study.demo import demo as study
@@ -48,8 +49,9 @@ def demo(
             f"{line.score:.1%}" if line.trained else "=",
         )
     console.print(
-        f"\nA step of {BATCH} images by {config.model.name} with AdamW. Local: dgl in {config.blocks.num_blocks} blocks"
-        f"\nthat step one by one. Accuracy is that of runs in steps of {config.train.batch_size}.",
+        f"\nA step of {BATCH} images by {config.model.name} with AdamW. Local: {described(config.method)}"
+        f"\nin {config.blocks.num_blocks} blocks that step one by one. "
+        f"Accuracy is that of runs in steps of {config.train.batch_size}.",
         style="bold",
     )
     console.print(table)

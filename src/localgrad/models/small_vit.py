@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class SmallViT(nn.Module):
-    """Patches, ``depth`` pre-norm transformer layers, the mean of all tokens, linear.
+    """Overlapping patches, ``depth`` pre-norm transformer layers, the mean of all tokens, linear.
 
     Everything that is trained lies in a layer, the patches or the classifier: there is no class token, and positions
     are fixed sines and cosines of row and column, for images of any size.
@@ -18,9 +18,10 @@ class SmallViT(nn.Module):
         depth: layers.
         width: features of a token, a multiple of 4 and of ``heads``.
         heads: of the attention.
-        patch: sides of a patch, in pixels.
+        patch: pixels from one patch to the next. A patch is seen by a convolution with sides of ``2 * patch - 1``.
 
     Source: Beyer et al., 2022, arXiv:2205.01580 (fixed positions, mean of the tokens).
+    Differs: patches overlap, which small images are learned faster with.
     """
 
     def __init__(

@@ -16,7 +16,8 @@ def thinned(timeline: Timeline, count: int = 400) -> Timeline:
     stride = -(-len(timeline) // count)
     fullest = [max(timeline[k : k + stride], key=lambda row: row[1]) for k in range(0, len(timeline), stride)]
     end = timeline[-1][0]
-    return tuple((round(100 * seconds / end, 2), *live) for seconds, *live in [*fullest[:-1], timeline[-1]])  # type: ignore[misc]  # three of them
+    kept = [*fullest, timeline[-1]]
+    return tuple((round(100 * seconds / end, 2), live, grads, here) for seconds, live, grads, here in kept)
 
 
 @dataclass(frozen=True)
