@@ -10,7 +10,6 @@ import typer
 
 from localgrad.cli.console import new_console, new_table
 from localgrad.cli.options import settings_of
-from localgrad.spec import described
 
 NEXT = (
     "localgrad plan torchvision:resnet50 --batch-size 256 --memory 8GiB",
@@ -30,6 +29,7 @@ def demo(
 
     A minute on one core. Checkpointing, micro-batches and one block on the device are beside them.
     """
+    from localgrad.spec import described
     from localgrad.study.demo import BATCH, PICTURE
     from localgrad.study.demo import demo as study
 
