@@ -4,7 +4,8 @@
     python bench/push.py table --out results/push-2026-11-28
 
 ResNet-32 on the first 20,000 images of CIFAR-10, 18,000 of which train and 2,000 validate. ``run`` trains each way that
-has no row yet, scores it on both splits, and adds its row to ``rows.jsonl``; several commands may write there.
+has no row yet, scores it on both splits, and adds its row to ``rows.jsonl``; several commands may write there. A run
+that was broken off goes on at its last whole epoch, which lies under ``runs/``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 import localgrad
-from localgrad.config import validate
+from localgrad.config import dump, validate
 from localgrad.costs import cost
 from localgrad.recipes import override, read_recipe
 from localgrad.spec import parse_method
 from localgrad.study.rows import add_row, read_rows
 from localgrad.train.experiment import Experiment, build
+from localgrad.train.folder import RunFolder
 from localgrad.train.loop import train
 
 FIRST = "{checkpointing: {where: pointwise, first: 1}}"
@@ -106,16 +107,20 @@ def run(asked: argparse.Namespace) -> None:
             continue
         bytes_, flops = cost_of(WAYS[way])
         experiment = built(WAYS[way], asked.seed, asked.epochs, int(WAYS[way].local * asked.epochs * STEPS))
-        print(key, flush=True)
-        started = time.process_time()
-        train(experiment, lambda _: None, lambda state: print(state.epoch, flush=True))
+        folder = RunFolder(asked.out / "runs" / key)
+        folder.claim(resume=folder.holds_run)
+        folder.begin(dump(experiment.config))
+        folder.open(experiment)
+        print(key, "from epoch", experiment.epoch, flush=True)
+        train(experiment, lambda _: None, folder.finish_epoch)
+        folder.close()
         row = {
             "run": key,
             "way": way,
             "blocks": WAYS[way].blocks,
             "seed": asked.seed,
             "epochs": asked.epochs,
-            "cpu_seconds": round(time.process_time() - started, 1),
+            "seconds": round(sum(one["seconds"] for one in experiment.history), 1),
             "activation_bytes": bytes_,
             "flops": flops,
             "validation": scores(experiment.network, experiment.data.validation),
