@@ -25,7 +25,7 @@ from localgrad.errors import TrainingError
 from localgrad.layout import ToMaps
 from localgrad.losses.precision import widened
 from localgrad.site import HeadBuilder, Site
-from localgrad.study.survey import Candidate
+from localgrad.study.examination import Candidate
 from localgrad.task import Batch, Metric, Task
 from localgrad.tasks.normalisation import pixels_of
 

@@ -17,7 +17,7 @@ import localgrad
 from localgrad import methods
 from localgrad.batches import call_model
 from localgrad.partition import Partition
-from localgrad.study.survey import Candidate
+from localgrad.study.examination import Candidate
 from reach import REACH
 
 # The batch is not the first dimension of what crosses, so no head can answer for each sample.

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from localgrad import ConfigError, MethodError
 from localgrad.cli import app
 from localgrad.method import Method
-from localgrad.study import survey
+from localgrad.study import examination, survey
+from localgrad.study.examination import CHECKS, classifier, examine
 from localgrad.study.rows import read_rows
-from localgrad.study.survey import CHECKS, classifier, examine, in_processes, select
+from localgrad.study.survey import in_processes, select
 from reach import REACH
 
 
@@ -81,7 +82,7 @@ def test_a_model_that_passes(model: type[nn.Module]) -> None:
     row = row_of(model)
     assert row["ok"] and row["reasons"] == row["refused"] == {} and row["checks"] == dict.fromkeys(CHECKS, True)
     assert (row["image_size"], row["cut_points"], row["without_gradient"]) == (32, 4, ["mask"])
-    assert len(row["cuts"]) == 3 and [len(step) for step in row["block_losses"]] == [4] * survey.STEPS
+    assert len(row["cuts"]) == 3 and [len(step) for step in row["block_losses"]] == [4] * examination.STEPS
     assert row == json.loads(json.dumps(row))
 
 
@@ -113,7 +114,7 @@ def test_a_model_with_inputs_and_a_task_of_its_own(monkeypatch: pytest.MonkeyPat
     def refusing(base: Method) -> Method:
         raise MethodError("no unit can be copied")
 
-    monkeypatch.setattr(survey.methods, "man_pp", refusing)
+    monkeypatch.setattr(examination.methods, "man_pp", refusing)
     row = examine("reach:image_and_metadata", lambda: REACH["image_and_metadata"])
     assert row["ok"] and row["checks"]["man_pp"] is None and row["refused"] == {"man_pp": "no unit can be copied"}
     assert list(survey.failures([row])) == ["reach:image_and_metadata: man_pp refused: no unit can be copied"]

@@ -12,7 +12,8 @@ from localgrad.cli.console import new_console
 
 def survey(
     library: Annotated[
-        str, typer.Argument(help="timm, torchvision, or module:name of your own; see localgrad.study.survey.Candidate.")
+        str,
+        typer.Argument(help="timm, torchvision, or module:name of yours; see localgrad.study.examination.Candidate."),
     ],
     pattern: Annotated[str, typer.Option("--filter", help="Shell pattern of names, for instance 'vit_*'.")] = "*",
     out: Annotated[

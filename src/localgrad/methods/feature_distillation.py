@@ -18,7 +18,7 @@ from localgrad.losses import AttentionTransfer
 from localgrad.method import Context, Method, Network, Term
 from localgrad.methods.composition import base
 from localgrad.partition import Partition, by_count
-from localgrad.partition.moments import Hint
+from localgrad.partition.hints import Hint
 from localgrad.spans import Local
 from localgrad.task import Batch, Task
 

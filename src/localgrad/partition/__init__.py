@@ -2,7 +2,8 @@
 
 from localgrad.partition.blocks import Block, RecomputedBlock
 from localgrad.partition.choose import AuxiliaryBytes, by_bytes, by_count
-from localgrad.partition.moments import Cut, Partition
+from localgrad.partition.cut import Cut
+from localgrad.partition.moments import Partition
 from localgrad.partition.separate import Chain, SeparateBlocks, separate_blocks
 from localgrad.partition.trace import INPUTS, OUTPUT
 from localgrad.partition.units import Unit

@@ -14,7 +14,8 @@ from localgrad.errors import PartitionError
 from localgrad.forward import SuspendedForward
 from localgrad.measure.memory import saved_storages
 from localgrad.opened import OpenModel
-from localgrad.partition.moments import Cut, Partition
+from localgrad.partition.cut import Cut
+from localgrad.partition.moments import Partition
 from localgrad.suspension.points import Watch
 from localgrad.suspension.untouched import untouched
 

@@ -18,9 +18,8 @@ import bisect
 import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,44 +27,17 @@ from torch.utils._pytree import tree_leaves
 
 from localgrad.batches import num_samples, tensors_in
 from localgrad.errors import PartitionError, nearest
-from localgrad.layout import Layout, layout_of
+from localgrad.layout import Layout
+from localgrad.partition.cut import Cut
+from localgrad.partition.hints import Hint, channels_hint, has_positions, shape_layout
 from localgrad.partition.record import Call, Graph, Listener, Taken, Value
 from localgrad.partition.units import Called, Key, Unit
 from localgrad.suspension.frames import outermost
 from localgrad.suspension.points import Point
 from localgrad.suspension.untouched import untouched
 
-Hint = Literal["first", "last"] | None
 MOST_TAPS = 16
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A place where a block may begin.
-
-    Args:
-        name: path of the module it begins with; ``aliases`` are other modules that begin at the same place.
-        position: of the moment on autograd's clock.
-        shape: of the example's features there.
-        channels_hint: where the neighbouring layers look for channels.
-        tail: whether only the model's own head follows: a classifier, that is, no layer with weight matrices whose
-            output has positions; or, where the model's answers have positions, the modules that make them.
-        point: the call of the module, and where it takes the features.
-        overwritten: whether the features are overwritten in place later.
-        taps: what else crosses, by the modules that return or take it, or the variables that hold it.
-        shared: parameters that are read on both sides.
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    position: int
-    shape: tuple[int, ...]
-    channels_hint: Hint
-    tail: bool
-    point: Point
-    overwritten: bool = False
-    taps: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
+NEAR = 48  # layers a side that are asked where channels are
 
 
 def is_unit(module: nn.Module) -> bool:
@@ -178,7 +150,7 @@ class Partition:
                 found[place] = (self._cut(call, features, crossing), plain)
             elif call.number == 0:
                 cut, plain = found[place]
-                found[place] = (_with_alias(cut, call.name), plain)
+                found[place] = (cut.with_alias(call.name), plain)
         spaced: list[tuple[Cut, bool]] = []
         any_before = plain_before = 0
         for cut, plain in found.values():  # between two cut points lies at least one layer with weights
@@ -283,7 +255,7 @@ class Partition:
             moment,
             shape,
             self._channels_hint(moment, shape),
-            moment >= self._head or not any(_has_positions(c.makes) for c in later),
+            moment >= self._head or not any(has_positions(c.makes) for c in later),
             Point(call.name, call.number, leaf),
             leaf in call.overwritten,
             tuple(self.known.get(value) or call.frames[value] for value in crossing if value != features),
@@ -301,27 +273,11 @@ class Partition:
         return tuple(chosen)
 
     def _channels_hint(self, moment: int, shape: tuple[int, ...]) -> Hint:
-        """Where the layers next to a moment look for channels: the first one with weights behind it, else before it.
-
-        Where none tells, other layers may. None where still none does, or where two sides are equal and what is behind
-        contradicts what is before.
-        """
-        if len(shape) < 3:
-            return None
-        at = bisect.bisect_left([c.enter for c in self.calls], moment)
-        ways = [[(c.name, c.reads) for c in self.calls[at:]], [(c.name, c.makes) for c in reversed(self.calls[:at])]]
-        # What looks at this very shape tells most.
-        for alike, looks_for in ((True, _looks_for), (False, _looks_for), (True, _seems_to_look_for)):
-            hints: list[Hint] = []
-            for made, way in enumerate(ways):
-                near = (name for name, seen in way[:48] if (seen == shape if alike else len(seen) == len(shape)))
-                told = (looks_for(self.modules[name], shape, bool(made)) for name in near)
-                hints.append(next((hint for hint in told if hint is not None), None))
-            if alike and len(shape) == 3 and shape[1] == shape[2] and {"first", "last"} <= set(hints):
-                return None
-            if any(hints):
-                return hints[0] or hints[1]
-        return "last" if len(shape) == 4 and shape[1] == shape[2] != shape[3] else None
+        """Where the layers next to a moment look for channels."""
+        at = bisect.bisect_left([call.enter for call in self.calls], moment)
+        behind = [(self.modules[call.name], call.reads) for call in self.calls[at : at + NEAR]]
+        before = [(self.modules[call.name], call.makes) for call in self.calls[max(at - NEAR, 0) : at]]
+        return channels_hint(behind, before[::-1], shape)
 
     def looked_for(self, name: str) -> Hint:
         """Where channels are looked for in what the module ``name`` takes first, if it is called."""
@@ -334,7 +290,7 @@ class Partition:
         The head are those parts of the model from which nothing goes on to another part.
         """
         end = 1 << 62
-        if not self._weighted or not _has_positions(self._weighted[-1].makes):
+        if not self._weighted or not has_positions(self._weighted[-1].makes):
             return end
         paths = [call.name.split(".") for call in self._weighted]
         levels = zip(*(path[:-1] for path in paths), strict=False)
@@ -548,65 +504,12 @@ class Partition:
         seen = [
             (time, shape)
             for value, shape in self.shapes.items()
-            if (time := self.graph.times[value[0]]) < end and _has_positions(shape)
+            if (time := self.graph.times[value[0]]) < end and has_positions(shape)
         ]
         if not seen:
             return shape_layout(self.cuts[-1].shape if self.cuts else (1, 1), self.example, None)
         time, shape = max(seen)
         return shape_layout(shape, self.example, self._channels_hint(time, shape))
-
-
-def _with_alias(cut: Cut, name: str) -> Cut:
-    if name == cut.name or name in cut.aliases:
-        return cut
-    names = sorted((cut.name, *cut.aliases, name), key=lambda one: (one.count("."), len(one)))
-    return replace(cut, name=names[0], aliases=tuple(names[1:]))
-
-
-def _looks_for(module: nn.Module, shape: tuple[int, ...], made: bool) -> Hint:
-    """Where a layer looks for channels in features of a shape that it takes, or ``made``."""
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)):
-        return "first"
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        *outer, width = module.normalized_shape
-        if outer:
-            return None  # it normalises positions as well
-    elif isinstance(module, (nn.Linear, nn.Embedding)):
-        width = module.weight.shape[0 if isinstance(module, nn.Linear) and made else -1]
-    elif isinstance(module, nn.RNNBase):
-        given = (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
-        width = given if made else module.input_size
-    elif isinstance(module, nn.MultiheadAttention):
-        width = module.embed_dim
-    else:
-        return None
-    return "last" if width == shape[-1] else "first" if len(shape) > 3 else None
-
-
-_POOLS = tuple(kind for name, kind in vars(nn.modules.pooling).items() if name.startswith("_") and name.endswith("Nd"))
-
-
-def _seems_to_look_for(module: nn.Module, shape: tuple[int, ...], made: bool) -> Hint:
-    """The same of layers that tell less, for (B, C, L) and (B, T, C): pooling, and those with weights of their own."""
-    if len(shape) != 3:
-        return None
-    if isinstance(module, _POOLS):
-        return "first"
-    sides = {side for parameter in module.parameters(recurse=False) for side in parameter.shape}
-    first, last = shape[1] in sides, shape[2] in sides
-    return None if first == last else "first" if first else "last"
-
-
-def _has_positions(shape: tuple[int, ...]) -> bool:
-    if len(shape) < 4:
-        return len(shape) == 3
-    return any(side != 1 for side in shape[2:]) and any(side != 1 for side in shape[1:-1])
-
-
-def shape_layout(shape: tuple[int, ...], example: Any, hint: Hint) -> Layout:
-    """The layout of features of one shape."""
-    inputs = tensors_in(example)[0]
-    return layout_of(inputs.new_empty((), dtype=torch.float32).expand(shape), inputs, hint)
 
 
 def _failed(model: nn.Module, example: Any, error: Exception) -> PartitionError:

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from localgrad.batches import call_model
 from localgrad.errors import PartitionError
 from localgrad.partition.blocks import Block, RecomputedBlock, check_shared_parameters, join, split
-from localgrad.partition.moments import Cut, Partition
+from localgrad.partition.cut import Cut
+from localgrad.partition.moments import Partition
 from localgrad.partition.trace import INPUTS, OUTPUT
 from localgrad.recompute.parts import recomputed
 from localgrad.suspension.points import Point

@@ -181,6 +181,7 @@ def compare(
         results.append(result)
     if refused:
         raise CheckpointError(f"{' '.join(refused)} The other runs have ended; {resume_with} shows them all")
+    console.print("Measuring a step's memory and time, the methods in turn.", style="dim")
     measure_costs(results, experiments)
     for result, name in zip(results, names, strict=True):
         result["method"] = name
