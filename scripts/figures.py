@@ -69,7 +69,7 @@ FIGURES = {
     **{f"results/{STEPS}/{name}.png": Figure(drawings.timeline, (f"{STEPS}/{name}.json",), PARETO)
        for name in ("resnet32", "vit_small", "resnet101")},
     "results/demo-2026-11-28/demo.png": Figure(drawings.demo, ("demo-2026-11-28/demo.json",), PARETO),
-    **{f"results/plans-2026-11-28/{name}.png": Figure(drawings.plan, (f"plans-2026-11-28/{name}.json",), PLAN)
+    **{f"results/plans-2026-11-29/{name}.png": Figure(drawings.plan, (f"plans-2026-11-29/{name}.json",), PLAN)
        for name in ("resnet152", "vit-l")},
     **{f"docs/{name}.png": Figure(draw, (f"scenes-2026-11-28/{name}.npz",))
        for name, draw in (("detection", drawings.detection), ("segmentation", drawings.segmentation))},

@@ -123,6 +123,34 @@ def test_the_per_block_step_frees_gradients(parts: int) -> None:
     assert sum(predicted.per_block) < sum(predicted.peak)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_optimizer_in_the_backward_pass_frees_gradients(recompute: bool) -> None:
+    model, method = localgrad.models.resnet20(), methods.e2e(TASK)
+    method, cuts = (methods.checkpointing(method), ["layer2", "layer3"]) if recompute else (method, [])
+    planner = Planner(model, (3, 16, 16), 4, "fp32", RATES)
+    network = planner.network(method, cuts)
+    predicted = planner.step(network, method, in_backward=True)
+    x, y = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
+    network = localize(model, method, cuts or 1, example=x).train()
+
+    def step_parameter(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        torch.add(parameter.grad, 0)  # what an optimizer does at its fullest
+        parameter.grad = None
+
+    for parameter in network.parameters():
+        parameter.register_post_accumulate_grad_hook(step_parameter)
+
+    def step() -> None:
+        for _, loss in localgrad.local_losses(network, x, y):
+            loss.backward()
+
+    given = x.numel() * 4 + y.numel() * 8
+    measured = measure(step, list(network.parameters())).peak_total
+    assert sum(predicted.peak) - given == pytest.approx(measured, abs=64)
+    assert sum(predicted.peak) < sum(planner.step(planner.network(method, cuts), method).peak)
+
+
 def test_more_micro_batches_are_predicted_from_two() -> None:
     x, y = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
     for method in (methods.dgl(TASK), methods.mlaan(methods.dgl(TASK))):
@@ -279,7 +307,7 @@ def test_what_is_planned(resnet: Plan) -> None:
     kinds = {option.kind: option.update for option in resnet.options}
     assert kinds == {
         "plain": EXACT, "accumulation": MICRO, "checkpointing": MICRO, "local": LOCAL, "offloaded": MICRO,
-        "resident": LOCAL,
+        "in_backward": EXACT, "resident": LOCAL,
     }  # fmt: skip
     assert {o.num_blocks for o in resnet.options if o.kind == "local"} == {2, 4, 8, 11}
     for option in resnet.options:
@@ -311,7 +339,7 @@ def test_recommendations(resnet: Plan) -> None:
         assert best is not None and best.name == chosen
     only = fitting("local K=4")
     assert only.recommended is not None and only.recommended.kind == "local"
-    assert "Neither accumulation nor checkpointing fits" in only.verdict
+    assert "Nothing with end-to-end gradients fits" in only.verdict
     assert fitting().recommended is None and fitting().code == ""
     assert "Nothing fits" in fitting().verdict
     assert replace(resnet, memory=None, options=resnet.options[:1]).verdict.startswith("No memory was given")
@@ -319,7 +347,7 @@ def test_recommendations(resnet: Plan) -> None:
 
 def test_the_code_runs(resnet: Plan) -> None:
     loader = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,)))] * 2
-    for kind in ("plain", "accumulation", "checkpointing", "local", "resident"):
+    for kind in ("plain", "accumulation", "checkpointing", "in_backward", "local", "resident"):
         for option in [o for o in resnet.options if o.kind == kind][-1:]:
             model = localgrad.models.resnet20()
             before = model.fc.weight.detach().clone()

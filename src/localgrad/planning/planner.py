@@ -252,17 +252,21 @@ class Planner:
             )
         return blank(samples, self.shape)
 
-    def step(self, network: LocalNetwork, method: Method) -> Predicted:
+    def step(self, network: LocalNetwork, method: Method, in_backward: bool = False) -> Predicted:
         """Run a step by ``method``, which puts the same heads on ``network`` as its own does.
 
         Of several micro-batches two are run: in the second one there are gradients to add to. For each of the others
         what waits at the boundary, where it is largest, is added.
 
+        Args:
+            network, method: as above.
+            in_backward: each parameter steps, and frees its gradient, as soon as that is there.
+
         Raises:
             ConfigError: the loss decides by values, which there are none of.
         """
         try:
-            return self._step(network, method)
+            return self._step(network, method, in_backward)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ConfigError(
                 f"planning a {type(self.task).__name__}: its loss, or the model, decides by values ({error}), and "
@@ -346,13 +350,15 @@ class Planner:
         lasts = {group[-1] for group in groups(network.spans(0), network.num_blocks)}
         return _with_waiting(timeline, [one for one in done if one.block in lasts], method.micro_batches)
 
-    def _step(self, network: LocalNetwork, method: Method) -> Predicted:
+    def _step(self, network: LocalNetwork, method: Method, in_backward: bool) -> Predicted:
         with self.mode:
             network, x, y, images = self._ready(network, method)
             trained = [p for p in network.parameters() if p.requires_grad]
             sizes = [_size(network.block_parameters(k)) for k in range(network.num_blocks)]
             work, tracker = Work(self.rates), LiveBytes(trained)
             done: list[_Done] = []
+            for parameter in trained if in_backward else ():
+                parameter.register_post_accumulate_grad_hook(_step_alone)
 
             def note(block: int) -> None:
                 done.append(_Done(block, len(tracker.timeline), tracker.current, tracker.gradients))
@@ -364,7 +370,8 @@ class Planner:
         timeline = self._waited(tracker.timeline, done, network, method)
         given = _size([x, *tensors_in(y)]) * self.batch // images  # the whole batch waits on the device
         # The optimizer makes one copy of what it steps (torch's multi-tensor SGD with weight decay, and AdamW).
-        whole = max([*timeline, (2 * _size(trained), _size(trained))])
+        stepping = (0, 0) if in_backward else (2 * _size(trained), _size(trained))
+        whole = max([*timeline, stepping])
         alone, freed, start = [(0, 0)], 0, 0
         for one in done:
             alone += [(live - freed, grads - freed) for live, grads in timeline[start : one.op]]
@@ -384,6 +391,12 @@ class Planner:
             work.seconds * share,
             norms,
         )
+
+
+def _step_alone(parameter: Tensor) -> None:
+    """The step of one parameter: a copy of it, and its gradient is freed."""
+    torch.empty_like(parameter)
+    parameter.grad = None
 
 
 def _repeated(values: Any, samples: int) -> Any:

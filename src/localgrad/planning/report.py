@@ -25,8 +25,9 @@ class Option:
 
     Args:
         name: for instance ``local K=8, per-block step``.
-        kind: ``plain``, ``accumulation``, ``checkpointing``, ``local``, ``resident`` (local, one block on the device at
-            a time), or ``offloaded``: what others move to the host, by formula and for comparison only.
+        kind: ``plain``, ``accumulation``, ``checkpointing``, ``in_backward`` (one of them, each parameter stepping as
+            soon as its gradient is there), ``local``, ``resident`` (local, one block on the device at a time), or
+            ``offloaded``: what others move to the host, by formula and for comparison only.
         method: the expression that makes the method, for instance ``localgrad.methods.dgl(task)``.
         cuts: paths of the modules that blocks begin with, as for `localgrad.localize`; ``recompute`` the indices of
             the blocks that are recomputed unit by unit.
@@ -159,7 +160,7 @@ class Plan:
                 f"{other.time_ratio:.2f} of the time, gradients {other.update}."
             )
         else:
-            text += " Neither accumulation nor checkpointing fits."
+            text += " Nothing with end-to-end gradients fits."
         return text
 
     @property
@@ -203,6 +204,18 @@ class Plan:
                 "",
             ]
             arguments += ", on_block_done=step_block"
+        elif option.kind == "in_backward":
+            lines += [
+                f"optimizers = {{p: {make.format('[p]')} for p in network.parameters()}}",
+                "",
+                "def step_parameter(p):",
+                "    optimizers[p].step()",
+                "    optimizers[p].zero_grad()",
+                "",
+                "for p in optimizers:",
+                "    p.register_post_accumulate_grad_hook(step_parameter)",
+                "",
+            ]
         else:
             lines += [f"optimizer = {make.format('network.parameters()')}", ""]
         lines += [
@@ -210,7 +223,7 @@ class Plan:
             f"    for span, loss in localgrad.local_losses({arguments}):",
             "        loss.backward()",
         ]
-        if not option.per_block:
+        if not (option.per_block or option.kind == "in_backward"):
             lines += ["    optimizer.step()", "    optimizer.zero_grad()"]
         if option.kind in ("local", "resident"):
             lines.append("    localgrad.exchange(network)")
@@ -265,6 +278,7 @@ def _draw(plan: Plan, path: Path) -> None:
         "accumulation": ("s", KINDS["accumulation"]),
         "checkpointing": ("o", KINDS["checkpointing"]),
         "checkpointing, micro-batches": ("p", KINDS["checkpointing"]),
+        "in_backward": ("H", KINDS["checkpointing"]),
         "local": ("D", BLUE),
         "local, per-block step": ("^", BLUE),
         "local, recomputed": ("v", PURPLE),

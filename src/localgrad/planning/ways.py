@@ -256,6 +256,7 @@ class _Ways:
         base = "localgrad.methods.e2e(task)"
         whole = self.planner.network(self.e2e, ())
         self.add("plain", "plain", whole, self.e2e, base)
+        self.in_backward(whole, self.e2e)
         self.accumulated("accumulation", "accumulation", whole, self.e2e, base, least=3)
         checkpointing = methods.checkpointing(self.e2e)
         recomputing = f"localgrad.methods.checkpointing({base})"
@@ -269,6 +270,7 @@ class _Ways:
                 self.skipped.append(f"checkpointing, and units recomputed: {error}")
                 break
             self.add(f"checkpointing K={k}", "checkpointing", by_blocks[k], checkpointing, recomputing)
+            self.in_backward(by_blocks[k], checkpointing)
         if by_blocks:
             k = self.leanest("checkpointing").num_blocks
             label = f"checkpointing K={k}, accumulation"
@@ -325,6 +327,15 @@ class _Ways:
         units = ", units recomputed" * bool(leanest.recompute)
         label = f"local K={leanest.num_blocks}{units}, heads recomputed"
         self.add(label, "local", network, method, text, recompute=leanest.recompute)
+
+    def in_backward(self, network: LocalNetwork, method: Method) -> None:
+        """The last way, with an optimizer that steps within the backward pass, if that lowers the peak."""
+        last = self.options[-1]
+        gradients, rest = self.planner.step(network, method, in_backward=True).peak
+        name = f"{last.name}, optimizer in backward"
+        option = replace(last, name=name, kind="in_backward", gradients=gradients, activations=rest)
+        if option.peak < 0.98 * last.peak:
+            self.options.append(self.judged(option))
 
     def accumulated(
         self,

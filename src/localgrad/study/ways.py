@@ -132,6 +132,7 @@ def standard_ways(
         plain,
         early,
         in_units,
+        replace(in_units, name=f"{UNITS}, optimizer in backward", in_backward=True),
         Way(f"{UNITS}, selective", "checkpointing", selective, None),
         Way(f"{UNITS}, offloaded", "checkpointing", recomputing, None, offload=True),
         *(Way(f"checkpointing K={k}", "checkpointing", recomputing, k) for k in num_blocks if k > 1),
