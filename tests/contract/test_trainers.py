@@ -231,6 +231,14 @@ def test_a_transformers_trainer_gives_the_gradients_of_no_trainer(tmp_path: Path
         assert_same(one, gradients(network))
 
 
+def test_losses_of_a_transformers_trainer_that_a_local_step_would_pass_by_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(localgrad.ConfigError, match=r"label_smoothing=0\.1"):
+        trainer_of(bert(), tmp_path, label_smoothing_factor=0.1)
+    trainer = trainer_of(bert(), tmp_path)
+    with pytest.raises(localgrad.ConfigError, match="compute_loss_func do not reach a local step"):
+        type(trainer)(trainer.model, trainer.args, compute_loss_func=lambda outputs, labels, **_: outputs.logits.sum())
+
+
 @OLD_NAME
 def test_a_reentrant_checkpoint_in_a_trainer_loses_no_gradient_in_silence(tmp_path: Path) -> None:
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}

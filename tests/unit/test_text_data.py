@@ -56,6 +56,17 @@ def test_documents_follow_one_another_with_a_separator(plays: str) -> None:
     assert (data.num_classes, data.input_shape, data.kind) == (256, (16,), "language_model")
 
 
+def test_where_a_document_ends_is_remembered(tmp_path: Path) -> None:
+    """Two folders of the same bytes in other documents are not one in the cache."""
+    for name, sizes in {"first": (50, 50), "second": (40, 60)}.items():
+        (tmp_path / name).mkdir()
+        text = "ab" * 50
+        (tmp_path / name / "1.txt").write_text(text[: sizes[0]])
+        (tmp_path / name / "2.txt").write_text(text[sizes[0] :])
+        data = load(f"text:{tmp_path / name}", **given_settings())
+        assert bytes(data.train.stream).index(b"\0") == sizes[0]
+
+
 def test_epochs_of_training_begin_at_places_of_their_own(plays: str) -> None:
     data = load(plays, **given_settings(augment=True))
     stream = (PLAYS["a.txt"] + "\0" + PLAYS["b.txt"] + "\0").encode()
@@ -136,6 +147,11 @@ def test_text_that_is_not_there_or_not_utf8_is_refused(tmp_path: Path) -> None:
         load("text:nowhere", **given_settings())
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no text file"):
+        load(f"text:{tmp_path / 'empty'}", **given_settings())
+    (tmp_path / "empty" / "play.txt").write_text(QUESTION)
+    (tmp_path / "empty" / "test").mkdir()
+    (tmp_path / "empty" / "test" / "secret.txt").write_text(WINTER)
+    with pytest.raises(DataError, match="text in test and none in train; move what trains to"):
         load(f"text:{tmp_path / 'empty'}", **given_settings())
     (tmp_path / "latin.txt").write_bytes("für ".encode("latin-1") * 99)
     assert load(f"text:{tmp_path / 'latin.txt'}", **given_settings()).train.num_samples > 0

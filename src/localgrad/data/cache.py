@@ -23,13 +23,16 @@ def folder() -> Path:
 
 
 def sha256(*paths: Path) -> str:
-    """Hexadecimal sha256 of the contents of ``paths``, one after the other."""
-    digest = hashlib.sha256()
+    """Hexadecimal sha256 of the contents of a file; of several, that of their digests, as it matters where one ends."""
+    digests = []
     for path in paths:
         with path.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+            digests.append(hashlib.file_digest(stream, "sha256"))
+    return (
+        digests[0].hexdigest()
+        if len(digests) == 1
+        else hashlib.sha256(b"".join(d.digest() for d in digests)).hexdigest()
+    )
 
 
 def array(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:

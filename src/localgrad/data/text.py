@@ -190,7 +190,10 @@ def _documents(path: Path) -> dict[str, list[Path]]:
         for split, names in _SPLITS.items()
         if (files := [file for name in names for file in _files(path / name)])
     }
-    found = found if "train" in found else {"train": _files(path)}
+    if not found:
+        found = {"train": _files(path)}
+    if "train" not in found:
+        raise DataError(f"{path} has text in {' and '.join(found)} and none in train; move what trains to {path}/train")
     if not found["train"]:
         raise DataError(f"{path} has no text file; known by their ends are {', '.join(sorted(_KINDS))}")
     return found

@@ -36,7 +36,7 @@ class LocalTrainerMixin:
 
     Raises:
         ConfigError: the data set has no ``labels``; FSDP, DeepSpeed or several GPUs in one process, which would pass
-            the local step by.
+            the local step by; ``label_smoothing_factor`` or ``compute_loss_func``, which would not reach it.
 
     Example:
         >>> from transformers import Trainer
@@ -61,6 +61,12 @@ class LocalTrainerMixin:
             raise ConfigError(
                 "a local step runs in one process per device, without FSDP and DeepSpeed: start one process per device "
                 "with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+            )
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:  # type: ignore[attr-defined]
+            raise ConfigError(
+                "label_smoothing_factor and compute_loss_func do not reach a local step, whose loss is the task's. "
+                "Leave them out; write localgrad.tasks.classification(n, label_smoothing=0.1), or a loss of yours in "
+                "localgrad.tasks.custom(...)"
             )
         self.model_accepts_loss_kwargs = False
         if self.args.label_names is None:
