@@ -114,6 +114,8 @@ def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise PartitionError(f"model is a {type(model).__name__}; localize(model, ...) takes a torch.nn.Module")
     kind = type(model).__name__
+    if isinstance(model, LocalNetwork):
+        raise PartitionError("model is what localize returned, heads included; pass network.model to cut it anew")
     check_wrapped(model)
     if not any(True for _ in model.parameters()):
         raise PartitionError(f"{kind} has no parameters, so no block of it can be trained")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -263,23 +264,32 @@ class Pass:
             and tuple(self.spans) not in self.network.checked
         ):
             check_isolation(self.network, span, loss, self.graphs[span.stop - 1])
-        yield span, loss
+        try:
+            yield span, loss
+        except GeneratorExit:
+            if self.training and self._arrived(span)[1]:
+                warnings.warn(
+                    f"the loop over local_losses was left before the gradient of the loss of span {span} was carried "
+                    "into its block, where it is missing now. Let the loop end; in zip() put local_losses first",
+                    stacklevel=2,
+                )
+            raise
         del loss
         if self.training:
-            self._arrived(span)
+            gradients, reached = self._arrived(span)
+            if reached is False:
+                raise TrainingError(
+                    f"the loss of span {span} was not back-propagated: call loss.backward() in the body of the loop "
+                    "over local_losses, or run it under torch.no_grad() to evaluate only"
+                )
+            self._add_waiting(span.start, span.stop - 1, gradients)
 
-    def _arrived(self, span: Span) -> None:
-        """Take the gradient that the caller's ``loss.backward()`` left on the boundary, for the way back."""
-        last = span.stop - 1
-        gradients = self.graphs[last].take_gradients()
+    def _arrived(self, span: Span) -> tuple[Gradients, bool | None]:
+        """The gradient that the caller's ``loss.backward()`` left on the boundary, and whether it did; None: not told."""
+        gradients = self.graphs[span.stop - 1].take_gradients()
         told = [known for one in self.observers if (known := one.reached()) is not None]
         reached = any(told) if told else any(gradient is not None for gradient in gradients)
-        if not reached and (gradients or told):
-            raise TrainingError(
-                f"the loss of span {span} was not back-propagated: call loss.backward() in the body of the loop over "
-                "local_losses, or run it under torch.no_grad() to evaluate only"
-            )
-        self._add_waiting(span.start, last, gradients)
+        return gradients, reached if gradients or told else None
 
     def covers(self, block: int) -> bool:
         """Whether a graph that still waits for a way back goes through a block."""

@@ -239,6 +239,31 @@ def test_losses_of_a_transformers_trainer_that_a_local_step_would_pass_by_are_re
         type(trainer)(trainer.model, trainer.args, compute_loss_func=lambda outputs, labels, **_: outputs.logits.sum())
 
 
+def test_an_encoder_decoder_makes_its_inputs_of_the_labels(tmp_path: Path) -> None:
+    """As it does in a plain Trainer, which hands the labels on to the model."""
+    transformers = pytest.importorskip("transformers")
+    from localgrad.integrations.transformers import LocalTrainer
+
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    ids = torch.randint(1, 20, (8, 6))
+
+    def made() -> localgrad.LocalNetwork:
+        torch.manual_seed(0)
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=20, dropout_rate=0, **sizes))
+        method = methods.dgl(localgrad.tasks.language_model(20, shift=False))
+        return localize(model, method, 2, example={"input_ids": ids[:2], "decoder_input_ids": ids[:2]}, shared=True)
+
+    quiet = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True, "save_strategy": "no"}
+    arguments = transformers.TrainingArguments(str(tmp_path), max_steps=1, learning_rate=0.0, **quiet)
+    trainer = LocalTrainer(made(), arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+    trainer.train()
+    trainer.training_step(trainer.model_wrapped, {"input_ids": ids, "labels": ids})
+    network = made()
+    begun = torch.cat([torch.zeros(8, 1, dtype=torch.int64), ids[:, :-1]], dim=1)
+    localgrad.backward(network.train(), {"input_ids": ids, "decoder_input_ids": begun}, ids)
+    assert_same(gradients(trainer.model), gradients(network))
+
+
 @OLD_NAME
 def test_a_reentrant_checkpoint_in_a_trainer_loses_no_gradient_in_silence(tmp_path: Path) -> None:
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}

@@ -199,13 +199,30 @@ def test_a_loss_may_be_left_out_by_multiplying_it_with_0() -> None:
     assert nonzero == [False, True, False]
 
 
+def test_a_zip_that_asks_others_first_is_told_of() -> None:
+    """It never comes back for the way of the last loss."""
+    net, weights = network(dgl(TASK)), [1.0, 1.0, 1.0]
+    for _, (_, loss) in zip(weights, localgrad.local_losses(net, *data()), strict=True):
+        loss.backward()
+    assert all(p.grad is not None for k in range(3) for p in net.parameters_of(k))  # strict asks once more
+    net.zero_grad(set_to_none=True)
+    with pytest.warns(UserWarning, match="put local_losses first"):
+        for _, (_, loss) in zip(weights, localgrad.local_losses(net, *data())):  # noqa: B905
+            loss.backward()
+    assert all(p.grad is None for p in net.parameters_of(2))
+    for (_, loss), _ in zip(localgrad.local_losses(net, *data()), weights):  # noqa: B905
+        loss.backward()
+    assert all(p.grad is not None for p in net.parameters_of(2))
+
+
 def test_stopping_early_leaves_nothing_behind() -> None:
     net = network(windows(dgl(TASK)))
     with LiveBytes(net.parameters()) as live:
-        for _, loss in localgrad.local_losses(net, *data()):
-            loss.backward()
-            break
-        del loss
+        with pytest.warns(UserWarning, match=r"of span \(0, 1\) was carried into its block"):
+            for _, loss in localgrad.local_losses(net, *data()):
+                loss.backward()
+                break
+            del loss
         gc.collect()
         assert live.current == live.gradients
     net.zero_grad(set_to_none=True)

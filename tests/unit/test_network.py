@@ -85,6 +85,15 @@ def test_models_that_cannot_be_trained_in_blocks() -> None:
         localize(torch.relu, DGL, 1, example=X)
 
 
+def test_a_network_is_not_cut_again() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4)
+    method = localgrad.methods.dgl(localgrad.tasks.classification(3))
+    network = localize(model, method, 2, example=x)
+    with pytest.raises(PartitionError, match=r"pass network\.model"):
+        localize(network, method, 2, example=x)
+    assert localize(network.model, method, 2, example=x).num_blocks == 2
+
+
 def test_module_lists_that_are_not_the_model() -> None:
     model = mlp()
     with pytest.raises(PartitionError, match=r"do not compute what Sequential\.forward does"):

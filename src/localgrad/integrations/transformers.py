@@ -96,6 +96,9 @@ class LocalTrainerMixin:
         if "labels" not in given:
             raise ConfigError(f"a batch has {', '.join(given)} and no labels; name the targets of the data set so")
         targets, scaler = given.pop("labels"), self.accelerator.scaler
+        shifted = getattr(self.model.model, "prepare_decoder_input_ids_from_labels", None)
+        if shifted is not None and not {"decoder_input_ids", "decoder_inputs_embeds"} & given.keys():
+            given["decoder_input_ids"] = shifted(labels=targets)  # as the model does where it sees the labels
         scale = 1.0 if scaler is None else scaler.get_scale()
         return loss(self.model, given, targets, self.state.global_step, scale=scale)
 

@@ -278,7 +278,7 @@ def _draw(plan: Plan, path: Path) -> None:
         "accumulation": ("s", KINDS["accumulation"]),
         "checkpointing": ("o", KINDS["checkpointing"]),
         "checkpointing, micro-batches": ("p", KINDS["checkpointing"]),
-        "in_backward": ("H", KINDS["checkpointing"]),
+        "optimizer in backward": (">", KINDS["checkpointing"]),
         "local": ("D", BLUE),
         "local, per-block step": ("^", BLUE),
         "local, recomputed": ("v", PURPLE),
@@ -292,7 +292,7 @@ def _draw(plan: Plan, path: Path) -> None:
     groups: dict[str, list[Option]] = {}
     for option in plan.options:
         in_parts = option.micro_batches > 1 and option.kind != "accumulation"
-        group = option.kind + ", micro-batches" * in_parts
+        group = option.kind.replace("in_", "optimizer in ") + ", micro-batches" * in_parts
         group += ", recomputed" * (option.kind == "local" and "recomputed" in option.name and not in_parts)
         group += ", per-block step" * option.per_block
         groups.setdefault(group, []).append(option)
