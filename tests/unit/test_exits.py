@@ -116,7 +116,7 @@ def shares(logits: Tensor, temperature: float) -> list[float]:
     return [value / sum(exponents) for value in exponents]
 
 
-@pytest.mark.parametrize("name", ["dgl", "man", "lean", "infopro", "mlaan", "deep_supervision"])
+@pytest.mark.parametrize("name", ["dgl", "man", "lean", "infopro", "mlaan", "deep_supervision", "local_critic"])
 def test_prefixes_and_the_ends_of_the_threshold_equal_the_networks_own_heads(name: str) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(6, 3, 16, 16)
@@ -129,10 +129,15 @@ def test_prefixes_and_the_ends_of_the_threshold_equal_the_networks_own_heads(nam
             answers[span.stop] = span.start, output
     for block in (1, 2):
         prefix = network.prefix(block)
-        assert torch.equal(prefix(inputs), answers[block][1])
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                assert torch.equal(prefix(inputs), answers[block][1])
         assert not any(p.requires_grad or any(p is q for q in network.parameters()) for p in prefix.parameters())
         assert not any(vars(part).get("twins") for part in prefix.modules())  # no way back to what trains
     first, last = network.exits(0.0)(inputs), network.exits(1.01)(inputs)
+    for threshold, one in ((0.0, first), (1.01, last)):
+        with torch.no_grad():
+            assert torch.equal(network.exits(threshold)(inputs).logits, one.logits)
     assert torch.equal(first.logits, answers[1][1]) and first.block.tolist() == [1] * 6
     assert torch.equal(last.logits, network.model(inputs)) and last.block.tolist() == [3] * 6
 
