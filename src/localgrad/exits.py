@@ -100,7 +100,7 @@ class Exits(_Inference):
 
     Attributes:
         boundaries: the block behind which each exit reads, from 1.
-        temperature, threshold: T and t, buffers (E - 1,) for E exits.
+        temperature, threshold: T and t, buffers (E - 1,) for E exits, float32 in whatever the module is cast to.
         block_flops: of a sample, in the blocks up to each exit, 2 per multiply-add, counted on localize's example;
             ``head_flops`` in the head of each exit alone, 0 for the last.
 
@@ -128,11 +128,20 @@ class Exits(_Inference):
         self.heads = nn.ModuleDict({str(boundary): head for boundary, head in heads.items()})
         self.boundaries = (*heads, len(blocks))
         self.logits, self.several, self.average = logits, several, average
-        self.register_buffer("temperature", torch.ones(len(heads)))
-        self.register_buffer("threshold", torch.full((len(heads),), threshold))
+        self.register_buffer("temperature", torch.ones(len(heads), dtype=torch.float32))
+        self.register_buffer("threshold", torch.full((len(heads),), threshold, dtype=torch.float32))
         self.per_sample: dict[str, tuple[bool, ...]] = {}  # of each value that crosses: which of its leaves have rows
         self.block_flops: tuple[float, ...] = ()
         self.head_flops: tuple[float, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Exits:
+        """As of any module, but casts leave out the buffers: half precision would take a threshold of 0.9985 for 1."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        for name, buffer in before.items():
+            if (after := self.get_buffer(name)).dtype != buffer.dtype:
+                setattr(self, name, buffer.to(after.device))
+        return self
 
     def forward(self, *inputs: Any) -> Answers:
         """Answers to inputs of the model, each by the first exit that is sure."""

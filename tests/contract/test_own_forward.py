@@ -390,6 +390,37 @@ def test_shared_parameters_are_refused_or_trained_from_both_blocks() -> None:
     torch.testing.assert_close(model.embed.weight.grad, plain.embed.weight.grad, rtol=1e-6, atol=1e-7)
 
 
+class Twins(nn.Module):
+    """One encoder for both inputs: called twice, with a copy for the second, or once on both side by side."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)))
+        self.head = nn.Linear(16, 4)
+        self.second = copy.deepcopy(self.encoder) if how == "copies" else self.encoder
+        self.how = how
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.how == "side by side":
+            return self.head(self.encoder(torch.stack([a, b], 1)).flatten(1))
+        return self.head(torch.cat([self.encoder(a), self.second(b)], 1))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_cut_before_which_every_parameter_is_used_again_is_refused_with_what_to_do(shared: bool) -> None:
+    inputs = torch.randn(6, 8), torch.randn(6, 8)
+    for place in range(1, 4):
+        names = [f"encoder.{k}.0.{kind}" for k in range(place) for kind in ("weight", "bias")]
+        named = ", ".join(map(repr, names[:3])) + ", ..." * (len(names) > 3)
+        with pytest.raises(PartitionError) as caught:
+            localgrad.localize(Twins("twice"), DGL, (f"encoder.{place}",), example=inputs, shared=shared)
+        for words in (f"({named}) is used again", "no block would step", "deepcopy", "torch.stack", "'head'"):
+            assert words in str(caught.value)
+    for how, cut in (("twice", "head"), ("copies", "encoder.2"), ("side by side", "encoder.2")):  # each remedy
+        network = localgrad.localize(Twins(how), DGL, (cut,), example=inputs, shared=shared)
+        localgrad.testing.assert_isolated(network, inputs, Y)
+
+
 def test_one_block_that_holds_nearly_everything_is_a_warning() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 1, 3, stride=4), *(nn.Conv2d(1, 1, 3, padding=1) for _ in range(2)), nn.Flatten()

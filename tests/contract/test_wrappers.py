@@ -139,6 +139,51 @@ def test_a_wrapper_inside_the_model_that_holds_a_cut_is_refused(one_process: Non
         network_of(Around(DistributedDataParallel(Net())), cuts=("inner.module.layers.2", "inner.module.layers.4"))
 
 
+def traced(module: nn.Module, x: Tensor = X) -> nn.Module:
+    return torch.jit.trace(module, x, check_trace=False)  # type: ignore[no-untyped-call]
+
+
+SCRIPTED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "scripted": torch.jit.script,
+    "frozen": lambda module: torch.jit.freeze(torch.jit.script(module.eval())),
+    "traced": traced,
+}
+DEPRECATED = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
+
+
+@DEPRECATED
+@pytest.mark.parametrize("how", SCRIPTED)
+def test_a_model_compiled_by_torch_jit_is_refused_with_what_to_pass(how: str) -> None:
+    model = nn.Sequential(*Net().layers, Net().fc)
+    with pytest.raises(PartitionError, match=r"model is a Sequential that torch\.jit compiled.*localize with the Seq"):
+        network_of(SCRIPTED[how](model), cuts=("2", "4"))
+    assert trained(network_of(model, cuts=("2", "4")))  # what the message says to pass
+
+
+@DEPRECATED
+@pytest.mark.parametrize("how", ["scripted", "frozen"])
+@pytest.mark.parametrize("path", ["layers.1", "layers.3.0"], ids=["between cuts", "inside a layer"])
+def test_a_module_of_torch_jit_inside_the_model_is_refused_by_name(how: str, path: str) -> None:
+    model = Net()
+    kind = type(model.get_submodule(path)).__name__
+    model.set_submodule(path, SCRIPTED[how](model.get_submodule(path)))
+    with pytest.raises(
+        PartitionError, match=f"'{path}' of the model is a {kind} that torch.jit compiled.*with the {kind}"
+    ):
+        network_of(model)
+
+
+@DEPRECATED
+@BY_METHOD
+def test_traced_modules_inside_the_model_train_as_what_they_were_made_of(name: str) -> None:
+    x = X.double()  # torch.jit has backward formulas of its own, which round otherwise
+    expected = trained(network_of(Net().double(), METHODS[name], x=x), x)
+    model = Net().double()
+    for k in (1, 3):
+        model.layers[k] = traced(model.layers[k], x)
+    torch.testing.assert_close(trained(network_of(model, METHODS[name], x=x), x), expected)
+
+
 def calls() -> dict[str, Callable[[Any], Any]]:
     """What runs a network."""
     return {

@@ -79,3 +79,22 @@ def test_critics_learn_nothing_else() -> None:
         now = {name for name, p in network.named_parameters() if p.grad is not None}
         assert not any(f"auxiliary.{span.start}-{span.stop}." in name for name in now)
         assert all(torch.equal(network.get_parameter(name).grad, old) for name, old in before.items())
+
+
+def test_frozen_critics_guide_their_blocks_as_any() -> None:
+    """The block's loss is the one it was; there is none of a critic that does not train."""
+    torch.manual_seed(0)
+    _, images, targets = data()
+    network = localgrad.localize(
+        localgrad.models.resnet8(CLASSES).double(), local_critic(TASK), ("layer2", "layer3"), example=images
+    )
+    other = copy.deepcopy(network)
+    other.auxiliary.requires_grad_(False)
+    before = localgrad.backward(network, images, targets)
+    losses = localgrad.backward(other, images, targets)
+    for one, same in zip(network.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(one.grad, same.grad)
+    assert all(p.grad is None for p in other.auxiliary.parameters())
+    (whole,) = [loss for span, loss in losses.items() if span.stop == network.num_blocks]
+    assert torch.equal(whole, F.cross_entropy(other.model(images), targets))
+    assert before.keys() == losses.keys()

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import localgrad
 from localgrad import cli, methods, tasks
 from localgrad.calibration import TEMPERATURES, Answered, confidence, fitted_temperature
 from localgrad.errors import LocalgradError, MethodError, PartitionError, TrainingError
+from localgrad.exits import Exits
 from localgrad.measure.work import Rates, Work
 from localgrad.network import LocalNetwork
 from localgrad.train.export import export
@@ -114,7 +116,7 @@ def shares(logits: Tensor, temperature: float) -> list[float]:
     return [value / sum(exponents) for value in exponents]
 
 
-@pytest.mark.parametrize("name", ["dgl", "man", "lean", "infopro", "mlaan", "deep_supervision"])
+@pytest.mark.parametrize("name", ["dgl", "man", "lean", "infopro", "mlaan", "deep_supervision", "local_critic"])
 def test_prefixes_and_the_ends_of_the_threshold_equal_the_networks_own_heads(name: str) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(6, 3, 16, 16)
@@ -127,10 +129,15 @@ def test_prefixes_and_the_ends_of_the_threshold_equal_the_networks_own_heads(nam
             answers[span.stop] = span.start, output
     for block in (1, 2):
         prefix = network.prefix(block)
-        assert torch.equal(prefix(inputs), answers[block][1])
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                assert torch.equal(prefix(inputs), answers[block][1])
         assert not any(p.requires_grad or any(p is q for q in network.parameters()) for p in prefix.parameters())
         assert not any(vars(part).get("twins") for part in prefix.modules())  # no way back to what trains
     first, last = network.exits(0.0)(inputs), network.exits(1.01)(inputs)
+    for threshold, one in ((0.0, first), (1.01, last)):
+        with torch.no_grad():
+            assert torch.equal(network.exits(threshold)(inputs).logits, one.logits)
     assert torch.equal(first.logits, answers[1][1]) and first.block.tolist() == [1] * 6
     assert torch.equal(last.logits, network.model(inputs)) and last.block.tolist() == [3] * 6
 
@@ -153,6 +160,64 @@ def test_copies_stay_as_they_are_and_keep_what_was_chosen() -> None:
         with pytest.raises(TrainingError, match="stays in eval mode"):
             module.train()
     assert exits(INPUTS[:0]).logits.shape == (0, CLASSES)
+
+
+def to_bfloat16(exits: Exits) -> Exits:
+    return nn.ModuleList([exits]).to(torch.bfloat16)[0]  # as a part of another module
+
+
+def after_default_bfloat16(exits: Exits) -> Exits:
+    """A copy that was made where bfloat16 is the default."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = NETWORK.exits(average=exits.average)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    made.load_state_dict(exits.state_dict())
+    return made
+
+
+CASTS: dict[str, Callable[[Exits], Exits]] = {
+    "to(bfloat16)": to_bfloat16,
+    "half": lambda exits: exits.half(),
+    "bfloat16": lambda exits: exits.bfloat16(),
+    "double": lambda exits: exits.double(),
+    "type": lambda exits: exits.type(torch.float16),
+    "made in bfloat16": after_default_bfloat16,
+}
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("cast", CASTS)
+def test_temperatures_and_thresholds_are_float32_whatever_the_weights_are(cast: str, average: bool) -> None:
+    """A head is as sure as its own logits say in float32, by thresholds and temperatures no cast has rounded."""
+
+    def sureness(exits: Exits, inputs: Tensor) -> Tensor:
+        """Of the second exit, (B,)."""
+        with torch.no_grad():
+            (_, first), (_, second), _ = exits._every((inputs,))
+        each = [(z.double() / t).softmax(1) for z, t in ((first, temperatures[0]), (second, temperatures[1]))]
+        return (torch.stack(each).mean(0) if average else each[1]).amax(1)
+
+    exits, temperatures = copy.deepcopy(EXITS[average]), torch.tensor([0.0010009, 0.30007])  # no numbers of bfloat16
+    inputs = INPUTS.bfloat16().double()
+    thresholds = torch.tensor([1.001, float(sureness(exits, inputs).sort().values[5:7].mean())])
+    exits.temperature.copy_(temperatures)
+    exits.threshold.copy_(thresholds)
+    exits = CASTS[cast](exits)
+    for name, wanted in (("temperature", temperatures), ("threshold", thresholds)):
+        found = exits.state_dict()[name]
+        assert torch.equal(found, wanted) and found.dtype == torch.float32 and torch.equal(getattr(exits, name), found)
+    inputs = inputs.to(next(exits.parameters()).dtype)
+    sure = sureness(exits, inputs) >= thresholds[1].double()
+    assert exits(inputs).block.tolist() == [2 if one else 3 for one in sure.tolist()]
+
+
+def test_temperatures_and_thresholds_go_where_the_weights_go() -> None:
+    exits = copy.deepcopy(EXITS[False])
+    assert exits.to("meta", torch.bfloat16).threshold.is_meta and exits.temperature.is_meta
+    exits.to_empty(device="cpu").load_state_dict(EXITS[False].state_dict())
+    assert torch.equal(exits.threshold, EXITS[False].threshold) and exits.threshold.dtype == torch.float32
 
 
 def test_compute_is_what_runs() -> None:

@@ -47,14 +47,17 @@ class Followed(NamedTuple):
 
 
 class Critic(nn.Module):
-    """A head whose parameters are out of reach of the block's loss, and whose own loss does not reach the block."""
+    """A head whose parameters are out of reach of the block's loss, and whose own loss does not reach the block.
+
+    One that does not train, as in copies for inference, has no loss of its own: it answers as its head does.
+    """
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
 
     def forward(self, features: Tensor) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.head.parameters()):
             return self.head(features)
         frozen = {name: p.detach() for name, p in self.head.named_parameters()}
         return Followed(torch.func.functional_call(self.head, frozen, (features,)), self.head(features.detach()))

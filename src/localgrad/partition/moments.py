@@ -354,7 +354,16 @@ class Partition:
                 f"cuts: {name!r} takes nothing that was computed from parameters before it, or from frozen ones only; "
                 f"{valid}"
             )
+        started = bisect.bisect_left(self.graph.first_reads, call.enter)
         ended = bisect.bisect_left(self.graph.last_reads, call.enter)
+        if started and not ended:
+            tied = ", ".join(map(repr, self.graph.order[: min(started, 3)])) + ", ..." * (started > 3)
+            raise PartitionError(
+                f"cuts: {name!r} is no cut point: every parameter before it ({tied}) is used again behind it, so no "
+                "block would step there, nor with shared=True; cut behind their last use, or let later uses have "
+                "copies (copy.deepcopy), or call the module once, on torch.stack(inputs, 1), samples first; "
+                f"{valid}"
+            )
         if ended in (0, len(self.graph.order)):
             raise PartitionError(
                 f"cuts: {name!r} is no cut point: no parameter {'from there on' if ended else 'before it'} trains, "
@@ -365,7 +374,6 @@ class Partition:
             cut = self._cut(call, features, crossing)
             if not cut.shared or self.shared:
                 return cut
-        started = bisect.bisect_left(self.graph.first_reads, call.enter)
         covered = 0
         for taken in call.taken:
             covered |= self.graph.bits[taken.value[0]] if taken.value in crossing else 0

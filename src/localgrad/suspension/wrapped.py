@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from localgrad.errors import PartitionError
@@ -28,6 +29,14 @@ def check_wrapped(model: nn.Module) -> None:
             "fully_shard was applied before the model was cut, and cut points are found by its whole parameters: "
             f"localize the plain model first, then fully_shard modules inside the blocks, or write {_SHARD}"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and not (name and _is_traced(module)):
+            kind = module.original_name
+            raise PartitionError(
+                f"{f'{name!r} of the model' if name else 'model'} is a {kind} that torch.jit compiled, whose calls no "
+                f"hook sees: localize with the {kind} that was given to torch.jit.script or torch.jit.trace in its "
+                "place, and script or trace network.model after training"
+            )
 
 
 def check_network(network: nn.Module) -> None:
@@ -64,3 +73,8 @@ def check_holder(module: nn.Module) -> None:
 
 def _is_sharded(module: nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+def _is_traced(module: nn.Module) -> bool:
+    """Whether torch.jit.trace made it: called as any module, as long as the model itself is none."""
+    return any(kind.__name__ == "TracedModule" for kind in type(module).__mro__)
