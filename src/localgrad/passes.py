@@ -285,7 +285,7 @@ class Pass:
             self._add_waiting(span.start, span.stop - 1, gradients)
 
     def _arrived(self, span: Span) -> tuple[Gradients, bool | None]:
-        """The gradient that the caller's ``loss.backward()`` left on the boundary, and whether it did; None: not told."""
+        """The gradient that the caller's ``loss.backward()`` left on the boundary, and whether it did, if told."""
         gradients = self.graphs[span.stop - 1].take_gradients()
         told = [known for one in self.observers if (known := one.reached()) is not None]
         reached = any(told) if told else any(gradient is not None for gradient in gradients)

@@ -140,7 +140,7 @@ def test_a_wrapper_inside_the_model_that_holds_a_cut_is_refused(one_process: Non
 
 
 def traced(module: nn.Module, x: Tensor = X) -> nn.Module:
-    return torch.jit.trace(module, x, check_trace=False)  # type: ignore[no-untyped-call]
+    return torch.jit.trace(module, x, check_trace=False)
 
 
 SCRIPTED: dict[str, Callable[[nn.Module], nn.Module]] = {
