@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from localgrad.balance import Balance, whole
-from localgrad.batches import num_samples, parts_of
+from localgrad.batches import num_samples, parts_of, positional
 from localgrad.boundary import stopped
 from localgrad.errors import TrainingError
 from localgrad.method import Term
@@ -79,6 +79,7 @@ def local_losses(
     """
     require_network(network, "local_losses")
     network.check_ready()
+    inputs = positional(inputs)
     training = torch.is_grad_enabled()
     spans = network.spans(step)
     replicas = network.replicas if training else None
@@ -93,7 +94,7 @@ def local_losses(
         if network.stage is not None:
             yield from network.stage.local_losses(inputs, targets, step, autocast, on_output, done)
             return
-        parts = parts_of(inputs, targets, network.method.accumulate.parts)
+        parts = parts_of(inputs, targets, network.method.accumulate.parts, network.partition.example)
         if replicas is not None:
             replicas.count(step, num_samples(inputs) or 1)
         joined = alone if replicas is None else replicas.joined

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from localgrad.batches import num_samples, tensors_in
+from localgrad.batches import num_samples, positional, tensors_in
 from localgrad.errors import PartitionError, nearest
 from localgrad.layout import Layout
 from localgrad.partition.cut import Cut
@@ -70,7 +70,7 @@ class Partition:
     def __init__(self, model: nn.Module, example: Any, shared: bool = False) -> None:
         self.model, self.example, self.shared = model, example, shared
         self.modules = dict(model.named_modules())
-        self.samples = num_samples(example)
+        self.samples = num_samples(positional(example))
         self._record()
         self._weighted = self._layers()
         self._leaf_starts = [call.enter for call in self._weighted]
