@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping
 from itertools import pairwise
 from typing import Any
 
@@ -64,9 +64,9 @@ def map_tensors(function: Callable[[Any], Any], value: Any, whole: Callable[[Any
         if isinstance(leaf, Tensor) or (whole is not None and whole(leaf)):
             return function(leaf)
         if isinstance(leaf, Mapping):  # of a kind that pytree does not know
-            made = copy.copy(leaf)
+            made = copy.copy(leaf) if isinstance(leaf, MutableMapping) else dict(leaf)
             for key in leaf:
-                made[key] = map_tensors(function, leaf[key], whole)  # type: ignore[index]
+                made[key] = map_tensors(function, leaf[key], whole)
             return made
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             instance: Any = copy.copy(leaf)
@@ -79,13 +79,17 @@ def map_tensors(function: Callable[[Any], Any], value: Any, whole: Callable[[Any
 
 
 def num_samples(values: Any) -> int | None:
-    """Samples of a batch, given as a tensor of B rows, a list of B entries, or tuples and mappings of these."""
-    if isinstance(values, Tensor):
-        return len(values) if values.dim() else None
-    if isinstance(values, list):
-        return len(values)
-    inner = values.values() if isinstance(values, Mapping) else values if isinstance(values, tuple) else ()
-    return next((size for value in inner if (size := num_samples(value)) is not None), None)
+    """Samples of a batch: the rows of its first tensor with rows, or the entries of its first list, in any nest."""
+    return next((len(part) for part in _rowed(values)), None)
+
+
+def _rowed(values: Any) -> list[Any]:
+    """The tensors that have rows, and the lists, of a batch."""
+    return [part for part in _found(values, _is_list) if _is_list(part) or part.dim()]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
 
 
 def positional(inputs: Any) -> Any:
@@ -104,8 +108,8 @@ def parts_of(inputs: Any, targets: Any, parts: int, example: Any) -> list[tuple[
     size, wanted = num_samples(inputs), num_samples(targets)
     if wanted is not None and wanted != size:
         raise TrainingError(
-            f"{size} samples in inputs and {wanted} in targets; give one target for each sample, or None as targets if "
-            "the task's loss reads none"
+            f"{size or 'no'} samples in inputs and {wanted} in targets; give one target for each sample, or None as "
+            "targets if the task's loss reads none"
         )
     if parts == 1 or not size:
         return [(inputs, targets, 1.0)]
@@ -128,15 +132,6 @@ def _arguments(inputs: Any) -> dict[Any, Any]:
     return dict(
         inputs if isinstance(inputs, Mapping) else enumerate(inputs if isinstance(inputs, tuple) else (inputs,))
     )
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
-def _rowed(values: Any) -> list[Any]:
-    """The tensors that have rows, and the lists, of a batch."""
-    return [part for part in _found(values, _is_list) if _is_list(part) or part.dim()]
 
 
 def rows(values: Any, start: int, stop: int, shared: Container[int] = ()) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localgrad
+from localgrad.batches import num_samples, rows
 from localgrad.methods import accumulation, dgl
 
 TASK = localgrad.tasks.classification(3)
@@ -101,3 +105,102 @@ def test_targets_of_another_length_are_refused() -> None:
     network = cut(Attention, attended(2), 2)
     with pytest.raises(localgrad.TrainingError, match="4 samples in inputs and 6 in targets"):
         localgrad.backward(network, attended(4), torch.arange(6) % 3)
+
+
+Named = collections.namedtuple("Named", "x scale")
+
+
+class Derived(Named):
+    """A named tuple with a member of its own."""
+
+    @property
+    def scaled(self) -> Tensor:
+        return self.x * self.scale
+
+
+class Keyed(collections.UserDict):  # type: ignore[type-arg]
+    """A mapping that is no dict, with attributes, as those of tokenizers are."""
+
+    def __init__(self, x: Tensor, scale: Tensor) -> None:
+        super().__init__(x=x, scale=scale)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in ("x", "scale"):
+            return self[name]
+        raise AttributeError(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A dataclass that cannot be written to."""
+
+    x: Tensor
+    scale: Tensor
+    kind: str = "any"
+
+
+@dataclasses.dataclass
+class Holder:
+    """Nests: a named tuple in a list in a mapping."""
+
+    inner: dict[str, list[Named]]
+
+    @property
+    def x(self) -> Tensor:
+        return self.inner["a"][0].x
+
+    @property
+    def scale(self) -> Tensor:
+        return self.inner["a"][0].scale
+
+
+def held(x: Tensor, scale: Tensor) -> Holder:
+    return Holder({"a": [Named(x, scale)]})
+
+
+class Opaque:
+    """What is not opened."""
+
+    def __init__(self, x: Tensor, scale: Tensor) -> None:
+        self.x, self.scale = x, scale
+
+
+class Scaled(nn.Module):
+    """Reads a batch by attributes; ``kinds`` are the types that it got."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)), nn.Linear(8, 3))
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.layers(batch.x * batch.scale)
+
+
+@pytest.mark.parametrize("make", [Named, Derived, Keyed, Data])
+def test_kinds_of_inputs_are_kept(make: Callable[[Tensor, Tensor], Any]) -> None:
+    x, scale = torch.randn(6, 8, dtype=torch.float64), torch.rand(6, 1, dtype=torch.float64)
+    given = make(x, scale)
+    assert num_samples(given) == 6
+    assert_sums_up(Scaled, (make(x[:2], scale[:2]),), (given,), lambda some: (make(x[some], scale[some]),), 6, 2)
+    assert given.x is x  # the batch itself stays whole
+    part = rows(given, 1, 3)
+    assert type(part) is make and torch.equal(part.scale, scale[1:3])
+
+
+def test_shared_tensors_and_nests_in_such_inputs() -> None:
+    """The mapping's list has one entry, no number of samples: it is opened."""
+    x, scale = torch.randn(6, 8, dtype=torch.float64), torch.rand(1, 1, dtype=torch.float64)
+    part = rows(Data(x, scale), 2, 5)
+    assert torch.equal(part.x, x[2:5]) and part.scale is scale and part.kind == "any"
+    nested = rows((x, held(x * 2, scale)), 2, 5)[1]
+    assert type(nested) is Holder and torch.equal(nested.x, x[2:5] * 2) and nested.scale is scale
+    frozen = rows((x, types.MappingProxyType({"scale": x})), 0, 1)[1]
+    assert torch.equal(frozen["scale"], x[:1])
+
+
+def test_an_example_without_a_number_of_samples_is_refused_by_that_name() -> None:
+    x, scale = torch.randn(6, 8), torch.rand(6, 1)
+    torch.manual_seed(0)
+    for cutting in (2, ("layers.2",)):
+        with pytest.raises(localgrad.PartitionError, match="no number of samples in the example, a tuple"):
+            localgrad.localize(Scaled(), BASE, cutting, example=(Opaque(x, scale),))

@@ -72,6 +72,11 @@ class Partition:
         self.modules = dict(model.named_modules())
         self.samples = num_samples(positional(example))
         self._record()
+        if self.samples is None:
+            raise PartitionError(
+                f"no number of samples in the example, a {type(example).__name__}, and blocks begin at tensors with a "
+                "row for each: pass tensors, or tuples, mappings and dataclasses of them"
+            )
         self._weighted = self._layers()
         self._leaf_starts = [call.enter for call in self._weighted]
         self._head = self._head_position()
