@@ -17,6 +17,7 @@ from localgrad.errors import TrainingError
 from localgrad.method import Term
 from localgrad.passes import OnOutput, Pass, answers_at, precision
 from localgrad.randomness import draws_of
+from localgrad.rehearsal import follow_unfrozen
 from localgrad.spans import Span
 from localgrad.task import Batch, alone
 from localgrad.timetable import Row, timetable
@@ -63,7 +64,8 @@ def local_losses(
     Raises:
         TrainingError: if a loss was not back-propagated although gradients are enabled; if targets are not one for each
             sample; if heads are in another mode than the model.
-        PartitionError: if the first step shows that a loss would train a parameter outside its span.
+        PartitionError: if the first step, or the first one after weights were unfrozen, shows that a loss would train a
+            parameter outside its span.
 
     Example:
         >>> import torch, localgrad
@@ -81,6 +83,8 @@ def local_losses(
     network.check_ready()
     inputs = positional(inputs)
     training = torch.is_grad_enabled()
+    if training:
+        follow_unfrozen(network)
     spans = network.spans(step)
     replicas = network.replicas if training else None
 
@@ -108,7 +112,7 @@ def local_losses(
             late = any(rule.late for rule in network.rules)
             table = timetable(spans, network.num_blocks, len(parts), late=late, training=training)
             yield from execute(network, table, passes, on_output, done)
-    network.checked |= {spans} if training else set()
+    network.checked |= {(spans, network.trains)} if training else set()
 
 
 def balance_of(inputs: Any, targets: Any, parts: int, replicas: Replicas | None) -> Balance | None:

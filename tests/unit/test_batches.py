@@ -118,7 +118,7 @@ class Derived(Named):
         return self.x * self.scale
 
 
-class Keyed(collections.UserDict):  # type: ignore[type-arg]
+class Keyed(collections.UserDict):
     """A mapping that is no dict, with attributes, as those of tokenizers are."""
 
     def __init__(self, x: Tensor, scale: Tensor) -> None:
