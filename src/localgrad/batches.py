@@ -129,9 +129,9 @@ def _shared(inputs: Any, example: Any) -> set[int]:
 
 def _arguments(inputs: Any) -> dict[Any, Any]:
     """By position or name."""
-    return dict(
-        inputs if isinstance(inputs, Mapping) else enumerate(inputs if isinstance(inputs, tuple) else (inputs,))
-    )
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    return dict(enumerate(inputs if isinstance(inputs, tuple) else (inputs,)))
 
 
 def rows(values: Any, start: int, stop: int, shared: Container[int] = ()) -> Any:
