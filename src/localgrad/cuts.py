@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from localgrad.batches import num_samples
+from localgrad.batches import num_samples, positional
 from localgrad.cutting import Chosen, by_bytes, by_count, check_batch_size, recomputed
 from localgrad.method import Method
 from localgrad.partition import Partition
@@ -48,7 +48,7 @@ class fits:
 
     def choose(self, model: nn.Module, method: Method, example: Any, shared: bool) -> Chosen:
         """See `Cutting`."""
-        batch_size = self.batch_size or num_samples(example) or 1
+        batch_size = self.batch_size or num_samples(positional(example)) or 1
         names, recompute = fit(model, method, self.memory, example, batch_size, self.targets)
         partition = Partition(model, example, shared)
         return Chosen(partition, partition.named(names), recompute)

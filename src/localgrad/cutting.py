@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from localgrad.batches import num_samples, tensors_in
+from localgrad.batches import num_samples, positional, tensors_in
 from localgrad.errors import PartitionError, nearest
 from localgrad.method import Auxiliary, Method
 from localgrad.partition import AuxiliaryBytes, Chain, Cut, Partition, choose
@@ -77,7 +77,7 @@ class by_bytes:
     def choose(self, model: nn.Module, method: Method, example: Any, shared: bool) -> Chosen:
         """See `Cutting`."""
         partition = Partition(model, example, shared)
-        samples = num_samples(example) or 1
+        samples = num_samples(positional(example)) or 1
         chosen = choose.by_bytes(
             partition,
             self.num_blocks,

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from localgrad.balance import Balance, whole
-from localgrad.batches import num_samples, parts_of
+from localgrad.batches import num_samples, parts_of, positional
 from localgrad.boundary import stopped
 from localgrad.errors import TrainingError
 from localgrad.method import Term
 from localgrad.passes import OnOutput, Pass, answers_at, precision
 from localgrad.randomness import draws_of
+from localgrad.rehearsal import follow_unfrozen
 from localgrad.spans import Span
 from localgrad.task import Batch, alone
 from localgrad.timetable import Row, timetable
@@ -63,7 +64,8 @@ def local_losses(
     Raises:
         TrainingError: if a loss was not back-propagated although gradients are enabled; if targets are not one for each
             sample; if heads are in another mode than the model.
-        PartitionError: if the first step shows that a loss would train a parameter outside its span.
+        PartitionError: if the first step, or the first one after weights were unfrozen, shows that a loss would train a
+            parameter outside its span.
 
     Example:
         >>> import torch, localgrad
@@ -79,7 +81,10 @@ def local_losses(
     """
     require_network(network, "local_losses")
     network.check_ready()
+    inputs = positional(inputs)
     training = torch.is_grad_enabled()
+    if training:
+        follow_unfrozen(network)
     spans = network.spans(step)
     replicas = network.replicas if training else None
 
@@ -93,7 +98,7 @@ def local_losses(
         if network.stage is not None:
             yield from network.stage.local_losses(inputs, targets, step, autocast, on_output, done)
             return
-        parts = parts_of(inputs, targets, network.method.accumulate.parts)
+        parts = parts_of(inputs, targets, network.method.accumulate.parts, network.partition.example)
         if replicas is not None:
             replicas.count(step, num_samples(inputs) or 1)
         joined = alone if replicas is None else replicas.joined
@@ -107,7 +112,7 @@ def local_losses(
             late = any(rule.late for rule in network.rules)
             table = timetable(spans, network.num_blocks, len(parts), late=late, training=training)
             yield from execute(network, table, passes, on_output, done)
-    network.checked |= {spans} if training else set()
+    network.checked |= {(spans, network.trains)} if training else set()
 
 
 def balance_of(inputs: Any, targets: Any, parts: int, replicas: Replicas | None) -> Balance | None:

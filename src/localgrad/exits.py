@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from localgrad.batches import call_model, num_samples, rows
+from localgrad.batches import call_model, num_samples, positional, rows
 from localgrad.calibration import Answered, Curve, Outcome, confidence, fitted_temperature
 from localgrad.errors import MethodError, PartitionError, TrainingError
 from localgrad.losses.precision import widened
@@ -435,8 +435,7 @@ def exits_of(network: Network, threshold: float, average: bool) -> Exits:
             "always, more than 1 the last"
         )
     logits = network.method.require_logits("exits")
-    example = as_by_now(network.partition.model, network.partition.example)
-    example = tuple(example) if isinstance(example, list) else example  # of several inputs, not one for each sample
+    example = positional(as_by_now(network.partition.model, network.partition.example))
     with untouched(network.model, training=False), torch.no_grad():
         own = logits(call_model(network.model, example))
     if own.dim() != 2:

@@ -43,7 +43,8 @@ def check_isolation(network: LocalNetwork, span: Span, loss: Tensor, graph: Bloc
             f"the loss of span {span} reaches {name!r} of block {home[name][0]}, which lies outside: the model "
             "passes a tensor on that is neither taken nor returned by a module nor a local variable of a "
             "forward (an attribute or a cache, most likely). Return it from a module, switch the cache off "
-            f"(use_cache=False), or cut elsewhere than at {network.begins_at(graph.first)}"
+            f"(use_cache=False), or cut elsewhere than at {network.begins_at(graph.first)}. If it was unfrozen after "
+            "localize, call localize again"
         )
 
 

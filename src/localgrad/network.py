@@ -61,7 +61,9 @@ class LocalNetwork(nn.Module):
         stage: the blocks that this process trains while others train the rest; set by
             `localgrad.distributed.block_parallel`.
         residence: who brings blocks to the device only while they run; set by `localgrad.resident`.
-        checked: the sets of spans whose isolation a step has shown.
+        trains: the names of the parameters of ``running`` that train in this step; ``known``: of those that did in a
+            forward over the example, where what crosses was looked for.
+        checked: the sets of spans whose isolation a step has shown, with what trained.
     """
 
     replicas: Replicas | None = None
@@ -76,10 +78,11 @@ class LocalNetwork(nn.Module):
         self.rules: tuple[Rule, ...] = ()
         self.home = chosen.partition.home(chosen.cuts)
         self.watch = Watch()
-        self.checked: set[tuple[Span, ...]] = set()
+        self.checked: set[tuple[tuple[Span, ...], frozenset[str]]] = set()
         # Tuples, so that parameters are registered once, by the model.
         self._partition = (chosen.partition,)
         self._separate = (blocks,)
+        self.trains = self.known = _trained(self.running.named_parameters())
         self._early_twins: dict[int, list[Twin]] = {}
         # Such a region trains only if what it takes carries a gradient.
         self.reentrant = "CheckpointFunctionBackward" in chosen.partition.graph.kinds
@@ -143,9 +146,9 @@ class LocalNetwork(nn.Module):
                 f"the model is in {modes[0]} mode, its auxiliary networks are in {modes[1]} mode: call network.train() "
                 "or network.eval() instead of the model's own"
             )
-        names = [name for name, _ in self.running.named_parameters()]
-        if names != list(self.home):
-            changed = sorted(set(names) ^ set(self.home)) or names
+        named = dict(self.running.named_parameters())
+        if list(named) != list(self.home):
+            changed = sorted({*named} ^ {*self.home}) or list(named)
             raise PartitionError(
                 f"{changed[0]!r} was added to the model or taken from it after it was cut: call localize again"
             )
@@ -153,6 +156,7 @@ class LocalNetwork(nn.Module):
         self._check_holders()
         if torch.is_grad_enabled() and not any(p.requires_grad for p in self.parameters()):
             raise TrainingError("all parameters are frozen (requires_grad=False): unfreeze what is to train")
+        self.trains = _trained(named.items())
 
     def _check_holders(self) -> None:
         check_holder(self)
@@ -302,6 +306,10 @@ class LocalNetwork(nn.Module):
     def __str__(self) -> str:
         names = ["the input", *(cut.name for cut in self.cuts)]
         return f"{type(self.model).__name__} in {self.num_blocks} blocks, beginning at {', '.join(names)}"
+
+
+def _trained(named: Iterable[tuple[str, nn.Parameter]]) -> frozenset[str]:
+    return frozenset(name for name, parameter in named if parameter.requires_grad)
 
 
 def _between(module: nn.Module, path: str, cut: set[str]) -> Iterator[nn.Module]:

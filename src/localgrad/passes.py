@@ -65,6 +65,8 @@ class Pass:
         self.forward = opened.call(batch.inputs if values is None else values)
         self.device = network.device
         self.watch, self.autocast, self.training = opened.watch, autocast, torch.is_grad_enabled()
+        known = (tuple(spans), network.trains) in network.checked
+        self.checks = self.training and len(spans) > 0 and network.stage is None and not known
         self.graphs: dict[int, BlockGraph] = {}
         self.held: list[Held] = []
         self.waiting: dict[int, dict[int, Gradients]] = {span.start: {} for span in spans}
@@ -257,12 +259,7 @@ class Pass:
         loss = self.loss(span, on_output)
         if loss is None:
             return
-        if (
-            self.training
-            and self.spans
-            and self.network.stage is None
-            and tuple(self.spans) not in self.network.checked
-        ):
+        if self.checks:
             check_isolation(self.network, span, loss, self.graphs[span.stop - 1])
         try:
             yield span, loss

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,12 +18,15 @@ from localgrad.errors import PartitionError
 from localgrad.measure.memory import saved_storages
 from localgrad.network import LocalNetwork
 from localgrad.opened import OpenModel
+from localgrad.partition import Partition
+from localgrad.partition.separate import as_by_now
 from localgrad.passes import Pass
 from localgrad.randomness import host_state
 from localgrad.spans import Span
 from localgrad.suspension.frames import Tag
 from localgrad.suspension.points import Watch
 from localgrad.suspension.untouched import untouched
+from localgrad.suspension.wrapped import check_wrapped
 from localgrad.task import Batch
 
 MOST = 0.95  # of what all blocks keep, in one block, is worth a warning
@@ -85,6 +90,57 @@ def rehearse(network: LocalNetwork, example: Any) -> tuple[list[Tensor], Watch]:
         f"{type(network.model).__name__} did not come by every cut in {TRIES} forwards over the example: a module that "
         "a block begins with is skipped at random; cut before one that always runs"
     )
+
+
+def follow_unfrozen(network: LocalNetwork) -> None:
+    """Analyse and rehearse again where parameters train that never did before: what crosses may be made of them.
+
+    Raises:
+        PartitionError: the cuts are none for what trains now, or it would step with another block; or the network is on
+            several ranks, sharded or resident. It has to be cut again.
+    """
+    new = network.trains - network.known
+    if not new:
+        return
+    again = f"{min(new)!r} was unfrozen after the model was cut: call localize again"
+    if network.stage is not None or network.residence is not None:
+        raise PartitionError(f"{again}, then block_parallel or resident")
+    example = as_by_now(network.running, network.partition.example)
+    known, home, rules, blocks = network.known, network.home, network.rules, range(network.num_blocks)
+    stepped = [id(p) for block in blocks for p in (None, *network.parameters_of(block))]
+    with _training(network, known):
+        try:
+            check_wrapped(network.running)
+            partition = Partition(network.running, example, network.partition.shared)
+            cuts = partition.named([cut.name for cut in network.cuts])
+        except PartitionError as error:
+            raise PartitionError(f"{again}. {error}") from error
+        found = partition.home(cuts)
+        network.home = {name: found[name] if name in new else before for name, before in home.items()}
+        moved = stepped != [id(p) for block in blocks for p in (None, *network.parameters_of(block))]
+        if moved or [cut.point for cut in cuts] != [cut.point for cut in network.cuts]:
+            network.home = home
+            raise PartitionError(f"{again}. It trains in another block than it was counted to, or with other cuts")
+        network.rules = ()
+        try:
+            _, network.watch = rehearse(network, example)
+        finally:
+            network.rules = rules
+    network.reentrant |= "CheckpointFunctionBackward" in partition.graph.kinds
+    network.known = known | new
+
+
+@contextlib.contextmanager
+def _training(network: LocalNetwork, names: Collection[str]) -> Iterator[None]:
+    """Inside it, all of these parameters train."""
+    frozen = [p for name, p in network.running.named_parameters() if name in names and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 Places = dict[tuple[int, Tag], tuple[int, int]]

@@ -79,9 +79,10 @@ def clocked(
     found: dict[tuple[Do, int], list[float]] = {}
     for _ in range(rounds + 1):
         seconds: dict[tuple[Do, int], float] = {}
+        parts = parts_of(inputs, targets, copied.method.accumulate.parts, copied.partition.example)
         with copied.opened(spans) as opened:
             passes = []
-            for part, (x, y, share) in enumerate(parts_of(inputs, targets, copied.method.accumulate.parts)):
+            for part, (x, y, share) in enumerate(parts):
                 batch = in_context(copied, Batch(x, y, 1), part, None)
                 passes.append(Pass(copied, opened, spans, batch, part, share))
             late = any(rule.late for rule in copied.rules)

@@ -264,7 +264,7 @@ class Stage:
         total = num_samples(inputs) or 1
         self._count(step, total)
         begun = {}
-        parts = parts_of(inputs, targets, self.network.method.accumulate.parts)
+        parts = parts_of(inputs, targets, self.network.method.accumulate.parts, self.network.partition.example)
         balance = balance_of(inputs, targets, len(parts), self.network.replicas if torch.is_grad_enabled() else None)
         for part, (x, y, share) in enumerate(parts):
             batch = (

@@ -19,6 +19,9 @@ def accumulation(base: Method, *, parts: int = 4, wait: Wait = "device") -> Meth
     and moves its statistics ``parts`` times; the similarities of `localgrad.methods.predsim`, contrastive losses and
     the distances of `localgrad.methods.local_critic` are those within a micro-batch.
 
+    Inputs and targets with a row for each sample are cut; what all samples share, a mask (T, T) or position ids (1, T),
+    goes to every part whole, see `localgrad.batches.parts_of`.
+
     Args:
         base: any method.
         parts: micro-batches per batch.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from localgrad.batches import num_samples, tensors_in
+from localgrad.batches import num_samples, positional, tensors_in
 from localgrad.errors import PartitionError, nearest
 from localgrad.layout import Layout
 from localgrad.partition.cut import Cut
@@ -70,8 +70,13 @@ class Partition:
     def __init__(self, model: nn.Module, example: Any, shared: bool = False) -> None:
         self.model, self.example, self.shared = model, example, shared
         self.modules = dict(model.named_modules())
-        self.samples = num_samples(example)
+        self.samples = num_samples(positional(example))
         self._record()
+        if self.samples is None:
+            raise PartitionError(
+                f"no number of samples in the example, a {type(example).__name__}, and blocks begin at tensors with a "
+                "row for each: pass tensors, or tuples, mappings and dataclasses of them"
+            )
         self._weighted = self._layers()
         self._leaf_starts = [call.enter for call in self._weighted]
         self._head = self._head_position()

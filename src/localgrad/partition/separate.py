@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from localgrad.batches import call_model
+from localgrad.batches import call_model, map_tensors
 from localgrad.errors import PartitionError
 from localgrad.partition.blocks import Block, RecomputedBlock, check_shared_parameters, join, split
 from localgrad.partition.cut import Cut
@@ -195,7 +195,7 @@ def as_by_now(model: nn.Module, example: Any) -> Any:
         other = tensor.is_floating_point() and tensor.dtype not in known
         return tensor.to(first.device, first.dtype if other else tensor.dtype)
 
-    return tree_map_only(Tensor, moved, example)
+    return map_tensors(moved, example)
 
 
 def _check_hooks(model: nn.Module, through: Collection[str], why: str) -> None:
