@@ -46,6 +46,7 @@ class Way:
 
 WAYS = {
     "e2e": Way(1, "e2e"),
+    "e2e, 4 micro-batches": Way(1, "e2e, {accumulation: {parts: 4}}"),
     "lean(depth=3, factor=4), 5 blocks": Way(5, f"{DEEPER}, {FIRST}"),
     "linear heads, 5 blocks, the second half end to end": Way(5, "{dgl: {head: linear}}", 0.5),
     "lean(depth=3, factor=4), 5 blocks, the second half end to end": Way(5, DEEPER, 0.5),
