@@ -58,9 +58,9 @@ def test_documents_follow_one_another_with_a_separator(plays: str) -> None:
 
 def test_where_a_document_ends_is_remembered(tmp_path: Path) -> None:
     """Two folders of the same bytes in other documents are not one in the cache."""
-    for name, sizes in {"first": (50, 50), "second": (40, 60)}.items():
+    for name, sizes in {"first": (500, 500), "second": (400, 600)}.items():
         (tmp_path / name).mkdir()
-        text = "ab" * 50
+        text = "ab" * 500
         (tmp_path / name / "1.txt").write_text(text[: sizes[0]])
         (tmp_path / name / "2.txt").write_text(text[sizes[0] :])
         data = load(f"text:{tmp_path / name}", **given_settings())
